@@ -1,0 +1,27 @@
+"""What is known: hardware, models, software stacks, techniques, lengths, workloads - data files.
+
+One TOML document per entry, and one small loader. Loading a name reads that one file.
+"""
+
+from __future__ import annotations
+
+from .loader import (
+    KINDS,
+    Hardware,
+    Lengths,
+    Technique,
+    WorkloadEntry,
+    entries,
+    entry,
+    load_hardware,
+    load_stack,
+    names,
+)
+from .profiles import load_user_profile, save_user_profile, user_profile_path
+from .spellings import Resolved, load_cluster, load_model, resolve_gpus
+
+__all__ = [
+    "KINDS", "Hardware", "Lengths", "Resolved", "Technique", "WorkloadEntry",
+    "entries", "entry", "load_cluster", "load_hardware", "load_model", "load_stack",
+    "load_user_profile", "names", "resolve_gpus", "save_user_profile", "user_profile_path",
+]  # fmt: skip

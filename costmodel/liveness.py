@@ -1,0 +1,161 @@
+"""Which tensors are alive when: the allocation curve of one graph, forward and backward.
+
+The walk plays the operators in order. Forward: outputs and saved internals appear, inputs go after
+their last use unless they are saved. Backward, in reverse: gradients of inputs appear, saved
+tensors go after the backward of the last operator that saved them. The maximum of the live bytes is
+the peak; everything is an array over layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .graph import Array, Graph, Operator, Sizes, Tensor, volume
+from .operators import transients
+
+GRADIENT_BYTES = 4
+"""Gradients of parameters at rest are fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Liveness:
+    """Bytes of one graph and one micro-batch."""
+
+    saved: Array
+    """Kept from forward to backward, the input included when it is saved."""
+    forward_peak: Array
+    """Largest live sum in forward, input and saved tensors of this graph included."""
+    backward_peak: Array
+    """Largest live sum in backward, this graph's saved tensors included, its weights' gradients
+    only while they are being made."""
+    gradients: Array
+    """Gradients of the weights as autograd makes them, in the compute dtype."""
+    loss: Array
+    """Part of the peaks that is logits and the loss."""
+
+
+def liveness(graph: Graph, sizes: Sizes) -> Liveness:
+    """The allocation curve of a graph under its recompute setting."""
+    saved_names = {t.name for op in graph.operators for t in op.saves}
+    forward_kept, saved = _forward(graph, sizes, saved_names)
+    backward = _backward(graph, sizes)
+    gradients = sum((t.num_bytes(sizes) for t in graph.weights), np.zeros(1))
+    loss = np.zeros(1)
+    for op in graph.operators:
+        if op.kind == "cross_entropy":
+            loss = 2.0 * op.saves[0].num_bytes(sizes)
+    if graph.checkpointed:
+        boundary = graph.boundary.num_bytes(sizes)
+        again = forward_kept + boundary  # the incoming gradient waits during recomputation
+        forward_free, _ = _forward(graph, sizes, set())
+        return Liveness(
+            saved=boundary,
+            forward_peak=forward_free,
+            backward_peak=np.maximum(again, backward),
+            gradients=gradients,
+            loss=loss,
+        )
+    return Liveness(
+        saved=saved,
+        forward_peak=forward_kept,
+        backward_peak=backward,
+        gradients=gradients,
+        loss=loss,
+    )
+
+
+def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
+    """Peak and final saved bytes of the forward walk."""
+    last_use: dict[str, int] = {}
+    for index, op in enumerate(graph.operators):
+        for tensor in op.inputs:
+            last_use[tensor.name] = index
+    live: dict[str, Array] = {graph.boundary.name: graph.boundary.num_bytes(sizes)}
+    peak = np.zeros(1)
+    for index, op in enumerate(graph.operators):
+        new = {t.name: t.num_bytes(sizes) for t in op.outputs}
+        for tensor in op.saves:
+            if tensor.name not in live and tensor.name not in new:
+                new[tensor.name] = tensor.num_bytes(sizes)
+        before = sum(live.values(), np.zeros(1))
+        added = sum(new.values(), np.zeros(1))
+        if op.kind == "edge":  # without tensor parallelism the edge hands the tensor on
+            peak = np.maximum(peak, before + np.where(sizes["tp"] > 1, added, 0.0))
+        else:
+            extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
+            peak = np.maximum(peak, before + added + extra)
+        live.update(new)
+        for name in list(live):
+            used = last_use.get(name)
+            if name not in keep and (used is None or used <= index) and name not in _names(op):
+                del live[name]
+        for tensor in op.inputs:
+            if last_use[tensor.name] == index and tensor.name not in keep:
+                live.pop(tensor.name, None)
+    saved = sum((size for name, size in live.items() if name in keep), np.zeros(1))
+    return peak, saved
+
+
+def _names(op: Operator) -> set[str]:
+    return {t.name for t in op.outputs}
+
+
+def _main(op: Operator) -> Tensor:
+    """The tensor that transients are multiples of: the logits for the loss, else the output."""
+    return op.saves[0] if op.kind == "cross_entropy" else op.outputs[-1]
+
+
+def _backward(graph: Graph, sizes: Sizes) -> Array:
+    """Peak of the backward walk."""
+    holders: dict[str, int] = {}
+    saved: dict[str, Array] = {}
+    for op in graph.operators:
+        for tensor in op.saves:
+            holders[tensor.name] = holders.get(tensor.name, 0) + 1
+            saved[tensor.name] = tensor.num_bytes(sizes)
+    last = graph.operators[-1]
+    grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in last.outputs}
+    peak = np.zeros(1)
+    for op in reversed(graph.operators):
+        standing = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
+        weights = sum((t.num_bytes(sizes) for t in op.weights), np.zeros(1))
+        made, making = _input_gradients(op, sizes, grads)
+        peak = np.maximum(peak, standing + making + weights)
+        for tensor in op.outputs:
+            grads.pop(tensor.name, None)
+        for tensor in op.saves:
+            holders[tensor.name] -= 1
+            if holders[tensor.name] == 0:
+                del saved[tensor.name]
+        for name, size in made.items():
+            if name in grads:  # two consumers: both gradients and their sum live for a moment
+                held = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
+                peak = np.maximum(peak, held + 2 * size)
+            grads[name] = size
+    return peak
+
+
+def _input_gradients(
+    op: Operator, sizes: Sizes, grads: dict[str, Array]
+) -> tuple[dict[str, Array], Array]:
+    """Gradients that remain after the operator's backward, and the bytes live while making them."""
+    if not op.grad_inputs:
+        return {}, np.zeros(1)
+    if op.kind == "add":  # the same gradient goes to both inputs: no new tensor
+        out = grads[op.outputs[0].name]
+        first, *others = op.inputs
+        made = {first.name: out, **{t.name: 0.0 * out for t in others}}
+        return made, np.zeros(1)
+    made = {t.name: t.num_bytes(sizes) for t in op.inputs}
+    total = sum(made.values(), np.zeros(1))
+    if op.kind == "edge":
+        return made, np.where(sizes["tp"] > 1, total, 0.0)
+    extra = transients(op.kind, op.outputs[-1].dtype)[1] * _main(op).num_bytes(sizes)
+    return made, np.maximum(total, extra)
+
+
+def param_elements(graph: Graph, sizes: Sizes) -> Array:
+    """Local parameters of a graph."""
+    return sum((volume(t.axes, sizes) for t in graph.weights), np.zeros(1))

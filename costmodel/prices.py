@@ -1,0 +1,186 @@
+"""Seconds of operators and collectives on one pool: measured curves first, constants otherwise.
+
+A `Prices` is made for one pool, with `busy` processes at work on each node. Where the cluster
+carries a profile of the pool's device, its curves are used ("measured"); what they do not hold
+comes from the roofline with the stack's constants ("catalog"), or, on a CPU without a profile, from
+assumed constants ("assumed").
+
+Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forward`,
+`layer_backward` (Python and autograd glue of one block), `checkpoint` (per recomputed block),
+`tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
+`fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),
+`micro_batch`, `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..cluster import DTYPE_BYTES, CollectiveCurve, OperatorCurve, Pool, Profile
+from ..estimate import Evidence
+from . import collectives
+from .curves import interpolate_rate, interpolate_time
+from .graph import Array
+from .operators import KINDS
+
+
+class Prices:
+    """Times of operators and collectives on one pool with `busy` processes per node."""
+
+    def __init__(self, pool: Pool, profile: Profile | None, busy: int = 1) -> None:
+        self.pool = pool
+        self.busy = busy
+        usable = profile if profile is not None and profile.device == pool.device.name else None
+        self.profile = usable
+        self._operators: dict[tuple[str, str], list[OperatorCurve]] = {}
+        self._collectives: dict[str, list[CollectiveCurve]] = {}
+        if usable is not None:
+            for curve in usable.operators:
+                self._operators.setdefault((curve.operator, curve.dtype), []).append(curve)
+            for entry in usable.collectives:
+                self._collectives.setdefault(entry.collective, []).append(entry)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What compute times rest on."""
+        if self.profile is not None:
+            return "measured"
+        return "assumed" if self.pool.device.kind == "cpu" else "catalog"
+
+    @property
+    def link_evidence(self) -> Evidence:
+        """What communication times rest on."""
+        if self._collectives:
+            return "measured"
+        return "assumed" if self.pool.device.kind == "cpu" else "catalog"
+
+    def host(self, name: str) -> float:
+        """Host seconds of that name; processes beyond the cores share them."""
+        if self.profile is None:
+            return 0.0
+        cores = self.pool.shared_cores or self.busy
+        return self.profile.host_s.get(name, 0.0) * max(1.0, self.busy / cores)
+
+    def scale(self, term: str) -> float:
+        """Correction of a time term that calibration found (1 without one)."""
+        return self.profile.scale.get(term, 1.0) if self.profile is not None else 1.0
+
+    def memory(self, name: str, otherwise: float) -> float:
+        """A measured memory constant, or the stack's."""
+        return self.profile.memory.get(name, otherwise) if self.profile is not None else otherwise
+
+    def operator(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
+        """Forward and backward seconds of one operator; `sizes` as in `KINDS`."""
+        curves = self._operators.get((kind, dtype)) or self._operators.get((kind, "fp32"))
+        if not curves:
+            return self._roofline(kind, sizes, dtype)
+        levels = {curve.busy: curve for curve in curves}
+        return (
+            self._at_busy({n: _read(c, sizes, c.forward_s) for n, c in levels.items()}),
+            self._at_busy({n: _read(c, sizes, c.backward_s) for n, c in levels.items()}),
+        )
+
+    def _at_busy(self, times: dict[int, Array]) -> Array:
+        """Time at this many busy processes, linear between measured levels.
+
+        Above the last level time grows in proportion: the cores are shared.
+        """
+        levels = sorted(times)
+        if self.busy <= levels[0]:
+            return times[levels[0]]
+        if self.busy >= levels[-1]:
+            return times[levels[-1]] * self._beyond(levels[-1])
+        high = next(n for n in levels if n >= self.busy)
+        low = max(n for n in levels if n <= self.busy)
+        share = 0.0 if high == low else (self.busy - low) / (high - low)
+        return times[low] * (1 - share) + times[high] * share
+
+    def _beyond(self, level: int) -> float:
+        cores = self.pool.shared_cores
+        if cores is None:
+            return 1.0
+        return max(1.0, self.busy / max(level, cores))
+
+    def _roofline(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
+        """max(FLOPs / rate, bytes / bandwidth), smoothed where the two are close.
+
+        A GEMM reaches `gemm_efficiency` of the peak times K / (K + K0) with inner dimension K.
+        """
+        entry, stack, device = KINDS[kind], self.pool.stack, self.pool.device
+        peak = device.peak_flops_per_s.get(dtype) or max(device.peak_flops_per_s.values())
+        bandwidth = device.memory_bytes_per_s * stack.memory_efficiency
+        x = DTYPE_BYTES[dtype]
+        if kind.startswith("linear"):
+            efficiency = stack.gemm_efficiency.get(dtype, 0.7)
+            inner_forward = sizes[0] if kind == "linear_wgrad" else sizes[2]
+            forward_rate = peak * efficiency * inner_forward / (inner_forward + stack.gemm_half_k)
+            backward_rate = peak * efficiency * sizes[1] / (sizes[1] + stack.gemm_half_k)
+        else:
+            forward_rate = peak * stack.attention_forward_efficiency + 0.0 * sizes[0]
+            backward_rate = peak * stack.attention_backward_efficiency + 0.0 * sizes[0]
+        streams = not kind.startswith("linear") and kind not in ("attention", "adamw")
+        factor = stack.elementwise_multiplier if streams else 1.0
+        return (
+            _smooth_max(
+                entry.forward_flops(sizes) / forward_rate,
+                factor * entry.forward_bytes(sizes, x) / bandwidth,
+            ),
+            _smooth_max(
+                entry.backward_flops(sizes) / backward_rate,
+                factor * entry.backward_bytes(sizes, x) / bandwidth,
+            ),
+        )
+
+    def collective(
+        self, kind: str, num_bytes: Array, ranks: Array, stride: Array, groups: Array
+    ) -> Array:
+        """Seconds of a collective over `ranks` ranks, with `groups` such groups at work at once."""
+        curves = self._collectives.get(kind)
+        if not curves:
+            return collectives.group_s(kind, num_bytes, ranks, stride, self.pool)
+        time = np.zeros(np.broadcast_shapes(num_bytes.shape, ranks.shape))
+        for p in np.unique(ranks):
+            if p <= 1:
+                continue
+            for g in np.unique(groups):
+                here = (ranks == p) & (groups == g)
+                if np.any(here):
+                    seconds = _measured_collective(curves, kind, num_bytes, int(p), int(g))
+                    time = np.where(here, seconds, time)
+        return time
+
+
+def _smooth_max(x: Array, y: Array) -> Array:
+    """(x^4 + y^4)^(1/4): near max(x, y), above it where both bind."""
+    return (x**4 + y**4) ** 0.25
+
+
+def _read(curve: OperatorCurve, sizes: Sequence[Array], seconds: Sequence[float]) -> Array:
+    """Time of one operator from its curve; zero where the curve has no such direction."""
+    if not seconds:
+        return 0.0 * sizes[0]
+    if len(curve.axes) == 1:
+        elements = sizes[0]
+        for size in sizes[1:]:
+            elements = elements * size
+        return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
+    points = np.asarray(curve.sizes, dtype=float)
+    work = KINDS[curve.operator].work
+    point_work = work([points[:, i] for i in range(points.shape[1])])
+    rate = interpolate_rate(points, point_work / np.asarray(seconds), sizes)
+    return work(sizes) / rate
+
+
+def _measured_collective(
+    curves: Sequence[CollectiveCurve], kind: str, num_bytes: Array, ranks: int, groups: int
+) -> Array:
+    """From the measured curve of the nearest group; other group sizes by the steps of a ring."""
+    exact = [c for c in curves if c.group == ranks]
+    same = exact or sorted(curves, key=lambda c: (abs(c.group - ranks), c.group))[:1]
+    curve = min(same, key=lambda c: (abs(c.groups - groups), c.groups))
+    seconds = interpolate_time(curve.message_bytes, curve.seconds, num_bytes)
+    if kind != "p2p" and curve.group != ranks:
+        seconds = seconds * ((ranks - 1) / ranks) / ((curve.group - 1) / curve.group)
+    return seconds

@@ -1,0 +1,211 @@
+"""Pipeline schedules: the order of actions on every rank, played to a makespan and a memory curve.
+
+An action is (kind, stage, micro-batch) with kind "F" or "B". Stage i runs on rank i mod p. The
+order on a rank is fixed by the schedule; an action starts when the rank is free and the action that
+it waits for is done: F(i, j) after F(i-1, j), B(i, j) after B(i+1, j) and F(i, j), each plus the
+transfer between the ranks. With one resource per rank this is a longest path; where the processes
+of a node share its cores, the speed of an action falls with the number of busy ranks
+(`play_shared`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Action = tuple[str, int, int]
+Orders = list[list[Action]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """The outcome of playing orders: seconds."""
+
+    makespan_s: float
+    busy_s: tuple[float, ...]
+    """Busy time of every rank."""
+    spans: tuple[tuple[int, Action, float, float], ...] = ()
+    """(rank, action, start, end) of every action, when asked for."""
+
+
+def orders(schedule: str, p: int, v: int, m: int) -> Orders:
+    """The actions of each rank in order.
+
+    gpipe: all forwards, then all backwards. 1f1b: p - rank forwards, then one backward and one
+    forward in turn. interleaved: the same over v chunks, micro-batches in rounds of p (Narayanan et
+    al. 2021, section 2.2), with 2 (p - rank - 1) + (v - 1) p + 1 forwards before the first
+    backward.
+
+    >>> orders("1f1b", 2, 1, 2)[0]
+    [('F', 0, 0), ('F', 0, 1), ('B', 0, 0), ('B', 0, 1)]
+    """
+    if schedule == "interleaved" and v > 1:
+        return [_interleaved(rank, p, v, m) for rank in range(p)]
+    result: Orders = []
+    for rank in range(p):
+        warm_up = m if schedule == "gpipe" else min(m, p - rank)
+        actions: list[Action] = [("F", rank, j) for j in range(warm_up)]
+        for j in range(m):
+            actions.append(("B", rank, j))
+            if warm_up + j < m:
+                actions.append(("F", rank, warm_up + j))
+        result.append(actions)
+    return result
+
+
+def _interleaved(rank: int, p: int, v: int, m: int) -> list[Action]:
+    rounds = max(1, m // p)
+    per_round = m // rounds
+    total = m * v
+
+    def forward(step: int) -> Action:
+        chunk = (step // per_round) % v
+        micro = (step // (per_round * v)) * per_round + step % per_round
+        return ("F", chunk * p + rank, micro)
+
+    def backward(step: int) -> Action:
+        chunk = v - 1 - (step // per_round) % v
+        micro = (step // (per_round * v)) * per_round + step % per_round
+        return ("B", chunk * p + rank, micro)
+
+    warm_up = min((v - 1) * per_round + 2 * (p - 1 - rank), total)
+    actions = [forward(step) for step in range(warm_up)]
+    for step in range(total - warm_up):
+        actions.append(forward(warm_up + step))
+        actions.append(backward(step))
+    actions += [backward(step) for step in range(total - warm_up, total)]
+    return actions
+
+
+def _needs(action: Action, last_stage: int) -> list[Action]:
+    kind, stage, micro = action
+    if kind == "F":
+        return [("F", stage - 1, micro)] if stage else []
+    own = [("F", stage, micro)]
+    return own if stage == last_stage else [*own, ("B", stage + 1, micro)]
+
+
+def play(
+    order: Orders, duration: Callable[[Action], float], p2p_s: float, *, spans: bool = False
+) -> Played:
+    """Longest path through the actions; every rank is a resource of its own.
+
+    >>> done = play(orders("1f1b", 4, 1, 8), lambda a: 1.0 if a[0] == "F" else 2.0, 0.0)
+    >>> done.makespan_s
+    33.0
+    """
+    last_stage = max(stage for actions in order for _, stage, _ in actions)
+    finish: dict[Action, float] = {}
+    position = [0] * len(order)
+    clock = [0.0] * len(order)
+    busy = [0.0] * len(order)
+    record: list[tuple[int, Action, float, float]] = []
+    remaining = sum(len(actions) for actions in order)
+    p = len(order)
+    while remaining:
+        progress = False
+        for rank, actions in enumerate(order):
+            while position[rank] < len(actions):
+                action = actions[position[rank]]
+                start = clock[rank]
+                ready = True
+                for need in _needs(action, last_stage):
+                    end = finish.get(need)
+                    if end is None:
+                        ready = False
+                        break
+                    hop = p2p_s if need[1] != action[1] and need[1] % p != rank else 0.0
+                    start = max(start, end + hop)
+                if not ready:
+                    break
+                length = duration(action)
+                clock[rank] = finish[action] = start + length
+                busy[rank] += length
+                position[rank] += 1
+                remaining -= 1
+                progress = True
+                if spans:
+                    record.append((rank, action, start, start + length))
+        if not progress:
+            raise ValueError("the orders deadlock: an action waits for one behind it")
+    return Played(makespan_s=max(clock), busy_s=tuple(busy), spans=tuple(record))
+
+
+def play_shared(
+    order: Orders,
+    duration: Callable[[Action], float],
+    p2p_s: float,
+    speed: Sequence[float],
+) -> Played:
+    """The same with one shared resource: with n ranks busy at once each runs at speed[n-1].
+
+    `duration` is the time of an action when its rank alone is busy; speed[0] is 1. A waiting rank
+    uses nothing.
+    """
+    last_stage = max(stage for actions in order for _, stage, _ in actions)
+    p = len(order)
+    finish: dict[Action, float] = {}
+    position = [0] * p
+    busy = [0.0] * p
+    active: dict[int, float] = {}
+    now = 0.0
+    remaining = sum(len(actions) for actions in order)
+    while remaining:
+        wake = float("inf")
+        for rank, actions in enumerate(order):
+            if rank in active or position[rank] >= len(actions):
+                continue
+            start = _start(actions[position[rank]], rank, p, last_stage, finish, p2p_s)
+            if start <= now + 1e-15:
+                active[rank] = duration(actions[position[rank]])
+            else:
+                wake = min(wake, start)
+        if not active:
+            if wake == float("inf"):
+                raise ValueError("the orders deadlock: an action waits for one behind it")
+            now = wake
+            continue
+        rate = speed[min(len(active), len(speed)) - 1]
+        step = min(min(active.values()) / rate, wake - now)
+        now += step
+        for rank in list(active):
+            busy[rank] += step
+            active[rank] -= step * rate
+            if active[rank] <= 1e-12:
+                del active[rank]
+                finish[order[rank][position[rank]]] = now
+                position[rank] += 1
+                remaining -= 1
+    return Played(makespan_s=now, busy_s=tuple(busy))
+
+
+def _start(
+    action: Action, rank: int, p: int, last_stage: int, finish: dict[Action, float], p2p_s: float
+) -> float:
+    start = 0.0
+    for need in _needs(action, last_stage):
+        end = finish.get(need)
+        if end is None:
+            return float("inf")
+        hop = p2p_s if need[1] != action[1] and need[1] % p != rank else 0.0
+        start = max(start, end + hop)
+    return start
+
+
+def in_flight(actions: Sequence[Action]) -> tuple[int, int]:
+    """Largest number of live chunk activations at a backward: at the first one, at later ones.
+
+    Before the first backward no gradients exist; from then on they do, so both counts matter.
+    """
+    live = first = later = 0
+    seen = False
+    for kind, _, _ in actions:
+        if kind == "F":
+            live += 1
+            continue
+        if seen:
+            later = max(later, live)
+        else:
+            first, seen = live, True
+        live -= 1
+    return first, later

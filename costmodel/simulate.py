@@ -1,0 +1,288 @@
+"""A plan played through: step time, its terms, memory, traffic - the Estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ..cluster import Pool
+from ..errors import InputError
+from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
+from ..model import Model
+from ..plan import Phase, Plan
+from .graph import Array
+from .layout import Layouts
+from .memory import Peak
+from .pieces import Pieces, pieces
+from .prices import Prices
+from .ranks import StageTimes, Update, rank_memory, stage_times, update
+from .schedule import Action, Orders, Played, in_flight, orders, play, play_shared
+from .stages import Load, merge, plan_loads
+
+Z90 = 1.645
+MEMORY_SPREAD = 0.04
+"""Relative standard deviation of predicted memory: assumed."""
+LINK_SPREAD = 0.25
+"""Of measured collectives between processes, whose tails are heavy: assumed."""
+
+
+def check_covered(model: Model) -> None:
+    """Raise InputError for models whose cost is not modelled yet."""
+    for layer in model.layers:
+        if layer.experts is not None or layer.latent is not None:
+            what = "experts" if layer.experts is not None else "latent attention"
+            raise InputError("model", model.name, f"{what} are not modelled yet",
+                             "choose a dense decoder")  # fmt: skip
+
+
+class Simulation:
+    """One phase of a plan with all its intermediate costs; arrays have length one."""
+
+    def __init__(self, plan: Plan, phase: Phase) -> None:
+        check_covered(plan.model)
+        self.plan, self.phase, self.mesh = plan, phase, phase.mesh
+        self.pool: Pool = plan.cluster.pool(phase.stages[0].pool)
+        self.layouts = Layouts.of(phase)
+        self.compute, self.recompute = phase.compute_dtype, phase.recompute
+        mesh = self.mesh
+        self.replicas = mesh.dp * mesh.tp
+        """Ranks that do the same work as one pipeline rank."""
+        self.node_ranks = min(mesh.world, self.pool.devices_per_node)
+        self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
+        self.costs = self._pieces(self.prices)
+        self.stage_loads = plan_loads(plan.model, phase)
+        self.rank_loads = [
+            merge([self.stage_loads[r + c * mesh.pp] for c in range(mesh.vpp)])
+            for r in range(mesh.pp)
+        ]
+        self.orders: Orders = orders(phase.schedule, mesh.pp, mesh.vpp, phase.num_microbatches)
+        self.updates: list[Update] = [
+            update(load, self.costs, self.layouts, self.prices, self.compute)
+            for load in self.rank_loads
+        ]
+
+    def _pieces(self, prices: Prices) -> Pieces:
+        return pieces(
+            self.plan.model,
+            self.layouts,
+            self.phase.seq_tokens,
+            prices,
+            compute=self.compute,
+            recompute=self.recompute,
+        )
+
+    def _times(self, prices: Prices, costs: Pieces) -> list[StageTimes]:
+        return [stage_times(load, costs, prices) for load in self.stage_loads]
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether pipeline ranks slow one another down by sharing a node's cores."""
+        return self.pool.shared_cores is not None and self.mesh.pp > 1
+
+    def played(self, *, with_transfers: bool = True, spans: bool = False) -> Played:
+        """The schedule played with this phase's stage times."""
+        prices = self.prices
+        hop = self.hop_s() if with_transfers else 0.0
+        action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
+        if not self.shares_cores:
+            times = self._times(prices, self.costs)
+            return play(self.orders, _durations(times, action_s), hop, spans=spans)
+        alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
+        base = self._times(alone, self._pieces(alone))
+        speeds = self.speeds(base)
+        return play_shared(self.orders, _durations(base, action_s), hop, speeds)
+
+    def speeds(self, base: list[StageTimes]) -> list[float]:
+        """Speed of a pipeline rank when 1, 2, ... pp of them are busy; the first is 1."""
+        total = _sum(base)
+        result = [1.0]
+        for busy_ranks in range(2, self.mesh.pp + 1):
+            prices = Prices(self.pool, self.plan.cluster.profile, busy_ranks * self.replicas)
+            result.append(total / _sum(self._times(prices, self._pieces(prices))))
+        return result
+
+    def hop_s(self) -> float:
+        """Transfer of one micro-batch's activations between neighbouring pipeline ranks."""
+        if self.mesh.pp == 1:
+            return 0.0
+        boundary = self.costs.layers[0].boundary_bytes
+        stride = np.array([float(self.replicas)])
+        two = np.array([2.0])
+        groups = np.array([float(self.replicas)])
+        return float(self.prices.collective("p2p", boundary, two, stride, groups)[0])
+
+    def memory(self) -> Peak:
+        """Peak memory of the fullest rank."""
+        peaks: list[Peak] = []
+        for rank in sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1}):
+            counts = in_flight(self.orders[rank])
+            peaks.append(
+                rank_memory(
+                    self.rank_loads[rank],
+                    self.costs,
+                    self.layouts,
+                    self.prices,
+                    self.compute,
+                    (np.array([float(counts[0])]), np.array([float(counts[1])])),
+                )
+            )
+        return max(peaks, key=lambda peak: float(peak.total[0]))
+
+    def wire_bytes(self) -> dict[str, float]:
+        """Bytes handed to each collective, per rank and step, mean over ranks."""
+        m = self.phase.num_microbatches
+        total: dict[str, float] = {}
+
+        def add(name: str, value: Array | float) -> None:
+            number = float(np.asarray(value).reshape(-1)[0])
+            if number > 0:
+                total[name] = total.get(name, 0.0) + number / self.mesh.pp
+
+        for load, step in zip(self.rank_loads, self.updates, strict=True):
+            for count, piece in load.each(self.costs):
+                for name, value in piece.wire_bytes.items():
+                    add(name, count * value * m)
+            for name, value in step.dp.wire_bytes.items():
+                add(name, value)
+        if self.mesh.pp > 1:
+            boundary = self.costs.layers[0].boundary_bytes
+            crossings = 2 * (len(self.stage_loads) - 1)
+            add("send@pp", boundary * m * crossings)
+            if self.plan.model.tied_embeddings:
+                table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
+                add("all_reduce@pp", 2 * 4.0 * table)
+        return dict(sorted(total.items()))
+
+    def time_terms(self, played: Played) -> dict[str, float]:
+        """Terms of the step, mean over ranks; `bubble` is what remains of each rank's step."""
+        m, p = self.phase.num_microbatches, self.mesh.pp
+        terms = dict.fromkeys(TIME_TERMS, 0.0)
+        step = self.step_s(played)
+        shared = self._busy_stretch(played)
+        for load, upd in zip(self.rank_loads, self.updates, strict=True):
+
+            def micro(name: str, load: Load = load) -> float:
+                return m * float(load.total(self.costs, name)[0]) * shared
+
+            rank = {
+                "forward": micro("forward_s"),
+                "backward": micro("backward_s") + float(upd.dp.accumulate_s[0]),
+                "recompute": micro("recompute_s"),
+                "exposed.tp": micro("tp_forward_s") + micro("tp_backward_s"),
+                "exposed.dp": float(upd.dp.exposed_s[0]),
+                "optimizer": float(upd.optimizer_s[0]),
+                "host": micro("host_forward_s")
+                + micro("host_backward_s")
+                + float(upd.host_s[0] + upd.dp.host_s[0])
+                + (2 * m * self.mesh.vpp * self.prices.host("pp_action") if p > 1 else 0.0),
+            }
+            for name, value in rank.items():
+                terms[name] += value / p
+        idle = max(0.0, step - sum(terms.values()))
+        if p > 1:
+            without = self.played(with_transfers=False).makespan_s
+            terms["exposed.pp"] = min(idle, max(0.0, played.makespan_s - without))
+        terms["bubble"] = idle - terms["exposed.pp"]
+        excess = sum(terms.values()) / step
+        return {name: value / excess for name, value in terms.items()}
+
+    def _busy_stretch(self, played: Played) -> float:
+        """Played busy time over the busy time at full load: cores shared by fewer run faster."""
+        if not self.shares_cores:
+            return 1.0
+        m = self.phase.num_microbatches
+        full = sum(
+            m * float(t.forward_s[0] + t.backward_s[0])
+            for t in self._times(self.prices, self.costs)
+        )
+        return sum(played.busy_s) / full if full > 0 else 1.0
+
+    def step_s(self, played: Played) -> float:
+        """Makespan, then the longest exchange and update of any rank."""
+        return played.makespan_s + max(float(u.total_s[0]) for u in self.updates)
+
+
+def _durations(times: list[StageTimes], action_s: float) -> Callable[[Action], float]:
+    forward = [float(t.forward_s[0]) + action_s for t in times]
+    backward = [float(t.backward_s[0]) + action_s for t in times]
+
+    def duration(action: Action) -> float:
+        return forward[action[1]] if action[0] == "F" else backward[action[1]]
+
+    return duration
+
+
+def _sum(times: list[StageTimes]) -> float:
+    return sum(float(t.forward_s[0] + t.backward_s[0]) for t in times)
+
+
+def estimate(plan: Plan) -> Estimate:
+    """The predicted cost of one optimiser step of a plan's first phase.
+
+    Raises InputError when the plan contradicts itself or its model is not covered.
+    """
+    plan.check()
+    sim = Simulation(plan, plan.phase)
+    played = sim.played()
+    step, terms = sim.step_s(played), sim.time_terms(played)
+    peak = sim.memory()
+    memory_terms = {name: float(value[0]) for name, value in peak.terms.items()}
+    total = float(sum(memory_terms.values()))
+    capacity = sim.pool.device.memory_bytes
+    probability = _normal_cdf((capacity - total) / (MEMORY_SPREAD * total))
+    tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
+    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
+    per_device = flops / step / sim.mesh.world
+    peak_flops = sim.pool.device.peak_flops_per_s.get(sim.compute) or max(
+        sim.pool.device.peak_flops_per_s.values()
+    )
+    spread = _step_spread(sim, terms, step)
+    return Estimate(
+        step_s=_interval(step, spread),
+        tokens_per_s=tokens / step,
+        model_flops_per_s_per_device=per_device,
+        mfu=per_device / peak_flops,
+        peak_memory_bytes=_interval(total, MEMORY_SPREAD),
+        fits="yes" if probability >= 0.95 else "no" if probability < 0.05 else "marginal",
+        fit_probability=probability,
+        capacity_bytes=capacity,
+        time_terms_s=terms,
+        memory_terms_bytes=memory_terms,
+        bytes_on_wire=sim.wire_bytes(),
+        evidence=_evidence(sim, terms),
+    )
+
+
+def _interval(median: float, spread: float) -> Interval:
+    factor = math.exp(Z90 * spread)
+    return Interval(median=median, low=median / factor, high=median * factor)
+
+
+def _normal_cdf(x: float) -> float:
+    return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
+
+
+def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float:
+    """Relative standard deviation of the step: one per class of term, added in squares."""
+    profile = sim.prices.profile
+    compute_spread = profile.spread if profile is not None else sim.pool.stack.spread
+    link_spread = LINK_SPREAD if sim.prices.link_evidence == "measured" else sim.pool.stack.spread
+    links = sum(value for name, value in terms.items() if name.startswith("exposed."))
+    compute = step - links
+    run_to_run = 0.02
+    return math.sqrt(
+        (compute * compute_spread / step) ** 2 + (links * link_spread / step) ** 2 + run_to_run**2
+    )
+
+
+def _evidence(sim: Simulation, terms: dict[str, float]) -> dict[str, Evidence]:
+    result: dict[str, Evidence] = {}
+    for name in terms:
+        if name.startswith("exposed."):
+            result[name] = sim.prices.link_evidence
+        else:
+            result[name] = sim.prices.evidence
+    result["memory"] = "measured" if sim.prices.profile is not None else "assumed"
+    return result

@@ -1,0 +1,186 @@
+"""Cluster: what it runs on - devices, links, nodes, software stack, and measured curves.
+
+Two kinds of evidence stand here. A `Stack` holds the efficiencies of a software stack on a device
+as a handful of constants (catalog evidence). A `Profile` holds what was measured on the machine
+itself as curves; where one is present it takes the place of the constants.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .document import Document, Value
+from .errors import InputError
+
+Dtype = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8"]
+DTYPE_BYTES: dict[str, float] = {
+    "int64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5, "int8": 1,
+}  # fmt: skip
+
+
+class Link(Value, frozen=True, kw_only=True):
+    """A link as one rank sees it: one direction, all of its lanes together."""
+
+    latency_s: float
+    bytes_per_s: float
+    source: str = ""
+
+
+class Device(Value, frozen=True, kw_only=True):
+    """One accelerator, or one process of a CPU node."""
+
+    name: str
+    kind: Literal["gpu", "cpu"]
+    memory_bytes: int
+    memory_bytes_per_s: float
+    peak_flops_per_s: dict[str, float]
+    """Dense peak by dtype name, without sparsity."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None for other makes."""
+    num_sms: int | None = None
+    power_watts: float | None = None
+    source: str = ""
+
+
+class Stack(Value, frozen=True, kw_only=True):
+    """How well a software stack uses a kind of device; fractions of the device's nominal rates."""
+
+    name: str
+    gemm_efficiency: dict[str, float]
+    """Large-GEMM fraction of `peak_flops_per_s`, by dtype."""
+    gemm_half_k: float = 200.0
+    """K0 in the efficiency K / (K + K0) of a GEMM with inner dimension K."""
+    attention_forward_efficiency: float = 0.5
+    attention_backward_efficiency: float = 0.4
+    memory_efficiency: float = 0.8
+    """Fraction of the memory bandwidth that elementwise operators reach."""
+    elementwise_multiplier: float = 1.0
+    """Traffic of elementwise operators relative to one read and one write per tensor."""
+    intra_node_efficiency: float = 0.7
+    inter_node_efficiency: float = 0.8
+    host_s_per_op: float = 5e-6
+    """Host time to launch one operator; a layer cannot go faster than its launches."""
+    overlap_contention: float = 0.3
+    """Slow-down of compute per second of communication hidden behind it (SMs, bandwidth)."""
+    can_overlap: bool = True
+    """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
+    context_bytes: int = 0
+    """Memory of the device context and communicators before the first tensor."""
+    fragmentation: float = 0.0
+    """Allocator waste as a fraction of the peak of live tensors."""
+    spread: float = 0.15
+    """Relative standard deviation of a predicted operator time."""
+    source: str = ""
+
+
+class OperatorCurve(Value, frozen=True, kw_only=True):
+    """Measured times of one operator over sizes, with `busy` processes at work on the node.
+
+    `axes` names the columns of `sizes`; `forward_s` and `backward_s` are seconds per call. For
+    `matmul` the axes are (m, n, k) of one GEMM and `backward_s` is empty: the backward of a linear
+    is two more GEMMs. For others the axes are the operator's own (see `costmodel/operators.py`).
+    """
+
+    operator: str
+    dtype: str
+    busy: int = 1
+    axes: tuple[str, ...]
+    sizes: tuple[tuple[float, ...], ...]
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...] = ()
+
+
+class CollectiveCurve(Value, frozen=True, kw_only=True):
+    """Measured times of one collective over sizes.
+
+    `message_bytes` is the full logical buffer (gathered output, scattered input, reduced buffer,
+    sent message), `group` the ranks in it, `groups` how many such groups were at work at once.
+    """
+
+    collective: str
+    group: int
+    groups: int = 1
+    link: Literal["intra_node", "inter_node"] = "intra_node"
+    message_bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
+class Profile(Document, frozen=True, kw_only=True):
+    """What was measured on one machine, and when."""
+
+    SCHEMA: ClassVar[str] = "forerun.profile/1"
+
+    schema: str = "forerun.profile/1"
+    name: str
+    device: str
+    date: str
+    environment: dict[str, str]
+    operators: tuple[OperatorCurve, ...] = ()
+    collectives: tuple[CollectiveCurve, ...] = ()
+    host_s: dict[str, float] = {}
+    """Host times in seconds by name (see `costmodel/prices.py`)."""
+    memory: dict[str, float] = {}
+    """Measured memory constants in bytes by name, such as the process before the first tensor."""
+    scale: dict[str, float] = {}
+    """Corrections by time term from `forerun calibrate`: measured / predicted, near 1."""
+    spread: float = 0.05
+    """Relative standard deviation of repeated measurements on this machine."""
+
+
+class Pool(Value, frozen=True, kw_only=True):
+    """Equal nodes of equal devices."""
+
+    name: str
+    device: Device
+    devices_per_node: int
+    num_nodes: int = 1
+    intra_node: Link
+    inter_node: Link | None = None
+    """Per device: a node's network rate divided by its devices."""
+    host: Link | None = None
+    """Copies between device and host, per device with all devices copying."""
+    shared_cores: int | None = None
+    """CPU nodes: cores that all processes of a node share; None = devices are independent."""
+    stack: Stack
+    price_usd_per_hour: float | None = None
+    """Of one device."""
+
+    def __post_init__(self) -> None:
+        for field in ("devices_per_node", "num_nodes"):
+            if getattr(self, field) < 1:
+                raise InputError(f"pools.{field}", getattr(self, field), "not positive",
+                                 "give 1 or more")  # fmt: skip
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all nodes of the pool."""
+        return self.num_nodes * self.devices_per_node
+
+
+class Cluster(Document, frozen=True, kw_only=True):
+    """Pools of nodes, and the link between pools."""
+
+    SCHEMA: ClassVar[str] = "forerun.cluster/1"
+
+    schema: str = "forerun.cluster/1"
+    name: str
+    pools: tuple[Pool, ...]
+    between_pools: Link | None = None
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pools:
+            raise InputError("pools", "[]", f"{self.name} has no pool", "give one at least")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all pools."""
+        return sum(pool.num_devices for pool in self.pools)
+
+    def pool(self, name: str) -> Pool:
+        """The pool of that name."""
+        for pool in self.pools:
+            if pool.name == name:
+                return pool
+        raise InputError("pool", name, f"{self.name} has no such pool",
+                         f"known: {', '.join(p.name for p in self.pools)}")  # fmt: skip

@@ -1,0 +1,58 @@
+"""Measurement: what a run really did, under the same names as the Estimate."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .document import Document, Value
+
+
+class StepTimes(Value, frozen=True, kw_only=True):
+    """Step times over the timed steps, in seconds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+class RankMeasurement(Value, frozen=True, kw_only=True):
+    """What one rank counted."""
+
+    rank: int
+    coordinates: dict[str, int]
+    peak_memory_bytes: int
+    """Live tensors at their peak: each storage once on a CPU, `max_memory_allocated` on CUDA."""
+    process_peak_bytes: int
+    """Resident set of the process, or memory reserved on the device."""
+    memory_terms_bytes: dict[str, float]
+    time_terms_s: dict[str, float]
+    bytes_on_wire: dict[str, float]
+
+
+class Measurement(Document, frozen=True, kw_only=True):
+    """One executed plan."""
+
+    SCHEMA: ClassVar[str] = "forerun.measurement/1"
+
+    schema: str = "forerun.measurement/1"
+    label: str
+    plan_digest: str
+    """SHA-256 of the plan's JSON, so that `diff` can tell a plan it does not belong to."""
+    step_s: StepTimes
+    tokens_per_s: float
+    peak_memory_bytes: int
+    """Of the fullest rank."""
+    process_peak_bytes: int
+    time_terms_s: dict[str, float]
+    """Mean over ranks; sums to the median step."""
+    memory_terms_bytes: dict[str, float]
+    """Of the fullest rank at its peak."""
+    bytes_on_wire: dict[str, float]
+    """Per rank and step, mean over ranks."""
+    steps: tuple[float, ...]
+    """Seconds of every timed step (the slowest rank's)."""
+    loss: tuple[float, ...]
+    """Mean loss per token of every step, warm-up included."""
+    ranks: tuple[RankMeasurement, ...]
+    environment: dict[str, str]
+    emulated: bool = False

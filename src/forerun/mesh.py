@@ -1,0 +1,87 @@
+"""The Mesh owns all parallel degrees: their product, their rank order, their checks."""
+
+from __future__ import annotations
+
+from .document import Value
+from .errors import InputError
+
+
+class Mesh(Value, frozen=True, kw_only=True):
+    """Parallel degrees of one phase.
+
+    The dense mesh is (pp, dp_replicate, dp_shard, cp, tp), outermost first: ranks that differ only
+    in tp are neighbours. Its product is the world. `vpp` is the model chunks per pipeline rank,
+    `ulysses` the part of `cp` done by all-to-all, `ep` is laid over dp_shard and cp and does not
+    multiply.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    ulysses: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep"):
+            degree = getattr(self, axis)
+            if degree < 1:
+                raise InputError(axis, degree, "not positive", "give 1 or more")
+        if self.cp % self.ulysses:
+            raise InputError("ulysses", self.ulysses, f"does not divide cp={self.cp}",
+                             "give a divisor of cp")  # fmt: skip
+        if (self.dp_shard * self.cp) % self.ep:
+            problem = f"does not divide dp_shard*cp={self.dp_shard * self.cp}"
+            raise InputError("ep", self.ep, problem, "give a divisor")
+
+    AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas that see different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        """Ranks of the dense mesh."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages: chunks over all pipeline ranks."""
+        return self.pp * self.vpp
+
+    def shape(self) -> dict[str, int]:
+        """Degrees of the dense mesh in rank order, outermost first."""
+        return {axis: getattr(self, axis) for axis in self.AXES}
+
+    def stride(self, axis: str) -> int:
+        """Rank distance of neighbours along an axis: the product of the axes inside it."""
+        stride = 1
+        for name in reversed(self.AXES):
+            if name == axis:
+                return stride
+            stride *= getattr(self, name)
+        raise KeyError(axis)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position of a rank on each axis.
+
+        >>> Mesh(tp=2, pp=2).coordinates(3)["pp"], Mesh(tp=2, pp=2).coordinates(3)["tp"]
+        (1, 1)
+        """
+        position: dict[str, int] = {}
+        for axis in reversed(self.AXES):
+            degree: int = getattr(self, axis)
+            position[axis] = rank % degree
+            rank //= degree
+        return position
+
+    def check_world(self, num_devices: int) -> None:
+        """Raise InputError unless the degrees multiply to the devices there are."""
+        if self.world != num_devices:
+            equation = " * ".join(f"{axis}={n}" for axis, n in self.shape().items())
+            raise InputError("mesh", equation, f"multiplies to {self.world}, not to {num_devices}",
+                             "change a degree or the number of GPUs")  # fmt: skip

@@ -1,0 +1,274 @@
+"""Plan: what the planner chooses, with model, cluster and workload embedded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from .cluster import Cluster
+from .document import Document, Value
+from .errors import InputError
+from .estimate import Estimate
+from .mesh import Mesh
+from .model import Model
+from .workload import Workload
+
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
+SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved")
+RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
+
+
+class Stage(Value, frozen=True, kw_only=True):
+    """One pipeline stage: its pool and its layers, first and last included (0-based)."""
+
+    pool: str
+    layers: tuple[int, int]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the stage."""
+        return self.layers[1] - self.layers[0] + 1
+
+
+class Setting(Value, frozen=True, kw_only=True):
+    """The techniques that apply to a range of layers, first and last included."""
+
+    layers: tuple[int, int]
+    techniques: dict[str, dict[str, Any]]
+
+
+class Phase(Value, frozen=True, kw_only=True):
+    """One model variant, step shape and layout, for a number of steps."""
+
+    id: str = "main"
+    after: tuple[str, ...] = ()
+    steps: int
+    seq_tokens: int
+    micro_batch_seqs: int
+    """Sequences per replica in one forward pass."""
+    num_microbatches: int
+    """Forward passes per replica and step."""
+    mesh: Mesh
+    zero: Literal[0, 1, 2, 3] = 0
+    """0 replicated (DDP), 1 optimiser states, 2 + gradients, 3 + parameters (FSDP)."""
+    sequence_parallel: bool = False
+    schedule: Schedule = "1f1b"
+    orders: dict[str, tuple[str, ...]] | None = None
+    stages: tuple[Stage, ...]
+    """Stage i runs on pipeline rank i mod pp."""
+    settings: tuple[Setting, ...] = ()
+
+    def technique(self, name: str, layer: int = 0) -> Mapping[str, Any]:
+        """Settings of a technique at a layer; empty when it is not used there."""
+        for setting in self.settings:
+            if setting.layers[0] <= layer <= setting.layers[1] and name in setting.techniques:
+                return setting.techniques[name]
+        return {}
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of the matmuls."""
+        return str(self.technique("precision").get("compute", "bf16"))
+
+    @property
+    def recompute(self) -> str:
+        """Recompute mode: none, selective or full."""
+        return str(self.technique("recompute").get("mode", "none"))
+
+    @property
+    def label(self) -> str:
+        """A readable name of the layout, such as `fsdp4_tp2-sp_pp2-1f1b_mbs1x8_ac-full_bf16`."""
+        mesh = self.mesh
+        parts: list[str] = []
+        if mesh.dp > 1 or self.zero:
+            kind = {0: "ddp", 1: "zero1-", 2: "zero2-", 3: "fsdp"}[self.zero]
+            if self.zero and mesh.dp_replicate > 1:
+                parts.append(f"hsdp{mesh.dp_replicate}x{mesh.dp_shard}" if self.zero == 3 else
+                             f"{kind}{mesh.dp_replicate}x{mesh.dp_shard}")  # fmt: skip
+            else:
+                parts.append(f"{kind}{mesh.dp}")
+        if mesh.cp > 1:
+            parts.append(f"cp{mesh.cp}")
+        if mesh.tp > 1:
+            parts.append(f"tp{mesh.tp}" + ("-sp" if self.sequence_parallel else ""))
+        if mesh.pp > 1:
+            chunks = f"x{mesh.vpp}" if mesh.vpp > 1 else ""
+            parts.append(f"pp{mesh.pp}{chunks}-{self.schedule}")
+        if mesh.world == 1 and not parts:
+            parts.append("single")
+        parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
+        if self.recompute != "none":
+            parts.append(f"ac-{self.recompute}")
+        parts.append(self.compute_dtype)
+        return "_".join(parts)
+
+
+class Plan(Document, frozen=True, kw_only=True):
+    """Everything a run needs; loading one never executes code."""
+
+    SCHEMA: ClassVar[str] = "forerun.plan/1"
+
+    schema: str = "forerun.plan/1"
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    phases: tuple[Phase, ...]
+
+    @property
+    def phase(self) -> Phase:
+        """The first phase (most plans have one)."""
+        return self.phases[0]
+
+    @property
+    def label(self) -> str:
+        """The labels of the phases."""
+        return "+".join(phase.label for phase in self.phases)
+
+    def check(self) -> None:
+        """Raise InputError when the plan contradicts itself, its model or its cluster."""
+        if not self.phases:
+            raise InputError("phases", "[]", "a plan needs a phase", "write the plan anew")
+        for phase in self.phases:
+            _check_phase(self, phase)
+
+
+class PlanFile(Document, frozen=True, kw_only=True):
+    """What `plan -o` and `predict -o` write and `run`, `diff`, `trace`, `export` read."""
+
+    SCHEMA: ClassVar[str] = "forerun.plan-file/1"
+
+    schema: str = "forerun.plan-file/1"
+    label: str
+    plan: Plan
+    estimate: Estimate
+
+
+def _refuse(field: str, value: object, problem: str, remedy: str) -> InputError:
+    return InputError(field, value, problem, remedy)
+
+
+def _check_phase(plan: Plan, phase: Phase) -> None:
+    mesh, model = phase.mesh, plan.model
+    mesh.check_world(plan.cluster.num_devices)
+    for problem in layout_problems(
+        model,
+        mesh,
+        seq_tokens=phase.seq_tokens,
+        zero=phase.zero,
+        sequence_parallel=phase.sequence_parallel,
+        schedule=phase.schedule,
+        num_microbatches=phase.num_microbatches,
+    ):
+        raise problem
+    seqs = phase.micro_batch_seqs * phase.num_microbatches * mesh.dp
+    if seqs != plan.workload.global_batch_seqs:
+        raise _refuse("global-batch", plan.workload.global_batch_seqs,
+                      f"is not micro_batch_seqs={phase.micro_batch_seqs} * num_microbatches="
+                      f"{phase.num_microbatches} * dp={mesh.dp} = {seqs}",
+                      "change the micro-batch or dp")  # fmt: skip
+    if len(phase.stages) != mesh.num_stages:
+        raise _refuse("stages", len(phase.stages), f"pp*vpp = {mesh.num_stages}",
+                      "give one entry per stage")  # fmt: skip
+    expected = 0
+    for stage in phase.stages:
+        first, last = stage.layers
+        if first != expected or last < first:
+            raise _refuse("stages", f"[{first}, {last}]",
+                          "stages must cover the layers in order, one or more each",
+                          f"start this one at layer {expected}")  # fmt: skip
+        plan.cluster.pool(stage.pool)
+        expected = last + 1
+    if expected != model.num_layers:
+        raise _refuse("stages", expected, f"{model.name} has {model.num_layers} layers",
+                      "cover every layer once")  # fmt: skip
+    if phase.recompute not in RECOMPUTE_MODES:
+        raise _refuse("recompute", phase.recompute, "unknown mode",
+                      f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+    if phase.compute_dtype not in ("fp32", "bf16"):
+        raise _refuse("precision", phase.compute_dtype, "not executed yet", "use fp32 or bf16")
+
+
+def layout_problems(
+    model: Model,
+    mesh: Mesh,
+    *,
+    seq_tokens: int,
+    zero: int,
+    sequence_parallel: bool,
+    schedule: str,
+    num_microbatches: int,
+) -> Iterator[InputError]:
+    """Every rule that a layout breaks, as errors in the user's words; none when it is legal."""
+    tp = mesh.tp
+    for layer in model.layers:
+        for what, size in (
+            ("attention heads", layer.heads),
+            ("key-value heads", layer.kv_heads),
+            ("ffn width", layer.ffn_hidden),
+        ):
+            if size % tp:
+                allowed = ", ".join(str(n) for n in _divisors(size)[:8])
+                yield _refuse("tp", tp, f"does not divide {size} {what} of {model.name}",
+                              f"use one of {allowed} or leave tp free")  # fmt: skip
+    if model.vocab % tp:
+        yield _refuse("tp", tp, f"does not divide the vocabulary {model.vocab} of {model.name}",
+                      "pad the vocabulary or lower tp")  # fmt: skip
+    if sequence_parallel and tp == 1:
+        yield _refuse("sp", "on", "needs tp > 1", "drop --sp or raise --tp")
+    if sequence_parallel and (seq_tokens // mesh.cp) % tp:
+        yield _refuse("sp", "on", f"tp={tp} does not divide the sequence {seq_tokens}",
+                      "use --no-sp or another length")  # fmt: skip
+    if seq_tokens % (2 * mesh.cp if mesh.cp > 1 else 1):
+        yield _refuse("cp", mesh.cp, f"2*cp does not divide the sequence {seq_tokens}",
+                      "use another length or cp")  # fmt: skip
+    if mesh.num_stages > model.num_layers:
+        yield _refuse("pp", f"{mesh.pp} x vpp {mesh.vpp}",
+                      f"more stages than the {model.num_layers} layers of {model.name}",
+                      "lower pp or vpp")  # fmt: skip
+    if mesh.vpp > 1 and mesh.pp == 1:
+        yield _refuse("vpp", mesh.vpp, "needs pp > 1", "drop vpp or raise pp")
+    if mesh.vpp > 1 and schedule != "interleaved":
+        yield _refuse("vpp", mesh.vpp, f"schedule {schedule} has one chunk per rank",
+                      "use --schedule interleaved")  # fmt: skip
+    if schedule == "interleaved" and mesh.pp > 1 and mesh.vpp == 1:
+        yield _refuse("schedule", schedule, "needs vpp of 2 or more", "raise --vpp or use 1f1b")
+    if mesh.pp > 1 and schedule != "gpipe" and num_microbatches < mesh.pp:
+        problem = f"{schedule} needs pp={mesh.pp} or more"
+        yield _refuse("num_microbatches", num_microbatches, problem,
+                      "lower the micro-batch or pp, or use gpipe")  # fmt: skip
+    if schedule == "interleaved" and mesh.pp > 1 and num_microbatches % mesh.pp:
+        problem = f"interleaved needs a multiple of pp={mesh.pp}"
+        yield _refuse("num_microbatches", num_microbatches, problem, "change the micro-batch")
+    if mesh.dp_shard > 1 and zero == 0:
+        yield _refuse("zero", 0, f"dp_shard={mesh.dp_shard} shards states",
+                      "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
+    if mesh.ep > 1 and not any(layer.experts for layer in model.layers):
+        yield _refuse("ep", mesh.ep, f"{model.name} has no experts", "drop --ep")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def even_stages(num_layers: int, num_stages: int, pool: str) -> tuple[Stage, ...]:
+    """Cut layers into stages of equal size; the first stages take the remainder.
+
+    >>> [stage.layers for stage in even_stages(5, 2, "p")]
+    [(0, 2), (3, 4)]
+    """
+    base, extra = divmod(num_layers, num_stages)
+    stages: list[Stage] = []
+    first = 0
+    for index in range(num_stages):
+        last = first + base + (1 if index < extra else 0) - 1
+        stages.append(Stage(pool=pool, layers=(first, last)))
+        first = last + 1
+    return tuple(stages)
+
+
+def techniques(compute: str, recompute: str) -> dict[str, dict[str, Any]]:
+    """The technique settings of a dense plan, in the form `Setting.techniques` holds."""
+    chosen: dict[str, dict[str, Any]] = {"precision": {"compute": compute}}
+    if recompute != "none":
+        chosen["recompute"] = {"mode": recompute}
+    return chosen

@@ -1,0 +1,78 @@
+"""Sizes as people write them (`8192`, `128k`, `4Mtok`); bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import InputError
+
+GIB = 1024**3
+MIB = 1024**2
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?", re.IGNORECASE)
+_BATCH = re.compile(r"(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?tok", re.IGNORECASE)
+
+
+def _positive_int(field: str, text: str, number: float) -> int:
+    value = round(number)
+    if value < 1 or abs(value - number) > 1e-6 * max(1.0, number):
+        raise InputError(field, text, "not a positive whole number", "give 1 or more")
+    return value
+
+
+def parse_tokens(text: str, field: str = "seq-len") -> int:
+    """A sequence length in tokens; `k` and `M` are binary here, as the field writes contexts.
+
+    >>> parse_tokens("8192"), parse_tokens("128k"), parse_tokens("1M")
+    (8192, 131072, 1048576)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(field, text, "not a length", "write 8192, 128k or 1M")
+    scale = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+    unit = (match.group(2) or "").lower().removesuffix("i")
+    return _positive_int(field, text, float(match.group(1)) * scale[unit])
+
+
+def parse_batch(text: str, seq_tokens: int, field: str = "global-batch") -> int:
+    """A global batch in whole sequences: `64` counts sequences, `4Mtok` tokens (decimal M).
+
+    >>> parse_batch("64", 8192), parse_batch("4Mtok", 8192), parse_batch("4Mitok", 8192)
+    (64, 488, 512)
+    """
+    match = _BATCH.fullmatch(text.strip())
+    if match is not None:
+        scale = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
+        tokens = float(match.group(1)) * scale[(match.group(2) or "").lower()]
+        return max(1, _positive_int(field, text, max(1, round(tokens / seq_tokens))))
+    if not re.fullmatch(r"\d+", text.strip()):
+        raise InputError(field, text, "not a batch", "write sequences (64) or tokens (4Mtok)")
+    return _positive_int(field, text, float(text))
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Memory for people: GiB, or MiB and KiB below one.
+
+    >>> format_bytes(3 * 1024**3), format_bytes(5 * 1024**2), format_bytes(100)
+    ('3.00 GiB', '5.0 MiB', '100 B')
+    """
+    if abs(num_bytes) >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    if abs(num_bytes) >= MIB:
+        return f"{num_bytes / MIB:.1f} MiB"
+    if abs(num_bytes) >= 1024:
+        return f"{num_bytes / 1024:.1f} KiB"
+    return f"{num_bytes:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people.
+
+    >>> format_seconds(1.5), format_seconds(0.0125), format_seconds(2e-5)
+    ('1.500 s', '12.5 ms', '20.0 us')
+    """
+    if abs(seconds) >= 1:
+        return f"{seconds:.3f} s"
+    if abs(seconds) >= 1e-3:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,40 @@
+"""Workload: what the user fixes - lengths, batch, optimiser, data, allowed quality, objective."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from .document import Document
+from .errors import InputError
+
+Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
+Objective = Literal["throughput", "cost", "memory"]
+
+
+class Workload(Document, frozen=True, kw_only=True):
+    """One training job, independent of how it is run."""
+
+    SCHEMA: ClassVar[str] = "forerun.workload/1"
+
+    schema: str = "forerun.workload/1"
+    seq_tokens: int
+    global_batch_seqs: int
+    steps: int = 10
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = 3e-4
+    seed: int = 0
+    data: str | None = None
+    """File or folder of text or JSONL; None = the Python standard library's own source."""
+    objective: Objective = "throughput"
+    quality: tuple[Quality, ...] = ("exact",)
+    """Classes of techniques that the planner may use."""
+
+    def __post_init__(self) -> None:
+        for field in ("seq_tokens", "global_batch_seqs", "steps"):
+            if getattr(self, field) < 1:
+                raise InputError(field, getattr(self, field), "not positive", "give 1 or more")
+
+    @property
+    def global_batch_tokens(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.seq_tokens * self.global_batch_seqs
