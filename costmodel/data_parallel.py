@@ -3,9 +3,10 @@
 A unit is what is gathered and scattered at once: a layer, or the rest of the piece (embedding,
 final norm, head). Parameters at rest and at use differ in layout; from that follows per unit
 
-    gather   all-gather of the unit in the compute dtype over the shard group, and its copy-out
-    scatter  reduce-scatter of the unit's gradients in fp32, its copy-in, and with replicas the
-             all-reduce of the scattered part over them
+    gather   all-gather of the unit in the compute dtype over the shard group
+    scatter  reduce-scatter of the unit's gradients in fp32, and with replicas the all-reduce of
+             the scattered part over them
+    copy     with each, between the flat buffer and the parameters
 
 and how often per step, with m micro-batches:
 
@@ -38,8 +39,10 @@ class DataParallel:
 
     exposed_s: Array
     host_s: Array
-    accumulate_s: Array
-    """Adding up gradients of micro-batches, and copying them into buckets."""
+    forward_s: Array
+    """Casting and copying gathered parameters into place."""
+    backward_s: Array
+    """Copying gradients in and out of buffers, and adding up those of several micro-batches."""
     wire_bytes: dict[str, Array]
 
 
@@ -62,15 +65,18 @@ def data_parallel(
     all_params = load.total(costs, "params")
 
     gather_s = rest_gathers * _gather_s(rest_params, layouts, prices, compute)
-    scatter_s = scatters * _scatter_s(rest_params, layouts, prices, compute)
+    scatter_s = scatters * _scatter_s(rest_params, layouts, prices)
     first_s = gather_s / np.maximum(rest_gathers, 1.0)
     last_s = scatter_s / np.maximum(scatters, 1.0)
+    copies = rest_gathers * _copy_s(rest_params, prices, compute)
+    copies_back = scatters * _copy_s(rest_params, prices, compute)
     for count, piece in zip(load.layers, costs.layers, strict=True):
-        gather_s = gather_s + count * layer_gathers * _gather_s(
-            piece.params, layouts, prices, compute
-        )
-        one = _scatter_s(piece.params, layouts, prices, compute)
-        scatter_s = scatter_s + count * scatters * one
+        one_copy = _copy_s(piece.params, prices, compute)
+        gather = _gather_s(piece.params, layouts, prices, compute)
+        gather_s = gather_s + count * layer_gathers * gather
+        scatter_s = scatter_s + count * scatters * _scatter_s(piece.params, layouts, prices)
+        copies = copies + count * layer_gathers * one_copy
+        copies_back = copies_back + count * scatters * one_copy
     forward_s = load.total(costs, "forward_s")
     backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
     hidden_forward = np.where(zero == 3, m, 1.0) * forward_s
@@ -94,7 +100,9 @@ def data_parallel(
     return DataParallel(
         exposed_s=exposed * prices.scale("exposed.dp"),
         host_s=host * prices.scale("host"),
-        accumulate_s=_accumulate_s(all_params, layouts, prices, compute),
+        forward_s=np.where(units, copies, 0.0),
+        backward_s=np.where(units, copies_back, 0.0)
+        + _accumulate_s(all_params, layouts, prices, compute),
         wire_bytes=_wire(all_params, rest_params, load, costs, layouts, compute),
     )
 
@@ -103,28 +111,32 @@ def _groups(layouts: Layouts, ranks: Array) -> Array:
     return layouts.world / ranks
 
 
+def _copy_s(params: Array, prices: Prices, compute: str) -> Array:
+    """Copy of one unit between its flat buffer and its parameters; a cast in 16-bit runs."""
+    kind = "copy" if compute == "fp32" else "cast"
+    return np.where(params > 0, prices.operator(kind, [params], compute)[0], 0.0)
+
+
 def _gather_s(params: Array, layouts: Layouts, prices: Prices, compute: str) -> Array:
-    """Gather one unit: all-gather and copy-out (a cast from fp32 where nothing is gathered)."""
+    """All-gather of one unit."""
     n, stride = layouts.dp_shard.astype(float), layouts.tp.astype(float)
     moved = prices.collective(
         "all_gather", params * DTYPE_BYTES[compute], n, stride, _groups(layouts, n)
     )
-    copy = prices.operator("copy" if compute == "fp32" else "cast", [params], compute)[0]
-    return np.where(params > 0, moved + copy, 0.0)
+    return np.where(params > 0, moved, 0.0)
 
 
-def _scatter_s(params: Array, layouts: Layouts, prices: Prices, compute: str) -> Array:
-    """Scatter one unit's gradients: copy-in, reduce-scatter, all-reduce over replicas."""
+def _scatter_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
+    """Reduce-scatter of one unit's gradients, and all-reduce of the result over replicas."""
     n, stride = layouts.dp_shard.astype(float), layouts.tp.astype(float)
     r = layouts.dp_replicate.astype(float)
-    copy = prices.operator("copy" if compute == "fp32" else "cast", [params], compute)[0]
     moved = prices.collective(
         "reduce_scatter", params * REDUCE_BYTES, n, stride, _groups(layouts, n)
     )
     across = prices.collective(
         "all_reduce", params * REDUCE_BYTES / n, r, stride * n, _groups(layouts, r)
     )
-    return np.where(params > 0, copy + moved + across, 0.0)
+    return np.where(params > 0, moved + across, 0.0)
 
 
 def _reduce_s(params: Array, layouts: Layouts, prices: Prices) -> Array:

@@ -133,15 +133,16 @@ def decoder_layer(model: Model, layer: Layer, *, sequence_parallel: bool, fused:
     q0 = Tensor(name="q0", axes=(*TOKENS, *width))
     k0 = Tensor(name="k0", axes=(*TOKENS, *kv_width))
     v = Tensor(name="v", axes=(*TOKENS, *kv_width))
+    qkv_bias = layer.bias or layer.qkv_bias
     o = Tensor(name="o", axes=(*TOKENS, *width))
     lse = Tensor(name="lse", axes=(*TOKENS, "heads"), dtype="fp32")
     a, a_sum, x1 = _whole("attention.partial"), _part("attention.out"), _part("x1")
     ops = [
         norm("attention_norm", layer.norm, x, n1, fused=fused),
         boundary_op("attention.enter", n1, n1g, _enter(n1g, sp), _enter_backward(n1g, sp)),
-        linear("wq", n1g, q0, ("hidden",), width, layer.bias),
-        linear("wk", n1g, k0, ("hidden",), kv_width, layer.bias),
-        linear("wv", n1g, v, ("hidden",), kv_width, layer.bias),
+        linear("wq", n1g, q0, ("hidden",), width, qkv_bias),
+        linear("wk", n1g, k0, ("hidden",), kv_width, qkv_bias),
+        linear("wv", n1g, v, ("hidden",), kv_width, qkv_bias),
     ]
     q, k = q0, k0
     if model.positions == "rope":

@@ -101,8 +101,9 @@ def _gradients(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Gradients at rest before and after the first backward.
 
-    DDP's buckets are always there; FSDP holds sharded fp32 gradients, and unsharded ones while
-    micro-batches accumulate without a scatter.
+    DDP's buckets are always there, and with several micro-batches the gradients that accumulate
+    before the exchange stand beside them; FSDP holds sharded fp32 gradients, and unsharded ones
+    while micro-batches accumulate without a scatter.
     """
     params = load.total(costs, "params")
     m = layouts.num_microbatches
@@ -113,7 +114,8 @@ def _gradients(
     held = np.where(units, np.where(unsharded, 1.0, 1.0 / shard), 1.0) * params * STATE_BYTES
     buckets = np.where(~units & (layouts.dp > 1), params * STATE_BYTES, 0.0)
     final = np.where(units, params * STATE_BYTES / shard, params * STATE_BYTES)
-    return {"held": buckets, "rest": final}, {"held": held, "rest": final}
+    twice = np.where(m > 1, final + buckets, np.maximum(final, buckets))
+    return {"held": buckets, "rest": twice}, {"held": held + buckets, "rest": twice}
 
 
 def _moments(

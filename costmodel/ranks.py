@@ -54,9 +54,9 @@ class Update:
     @property
     def total_s(self) -> Array:
         """All of it."""
-        return (
-            self.dp.exposed_s + self.dp.host_s + self.dp.accumulate_s + self.optimizer_s
-        ) + self.host_s
+        return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
+            self.optimizer_s + self.host_s
+        )
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, compute: str) -> Update:

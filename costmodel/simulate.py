@@ -167,8 +167,8 @@ class Simulation:
                 return m * float(load.total(self.costs, name)[0]) * shared
 
             rank = {
-                "forward": micro("forward_s"),
-                "backward": micro("backward_s") + float(upd.dp.accumulate_s[0]),
+                "forward": micro("forward_s") + float(upd.dp.forward_s[0]),
+                "backward": micro("backward_s") + float(upd.dp.backward_s[0]),
                 "recompute": micro("recompute_s"),
                 "exposed.tp": micro("tp_forward_s") + micro("tp_backward_s"),
                 "exposed.dp": float(upd.dp.exposed_s[0]),

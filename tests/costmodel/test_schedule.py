@@ -1,0 +1,73 @@
+"""Pipeline schedules against closed forms and brute-force rules."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forerun.costmodel.schedule import Action, in_flight, orders, play, play_shared
+
+
+def _unit(v: int):
+    def duration(action: Action) -> float:
+        return (1.0 if action[0] == "F" else 2.0) / v
+
+    return duration
+
+
+@pytest.mark.parametrize(
+    ("schedule", "p", "v", "m", "bubble"),
+    [
+        # (p-1)(tF + tI + tW) with tF = tI = tW = 1, divided by v when interleaved
+        ("gpipe", 4, 1, 8, 9.0),
+        ("1f1b", 4, 1, 8, 9.0),
+        ("1f1b", 8, 1, 16, 21.0),
+        ("interleaved", 4, 2, 8, 4.5),
+        ("interleaved", 8, 2, 16, 10.5),
+        ("interleaved", 4, 4, 8, 2.25),
+        ("interleaved", 8, 4, 16, 5.25),
+    ],
+)
+def test_bubble_matches_closed_form(schedule: str, p: int, v: int, m: int, bubble: float) -> None:
+    played = play(orders(schedule, p, v, m), _unit(v), 0.0)
+    assert played.makespan_s - max(played.busy_s) == pytest.approx(bubble)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "p", "v", "m", "live"),
+    [("gpipe", 4, 1, 8, 8), ("1f1b", 4, 1, 8, 4), ("interleaved", 4, 2, 8, 11),
+     ("interleaved", 8, 4, 16, 39)],
+)  # fmt: skip
+def test_live_activations_of_the_first_rank(
+    schedule: str, p: int, v: int, m: int, live: int
+) -> None:
+    """1F1B keeps p, interleaved p (1 + (p-1)/(p v)) full stages: 5.5 and 9.75 here."""
+    assert in_flight(orders(schedule, p, v, m)[0])[0] == live
+
+
+@given(
+    p=st.integers(1, 5),
+    rounds=st.integers(1, 4),
+    v=st.integers(1, 3),
+    schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
+    hop=st.floats(0, 0.5),
+)
+@settings(deadline=None)
+def test_every_action_once_and_sharing_at_full_speed_changes_nothing(
+    p: int, rounds: int, v: int, schedule: str, hop: float
+) -> None:
+    m, chunks = p * rounds, v if schedule == "interleaved" else 1
+    order = orders(schedule, p, chunks, m)
+    seen = [action for actions in order for action in actions]
+    assert len(seen) == len(set(seen)) == 2 * m * p * chunks
+    assert all(stage % p == rank for rank, acts in enumerate(order) for _, stage, _ in acts)
+    alone = play(order, _unit(chunks), hop)
+    shared = play_shared(order, _unit(chunks), hop, [1.0])
+    assert shared.makespan_s == pytest.approx(alone.makespan_s)
+
+
+def test_two_ranks_on_one_core_take_the_sum_of_their_work() -> None:
+    order = orders("gpipe", 2, 1, 4)
+    played = play_shared(order, _unit(1), 0.0, [1.0, 0.5])
+    assert played.makespan_s == pytest.approx(2 * 4 * 3.0)
