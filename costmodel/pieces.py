@@ -43,6 +43,8 @@ class Piece:
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
     """Per micro-batch, `collective@axis`: bytes of the logical buffers."""
+    norm_gradient_bytes: Array
+    """Per step: gradients of norm weights that tensor-parallel ranks sum under sp."""
     logits_bytes: Array
 
 
@@ -133,8 +135,6 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
     for c in [*collectives_forward, *collectives_backward]:
         key = f"{c.kind}@{c.axis}"
         wire[key] = wire.get(key, zero) + np.where(tp > 1, c.buffer.num_bytes(sizes), 0.0)
-    for name, num_bytes in _norm_gradients(graph, sizes, tp, sp).items():
-        wire[name] = wire.get(name, zero) + num_bytes
     logits = zero
     for op in graph.operators:
         if op.kind == "cross_entropy":
@@ -155,6 +155,7 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
         live=liveness(graph, sizes),
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire,
+        norm_gradient_bytes=_norm_gradient_bytes(graph, sizes, tp, sp),
         logits_bytes=logits,
     )
 
@@ -206,15 +207,14 @@ def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Arr
     )
 
 
-def _norm_gradients(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> dict[str, Array]:
-    """With a split sequence each rank sees a part of it: gradients of norm weights are summed."""
-    if not sp:
-        return {}
-    total = np.zeros(1)
-    for weight in graph.weights:
-        if "norm" in weight.name:
-            total = total + volume(weight.axes, sizes) * 4
-    return {"all_reduce@tp": np.where(tp > 1, total, 0.0)}
+def _norm_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
+    """With a split sequence each rank sees a part of it: norm weights' gradients are summed."""
+    total = np.zeros(len(tp))
+    if sp:
+        for weight in graph.weights:
+            if "norm" in weight.name:
+                total = total + volume(weight.axes, sizes) * 4
+    return np.where(tp > 1, total, 0.0)
 
 
 def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
@@ -247,5 +247,6 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         wire_bytes={
             n: pick(yes.wire_bytes.get(n, zero), no.wire_bytes.get(n, zero)) for n in sorted(names)
         },
+        norm_gradient_bytes=pick(yes.norm_gradient_bytes, no.norm_gradient_bytes),
         logits_bytes=pick(yes.logits_bytes, no.logits_bytes),
     )

@@ -32,8 +32,8 @@ def check_covered(model: Model) -> None:
     """Raise InputError for models whose cost is not modelled yet."""
     for layer in model.layers:
         if layer.experts is not None or layer.latent is not None:
-            what = "experts" if layer.experts is not None else "latent attention"
-            raise InputError("model", model.name, f"{what} are not modelled yet",
+            what = "experts are" if layer.experts is not None else "latent attention is"
+            raise InputError("model", model.name, f"{what} not modelled yet",
                              "choose a dense decoder")  # fmt: skip
 
 
@@ -81,10 +81,10 @@ class Simulation:
         """Whether pipeline ranks slow one another down by sharing a node's cores."""
         return self.pool.shared_cores is not None and self.mesh.pp > 1
 
-    def played(self, *, with_transfers: bool = True, spans: bool = False) -> Played:
+    def played(self, *, spans: bool = False) -> Played:
         """The schedule played with this phase's stage times."""
         prices = self.prices
-        hop = self.hop_s() if with_transfers else 0.0
+        hop = self.hop_s()
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
         if not self.shares_cores:
             times = self._times(prices, self.costs)
@@ -146,6 +146,7 @@ class Simulation:
                     add(name, count * value * m)
             for name, value in step.dp.wire_bytes.items():
                 add(name, value)
+            add("all_reduce@tp", load.total(self.costs, "norm_gradient_bytes"))
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * (len(self.stage_loads) - 1)
@@ -181,9 +182,8 @@ class Simulation:
             for name, value in rank.items():
                 terms[name] += value / p
         idle = max(0.0, step - sum(terms.values()))
-        if p > 1:
-            without = self.played(with_transfers=False).makespan_s
-            terms["exposed.pp"] = min(idle, max(0.0, played.makespan_s - without))
+        # fill and drain cross every boundary once each way; the others wait beside compute
+        terms["exposed.pp"] = min(idle, 2 * (p - 1) * self.hop_s())
         terms["bubble"] = idle - terms["exposed.pp"]
         excess = sum(terms.values()) / step
         return {name: value / excess for name, value in terms.items()}

@@ -52,7 +52,7 @@ def unknown_name(field: str, value: str, known: Iterable[str]) -> InputError:
     """An InputError for a name that is not known, suggesting near ones.
 
     >>> str(unknown_name("gpu", "H10", ["H100", "A100"]))
-    'gpu=H10: unknown name; did you mean H100?'
+    'gpu=H10: unknown name; did you mean H100 or A100?'
     """
     names = sorted(known)
     folded = {name.lower(): name for name in names}

@@ -1,0 +1,106 @@
+"""Pins: the axes of the search that the user has fixed; everything else stays free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any
+
+import msgspec
+
+from ..cluster import Device
+from ..document import Value
+from ..errors import InputError
+from ..plan import RECOMPUTE_MODES, SCHEDULES
+
+COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "bf16")
+
+
+class Pins(Value, frozen=True, kw_only=True):
+    """One value per axis; None leaves the axis to the search."""
+
+    tp: int | None = None
+    sp: bool | None = None
+    """Sequence parallelism; True needs tp > 1."""
+    pp: int | None = None
+    vpp: int | None = None
+    """Model chunks per pipeline rank; above 1 the schedule is interleaved."""
+    schedule: str | None = None
+    dp: int | None = None
+    """All data-parallel replicas: dp_replicate * dp_shard."""
+    dp_shard: int | None = None
+    zero: int | None = None
+    micro_batch: int | None = None
+    """Sequences per replica in one forward pass."""
+    recompute: str | None = None
+    precision: str | None = None
+    """Dtype of the matmuls."""
+    cp: int | None = None
+    ep: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The axes that are fixed, in the order of the fields.
+
+        >>> Pins(pp=2, tp=4).given()
+        {'tp': 4, 'pp': 2}
+        """
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def only(self, names: Iterable[str]) -> Pins:
+        """The same pins with every axis but `names` free."""
+        return Pins(**{name: getattr(self, name) for name in names})
+
+    def without(self, name: str) -> Pins:
+        """The same pins with axis `name` free."""
+        return msgspec.structs.replace(self, **{name: None})
+
+
+def flag(name: str, value: object) -> str:
+    """An axis and its value as they are typed on the command line.
+
+    >>> flag("micro_batch", 2), flag("sp", False)
+    ('--micro-batch 2', '--no-sp')
+    """
+    if name == "sp":
+        return "--sp" if value else "--no-sp"
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def check_pins(pins: Pins, device: Device) -> None:
+    """Raise InputError for a value that no layout of any model could have."""
+    for name in ("tp", "pp", "vpp", "dp", "dp_shard", "micro_batch", "cp", "ep"):
+        degree = getattr(pins, name)
+        if degree is not None and degree < 1:
+            raise InputError(name.replace("_", "-"), degree, "not positive", "give 1 or more")
+    for name in ("cp", "ep"):
+        if getattr(pins, name) not in (None, 1):
+            raise InputError(name, getattr(pins, name), "not available yet",
+                             f"drop --{name} or give 1")  # fmt: skip
+    _check_choice("zero", pins.zero, (0, 1, 2, 3))
+    _check_choice("schedule", pins.schedule, SCHEDULES)
+    _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
+    _check_choice("precision", pins.precision, COMPUTE_DTYPES)
+    if pins.precision == "bf16" and "bf16" not in device.peak_flops_per_s:
+        raise InputError("precision", "bf16", f"{device.name} has no bf16 rate",
+                         "use --precision fp32 or another device")  # fmt: skip
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value is not None and value not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed)
+        raise InputError(name, value, "not a choice", f"use one of {choices}")
+
+
+def smallest_conflict(pins: Pins, possible: Callable[[Pins], bool]) -> tuple[str, ...]:
+    """The fewest axes whose pins already leave nothing, others free; empty if no pin is needed.
+
+    Subsets are tried by size, then in the order of the fields, so that the answer is the same each
+    time. Call it only when `possible(pins)` is false.
+    """
+    names = tuple(pins.given())
+    for size in range(len(names) + 1):
+        for subset in combinations(names, size):
+            if not possible(pins.only(subset)):
+                return subset
+    raise AssertionError("the pins leave something")

@@ -1,0 +1,258 @@
+"""Branch and bound over the grid: the fastest plan that fits, the gap, the runners-up.
+
+    minimise    value(x)                       x a row of the grid with recompute and compute dtype
+    subject to  peak(x) <= capacity            and the estimate does not say that it cannot fit
+
+`value` is the simulated median step time (objective throughput, and cost: the devices are given, so
+that money is time) or the median peak memory (objective memory). The cost model gives lower bounds
+of time and peak for all rows at once. Rows whose peak bound exceeds the capacity are dropped; the
+others are simulated in the order of their bound, and
+
+    gap = value(best) / smallest bound among rows not simulated - 1
+
+is zero, and the best proven, once no bound left is below the best value. The search also ends when
+the gap is within the tolerance, once enough layouts are simulated to choose runners-up from, or
+when the time limit strikes; the result says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import costmodel
+from ..cluster import Cluster
+from ..document import Value, to_raw
+from ..estimate import Estimate
+from ..model import Model
+from ..workload import Workload
+from .candidates import (
+    Candidates,
+    CostModel,
+    Ranked,
+    Request,
+    bound_all,
+    fits,
+    may_fit,
+    nearest_to_fit,
+)
+from .explain import RuledOut, why_lost
+from .infeasible import Infeasible, contradiction, why_nothing_fits
+from .pins import Pins, check_pins
+from .space import only_pool
+
+TOLERANCE = 0.01
+TRIES_PER_PLAN = 2
+"""Layouts simulated per plan asked for, before a small gap or a lack of runners-up ends it."""
+
+
+class SearchStats(Value, frozen=True, kw_only=True):
+    """How the answer came about."""
+
+    bounded: int
+    """Legal layouts whose time and memory were bounded."""
+    solved: int
+    """Inner problems given to a solver."""
+    simulated: int
+    gap: float | None
+    """Best value over the smallest bound not simulated, minus one; None without a plan."""
+    proven: bool
+    limit: Literal["time", "tolerance"] | None
+    seconds: float
+
+
+class SearchResult(Value, frozen=True, kw_only=True):
+    """The best plan and its runners-up, or why there is none."""
+
+    plans: tuple[Ranked, ...]
+    stats: SearchStats
+    infeasible: Infeasible | None = None
+    ruled_out: RuledOut | None = None
+    """The fastest layout that memory ruled out, when it may beat the best."""
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document of `forerun plan`."""
+        return {
+            "plans": [to_raw(ranked) for ranked in self.plans],
+            "search": to_raw(self.stats),
+            "infeasible": to_raw(self.infeasible),
+        }
+
+
+def search(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    pins: Pins | None = None,
+    *,
+    keep: int = 5,
+    time_limit_s: float | None = None,
+    tolerance: float = TOLERANCE,
+    cost: CostModel | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> SearchResult:
+    """The best plan of the grid that fits, up to `keep` plans in all, and how good that answer is.
+
+    Parameters
+    ----------
+    pins : axes that the user fixed; the rest is searched.
+    keep : plans returned at most; as many are simulated, where they can be found.
+    time_limit_s : seconds by `clock` after which the best so far is returned.
+    tolerance : gap at which the search may stop; 0 searches until the best is proven.
+    cost : the cost model; None = `forerun.costmodel`.
+
+    Raises
+    ------
+    InputError : a pin is not a legal value, or no legal layout has all of the pins.
+    """
+    started = clock()
+    pins = Pins() if pins is None else pins
+    check_pins(pins, only_pool(cluster).device)
+    request = Request(model, cluster, workload, pins, costmodel if cost is None else cost)
+    candidates = bound_all(request)
+    if not len(candidates):
+        raise contradiction(model, cluster, workload, pins)
+    deadline = None if time_limit_s is None else started + time_limit_s
+    outcome = _best_first(candidates, max(keep, 1), tolerance, deadline, clock)
+    plans = _rank(outcome.fitting, workload.objective)[: max(keep, 1)]
+    best = plans[0] if plans else None
+    infeasible = _infeasible(candidates, outcome) if best is None else None
+    stats = SearchStats(
+        bounded=len(candidates),
+        solved=0,
+        simulated=outcome.simulated,
+        gap=_gap(best, outcome.next_bound, workload.objective),
+        proven=outcome.limit is None,
+        limit=outcome.limit,
+        seconds=clock() - started,
+    )
+    if best is None:
+        return SearchResult(plans=(), stats=stats, infeasible=infeasible)
+    losers = (_with_reason(plan, best, workload.objective) for plan in plans[1:])
+    return SearchResult(
+        plans=(best, *losers), stats=stats, ruled_out=_ruled_out(candidates, outcome, best)
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    fitting: list[Ranked]
+    unfit: list[Ranked]
+    next_bound: float
+    """Smallest bound among candidates not simulated; infinite when all were."""
+    limit: Literal["time", "tolerance"] | None
+
+    @property
+    def simulated(self) -> int:
+        return len(self.fitting) + len(self.unfit)
+
+
+def _best_first(
+    candidates: Candidates,
+    keep: int,
+    tolerance: float,
+    deadline: float | None,
+    clock: Callable[[], float],
+) -> _Outcome:
+    """Simulate in the order of the bound until the best is proven, near enough, or time is up."""
+    objective = candidates.request.workload.objective
+    bound = candidates.memory_bytes if objective == "memory" else candidates.time_s
+    order = np.flatnonzero(candidates.memory_bytes <= candidates.capacity_bytes)
+    order = order[np.argsort(bound[order], kind="stable")]
+    fitting: list[Ranked] = []
+    unfit: list[Ranked] = []
+    best = np.inf
+    for index in order:
+        following = float(bound[index])
+        tried = len(fitting) + len(unfit)
+        patient = bool(fitting) and tried >= TRIES_PER_PLAN * keep
+        if following >= best and (patient or len(fitting) >= keep):
+            return _Outcome(fitting, unfit, following, None)
+        if patient and best <= following * (1 + tolerance):
+            return _Outcome(fitting, unfit, following, "tolerance")
+        if deadline is not None and clock() >= deadline:
+            return _Outcome(fitting, unfit, following, None if following >= best else "time")
+        ranked = candidates.simulate(int(index))
+        if fits(ranked.estimate):
+            fitting.append(ranked)
+            best = min(best, _value(ranked.estimate, objective))
+        else:
+            unfit.append(ranked)
+    return _Outcome(fitting, unfit, np.inf, None)
+
+
+def _value(estimate: Estimate, objective: str) -> float:
+    interval = estimate.peak_memory_bytes if objective == "memory" else estimate.step_s
+    return interval.median
+
+
+def _rank(plans: list[Ranked], objective: str) -> list[Ranked]:
+    def key(ranked: Ranked) -> tuple[float, float, str]:
+        return _value(ranked.estimate, objective), ranked.estimate.step_s.median, ranked.label
+
+    return sorted(plans, key=key)
+
+
+def _gap(best: Ranked | None, next_bound: float, objective: str) -> float | None:
+    if best is None:
+        return None
+    return max(0.0, _value(best.estimate, objective) / next_bound - 1)
+
+
+def _with_reason(plan: Ranked, best: Ranked, objective: str) -> Ranked:
+    lost = why_lost(plan.estimate, best.estimate, objective)
+    return Ranked(label=plan.label, plan=plan.plan, estimate=plan.estimate, lost=lost)
+
+
+def _ruled_out(candidates: Candidates, outcome: _Outcome, best: Ranked) -> RuledOut | None:
+    """The layout with the smallest time among those without the memory, if it may beat the best."""
+    options = [
+        RuledOut(
+            label=unfit.label,
+            step_s=unfit.estimate.step_s.median,
+            memory_bytes=unfit.estimate.peak_memory_bytes.median,
+        )
+        for unfit in outcome.unfit
+    ]
+    dropped = np.flatnonzero(candidates.memory_bytes > candidates.capacity_bytes)
+    if len(dropped):
+        index = int(dropped[np.argmin(candidates.time_s[dropped])])
+        options.append(
+            RuledOut(
+                label=candidates.plan(index).label,
+                step_s=float(candidates.time_s[index]),
+                memory_bytes=float(candidates.memory_bytes[index]),
+            )
+        )
+    fastest = min(options, key=lambda option: (option.step_s, option.label), default=None)
+    if fastest is None or fastest.step_s >= best.estimate.step_s.median:
+        return None
+    return fastest
+
+
+def _infeasible(candidates: Candidates, outcome: _Outcome) -> Infeasible:
+    if outcome.limit == "time":
+        return Infeasible(
+            reason=f"the time limit struck after {outcome.simulated} simulated layouts, none fits",
+            smallest_change="raise --time-limit",
+            changes=("raise --time-limit",),
+        )
+    request = candidates.request
+    nearest = nearest_to_fit(candidates, outcome.unfit)
+
+    def fitting_label(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> str | None:
+        changed = bound_all(Request(model, cluster, workload, pins, request.cost))
+        found = nearest_to_fit(changed, []) if may_fit(changed) else None
+        return found.label if found is not None and fits(found.estimate) else None
+
+    assert nearest is not None
+    return why_nothing_fits(
+        nearest.label,
+        nearest.estimate,
+        (request.model, request.cluster, request.workload, request.pins),
+        fitting_label,
+    )

@@ -1,0 +1,60 @@
+"""The search over the real cost model: equal to simulating everything, and fast at scale."""
+
+from __future__ import annotations
+
+from time import process_time
+
+import pytest
+
+from forerun import costmodel
+from forerun.catalogs import load_cluster, load_model
+from forerun.planner import Pins, search
+from forerun.planner.candidates import Request, bound_all, fits
+from forerun.workload import Workload
+
+
+@pytest.fixture(autouse=True)
+def no_user_profile(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORERUN_DATA", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "seq_tokens", "batch"),
+    [("tiny-1m", "2xcpu", 128, 4), ("llama-3.1-8b", "4xH100", 4096, 2)],
+)
+def test_best_of_all_simulated(model: str, gpus: str, seq_tokens: int, batch: int):
+    workload = Workload(seq_tokens=seq_tokens, global_batch_seqs=batch)
+    noun, cluster = load_model(model), load_cluster(gpus)
+    candidates = bound_all(Request(noun, cluster, workload, Pins(), costmodel))
+    estimates = [candidates.simulate(index).estimate for index in range(len(candidates))]
+    steps = [estimate.step_s.median for estimate in estimates if fits(estimate)]
+    result = search(noun, cluster, workload, tolerance=0.0)
+    assert result.stats.proven and result.stats.bounded == len(candidates)
+    assert result.plans[0].estimate.step_s.median == pytest.approx(min(steps), rel=1e-9)
+    for estimate, time_s, peak in zip(
+        estimates, candidates.time_s, candidates.memory_bytes, strict=True
+    ):
+        assert time_s <= estimate.step_s.median * (1 + 1e-9)
+        assert peak <= estimate.peak_memory_bytes.median * (1 + 1e-9)
+
+
+def test_sixteen_thousand_gpus_in_three_seconds_of_one_core():
+    workload = Workload(seq_tokens=8192, global_batch_seqs=2048)
+    model, cluster = load_model("llama-3.1-405b"), load_cluster("2048x8xH100")
+    started = process_time()
+    result = search(model, cluster, workload)
+    assert process_time() - started < 3
+    assert result.stats.gap is not None and result.stats.gap <= 0.01
+    best = result.plans[0]
+    best.plan.check()
+    assert best.estimate.fits != "no" and best.plan.phase.mesh.world == 16384
+
+
+def test_the_proposed_change_leads_to_a_plan():
+    workload = Workload(seq_tokens=4096, global_batch_seqs=16)
+    model = load_model("llama-3.1-70b")
+    result = search(model, load_cluster("8xH100"), workload)
+    assert result.infeasible is not None and "short by" in result.infeasible.reason
+    spelled = result.infeasible.smallest_change.removeprefix("--gpus ").split(" (")[0]
+    assert spelled.startswith("2x8xH100")
+    assert search(model, load_cluster(spelled), workload, keep=1).plans
