@@ -1,0 +1,227 @@
+"""Predicted against measured on this machine's processes: step time, memory, bytes on the wire.
+
+Runs every plan family of a tiny Llama as real processes, each in several rounds that are interleaved
+with the others, and writes the table into docs/accuracy.md. The prediction uses the machine's
+profile (`forerun profile`) and nothing from these runs. The noise floor of a family is the spread
+of its medians over the rounds.
+
+    python benchmarks/bench_cpu_families.py --model tiny-3m --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forerun import Measurement, Mesh, Plan, PlanFile, Workload
+from forerun.catalogs import load_cluster, load_model
+from forerun.costmodel import diff, estimate
+from forerun.executors import run
+from forerun.plan import Phase, Setting, even_stages, techniques
+from forerun.planner import Pins, search
+
+BEGIN, END = "<!-- cpu-families: begin -->", "<!-- cpu-families: end -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One way to run the same batch."""
+
+    processes: int
+    micro_batch_seqs: int = 4
+    compute: str = "fp32"
+    recompute: str = "none"
+    zero: int = 0
+    sp: bool = False
+    schedule: str = "1f1b"
+    degrees: dict[str, int] = field(default_factory=dict)
+
+
+FAMILIES = (
+    Family(processes=1),
+    Family(processes=1, micro_batch_seqs=2),
+    Family(processes=1, recompute="full"),
+    Family(processes=1, micro_batch_seqs=1, compute="bf16"),
+    Family(processes=2, degrees={"dp_replicate": 2}),
+    Family(processes=2, micro_batch_seqs=2, degrees={"dp_replicate": 2}),
+    Family(processes=2, zero=1, degrees={"dp_shard": 2}),
+    Family(processes=2, zero=2, degrees={"dp_shard": 2}),
+    Family(processes=2, zero=3, degrees={"dp_shard": 2}),
+    Family(processes=2, degrees={"tp": 2}),
+    Family(processes=2, sp=True, degrees={"tp": 2}),
+    Family(processes=2, schedule="gpipe", degrees={"pp": 2}),
+    Family(processes=2, degrees={"pp": 2}),
+    Family(processes=2, schedule="interleaved", degrees={"pp": 2, "vpp": 2}),
+    Family(processes=2, recompute="full", zero=3, degrees={"dp_shard": 2}),
+    Family(processes=4, degrees={"tp": 2, "dp_replicate": 2}),
+    Family(processes=4, zero=3, degrees={"pp": 2, "dp_shard": 2}),
+)
+
+
+def make_plan(family: Family, model_name: str, workload: Workload) -> PlanFile:
+    """The plan of a family, predicted with the machine's profile."""
+    model, cluster = load_model(model_name), load_cluster(f"{family.processes}xcpu")
+    mesh = Mesh(**family.degrees)
+    micro_batch = min(family.micro_batch_seqs, workload.global_batch_seqs // mesh.dp)
+    phase = Phase(
+        steps=workload.steps,
+        seq_tokens=workload.seq_tokens,
+        micro_batch_seqs=micro_batch,
+        num_microbatches=workload.global_batch_seqs // micro_batch // mesh.dp,
+        mesh=mesh,
+        zero=family.zero,  # pyright: ignore[reportArgumentType]
+        sequence_parallel=family.sp,
+        schedule=family.schedule,  # pyright: ignore[reportArgumentType]
+        stages=even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name),
+        settings=(
+            Setting(
+                layers=(0, model.num_layers - 1),
+                techniques=techniques(family.compute, family.recompute),
+            ),
+        ),
+    )
+    plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+    return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))
+
+
+def best_plan(model_name: str, workload: Workload, processes: int) -> PlanFile:
+    """The plan that the planner ranks first."""
+    model, cluster = load_model(model_name), load_cluster(f"{processes}xcpu")
+    first = search(model, cluster, workload, Pins()).plans[0]
+    return PlanFile(label=first.label, plan=first.plan, estimate=first.estimate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One family: prediction, its measurements, the difference."""
+
+    file: PlanFile
+    runs: list[Measurement]
+
+    @property
+    def measured_s(self) -> float:
+        """Median of the rounds' medians."""
+        return statistics.median(m.step_s.median for m in self.runs)
+
+    @property
+    def step_error(self) -> float:
+        """predicted / measured - 1."""
+        return self.file.estimate.step_s.median / self.measured_s - 1
+
+    @property
+    def noise(self) -> float:
+        """Spread of the rounds' medians."""
+        medians = [m.step_s.median for m in self.runs]
+        return (max(medians) - min(medians)) / self.measured_s
+
+    @property
+    def difference(self) -> dict[str, Any]:
+        """Predicted against measured in the first round."""
+        return diff(self.file, self.runs[0])
+
+    @property
+    def wire_equal(self) -> bool:
+        """Whether every collective moved exactly the predicted bytes."""
+        return self.file.estimate.bytes_on_wire == self.runs[0].bytes_on_wire
+
+
+def table(rows: list[Row], model_name: str, best: dict[int, str]) -> list[str]:
+    """The report in Markdown."""
+    environment = rows[0].runs[0].environment
+    profile = rows[0].file.plan.cluster.profile
+    lines = [
+        BEGIN,
+        f"Model {model_name}, {datetime.date.today()}, "
+        f"{environment.get('cpu', 'cpu')}, {environment.get('cores', '?')} cores, "
+        f"torch {environment.get('torch', '?')}; profile of {profile.date if profile else 'none'}. "
+        f"{len(rows[0].runs)} interleaved rounds.",
+        "",
+        "| plan | predicted ms | measured ms | error | noise | predicted MiB | measured MiB | error"
+        " | bytes on wire |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = row.difference["memory"]
+        lines.append(
+            f"| `{row.file.label}` | {row.file.estimate.step_s.median * 1e3:.1f} "
+            f"| {row.measured_s * 1e3:.1f} | {row.step_error:+.1%} | {row.noise:.1%} "
+            f"| {memory['predicted_bytes'] / 2**20:.1f} | {memory['measured_bytes'] / 2**20:.1f} "
+            f"| {memory['error']:+.1%} | {'equal' if row.wire_equal else 'DIFFERENT'} |"
+        )
+    steps = [abs(row.step_error) for row in rows]
+    memories = [abs(row.difference["memory"]["error"]) for row in rows]
+    floor = statistics.median(row.noise for row in rows)
+    lines += [
+        "",
+        f"Step time: median error {statistics.median(steps):.1%}, worst {max(steps):.1%}. "
+        f"Peak memory: median {statistics.median(memories):.1%}, worst {max(memories):.1%}. "
+        f"Noise floor (median spread of one plan's medians): {floor:.1%}. Bytes on the wire equal "
+        f"in {sum(row.wire_equal for row in rows)} of {len(rows)} families.",
+        "",
+    ]
+    for processes, label in best.items():
+        same = [r for r in rows if r.file.plan.phase.mesh.world == processes]
+        fastest = min(same, key=lambda r: r.measured_s)
+        chosen = next(r for r in same if r.file.label == label)
+        lines.append(
+            f"{processes} processes: ranked first `{label}` at {chosen.measured_s * 1e3:.1f} ms, "
+            f"fastest measured `{fastest.file.label}` at {fastest.measured_s * 1e3:.1f} ms: "
+            f"regret {chosen.measured_s / fastest.measured_s - 1:.1%}."
+        )
+    return [*lines, END]
+
+
+def write_report(path: Path, lines: list[str]) -> None:
+    """Replace the report between its marks."""
+    text = path.read_text() if path.exists() else f"# Accuracy\n\n{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(before + "\n".join(lines) + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny-3m")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", type=int, help="families of that many processes")
+    parser.add_argument("--report", type=Path, default=Path("docs/accuracy.md"))
+    options = parser.parse_args()
+    workload = Workload(
+        seq_tokens=options.seq_len, global_batch_seqs=options.global_batch, steps=options.steps
+    )
+    families = [f for f in FAMILIES if options.only in (None, f.processes)]
+    files = [make_plan(family, options.model, workload) for family in families]
+    best: dict[int, str] = {}
+    for processes in sorted({f.processes for f in families}):
+        chosen = best_plan(options.model, workload, processes)
+        best[processes] = chosen.label
+        if chosen.label not in {file.label for file in files}:
+            files.append(chosen)
+    runs: dict[str, list[Measurement]] = {file.label: [] for file in files}
+    for turn in range(options.rounds):
+        for file in files:
+            measured = run(file, steps=options.steps)
+            runs[file.label].append(measured)
+            print(
+                f"round {turn + 1} {file.label}: predicted "
+                f"{file.estimate.step_s.median * 1e3:.1f} ms, measured "
+                f"{measured.step_s.median * 1e3:.1f} ms",
+                file=sys.stderr,
+                flush=True,
+            )
+    rows = [Row(file=file, runs=runs[file.label]) for file in files]
+    lines = table(rows, options.model, best)
+    write_report(options.report, lines)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A plan for the layout that the user typed: nothing searched, absent axes 1 or off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, cast
+
+from ..cluster import Cluster
+from ..errors import InputError
+from ..mesh import Mesh
+from ..model import Model
+from ..plan import Phase, Plan, Schedule, Setting, Stage, even_stages, techniques
+from ..workload import Workload
+
+if TYPE_CHECKING:
+    from ..planner import Pins
+
+
+def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Plan:
+    """The plan of exactly these axes, checked.
+
+    An axis that is None is 1 or off; dp takes the ranks left; the matmuls run in bf16 (fp32 on
+    CPUs); the schedule is 1F1B, in its interleaved form when vpp > 1; one sequence per micro-batch;
+    states are sharded over all of dp when zero > 0 and dp_shard is not given.
+    """
+    pool, *others = cluster.pools
+    if others:
+        raise InputError(
+            "gpus",
+            cluster.name,
+            f"has {len(cluster.pools)} pools of unlike devices",
+            "give a cluster of one pool",
+        )
+    for axis in ("cp", "ep"):
+        if (getattr(pins, axis) or 1) > 1:
+            raise InputError(axis, getattr(pins, axis), "not available yet", f"drop --{axis}")
+    mesh = _mesh(cluster, pins)
+    micro_batch_seqs = pins.micro_batch or 1
+    compute = pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16")
+    default_schedule = "interleaved" if mesh.vpp > 1 else "1f1b"
+    phase = Phase(
+        steps=workload.steps,
+        seq_tokens=workload.seq_tokens,
+        micro_batch_seqs=micro_batch_seqs,
+        num_microbatches=_num_microbatches(workload, mesh, micro_batch_seqs),
+        mesh=mesh,
+        zero=cast("Literal[0, 1, 2, 3]", pins.zero or 0),
+        sequence_parallel=bool(pins.sp),
+        schedule=cast("Schedule", pins.schedule or default_schedule),
+        stages=_stages(model, mesh, pool.name),
+        settings=(
+            Setting(
+                layers=(0, model.num_layers - 1),
+                techniques=techniques(compute, pins.recompute or "none"),
+            ),
+        ),
+    )
+    plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+    plan.check()
+    return plan
+
+
+def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:
+    """Equal stages, once there is a layer for each."""
+    if mesh.num_stages > model.num_layers:
+        raise InputError(
+            "pp",
+            mesh.pp,
+            f"vpp={mesh.vpp} makes {mesh.num_stages} stages of the "
+            f"{model.num_layers} layers of {model.name}",
+            "lower --pp or --vpp",
+        )
+    return even_stages(model.num_layers, mesh.num_stages, pool)
+
+
+def _mesh(cluster: Cluster, pins: Pins) -> Mesh:
+    """The degrees asked for; dp, when free, takes the ranks that the others leave."""
+    world, tp, pp = cluster.num_devices, pins.tp or 1, pins.pp or 1
+    inner = tp * pp
+    if pins.dp is None and world % inner:
+        raise InputError(
+            "mesh",
+            f"tp={tp} * pp={pp}",
+            f"{inner} does not divide {world} devices",
+            "change --tp, --pp or --gpus",
+        )
+    dp = pins.dp or world // inner
+    if dp * inner != world:
+        raise InputError(
+            "dp",
+            dp,
+            f"tp={tp} * pp={pp} * dp={dp} = {dp * inner}, not the {world} "
+            f"devices of {cluster.name}",
+            "leave --dp free or change a degree",
+        )
+    dp_shard = pins.dp_shard or (dp if pins.zero else 1)
+    if dp % dp_shard:
+        raise InputError("dp-shard", dp_shard, f"does not divide dp={dp}", "give a divisor of dp")
+    return Mesh(dp_replicate=dp // dp_shard, dp_shard=dp_shard, tp=tp, pp=pp, vpp=pins.vpp or 1)
+
+
+def _num_microbatches(workload: Workload, mesh: Mesh, micro_batch_seqs: int) -> int:
+    """Forward passes per replica and step."""
+    batch = workload.global_batch_seqs
+    if batch % mesh.dp:
+        raise InputError(
+            "global-batch",
+            batch,
+            f"dp={mesh.dp} does not divide it",
+            f"give a multiple of {mesh.dp} sequences or another --dp",
+        )
+    if (batch // mesh.dp) % micro_batch_seqs:
+        raise InputError(
+            "micro-batch",
+            micro_batch_seqs,
+            f"does not divide the {batch // mesh.dp} sequences of a replica",
+            "give a divisor",
+        )
+    return batch // mesh.dp // micro_batch_seqs

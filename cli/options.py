@@ -1,0 +1,196 @@
+"""Options that commands share, and how their values become the vocabulary's nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+from .. import document, units
+from ..cluster import Cluster
+from ..errors import InputError
+from ..model import Model
+from ..plan import RECOMPUTE_MODES, SCHEDULES, Plan, PlanFile
+from ..workload import Workload
+
+if TYPE_CHECKING:
+    from ..planner import Pins
+
+F = TypeVar("F", bound=Callable[..., Any])
+POSITIVE = click.IntRange(min=1)
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."
+)
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."
+)
+plan_argument = click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
+
+
+def output_option(what: str) -> Callable[[F], F]:
+    """The option -o, which writes `what` to a file."""
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help=f"Write {what} to this file."
+    )
+
+
+def common_options(function: F) -> F:
+    """--json and --debug."""
+    return json_option(debug_option(function))
+
+
+JOB_OPTIONS = (
+    click.option("--model", help="Catalog name, config.json or its folder, or a size such as 7b."),
+    click.option("--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 2xcpu, or a cluster TOML."),
+    click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
+    click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
+    click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimiser steps."),
+    click.option("--data", help="File or folder of text or JSONL; default: Python's own source."),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw"]),
+        default="adamw",
+        show_default=True,
+        help="Optimiser.",
+    ),
+    click.option(
+        "--objective",
+        type=click.Choice(["throughput", "cost", "memory"]),
+        default="throughput",
+        show_default=True,
+        help="What is optimised.",
+    ),
+)
+
+AXIS_OPTIONS = (
+    click.option("--tp", type=POSITIVE, help="Tensor-parallel degree."),
+    click.option("--sp/--no-sp", default=None, help="Sequence parallelism beside tp."),
+    click.option("--pp", type=POSITIVE, help="Pipeline stages."),
+    click.option("--vpp", type=POSITIVE, help="Model chunks per pipeline rank."),
+    click.option("--schedule", type=click.Choice(SCHEDULES), help="Pipeline schedule."),
+    click.option("--dp", type=POSITIVE, help="Data-parallel replicas."),
+    click.option("--dp-shard", type=POSITIVE, help="Ranks over which a replica group shards."),
+    click.option("--zero", type=click.IntRange(0, 3), help="Sharded states: 0 none, 3 all (FSDP)."),
+    click.option("--cp", type=POSITIVE, help="Context-parallel degree (1 for now)."),
+    click.option("--ep", type=POSITIVE, help="Expert-parallel degree (1 for now)."),
+    click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
+    click.option("--recompute", type=click.Choice(RECOMPUTE_MODES), help="What is recomputed."),
+    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Dtype of the matmuls."),
+)
+
+AXES = (
+    "tp",
+    "sp",
+    "pp",
+    "vpp",
+    "schedule",
+    "dp",
+    "dp_shard",
+    "zero",
+    "cp",
+    "ep",
+    "micro_batch",
+    "recompute",
+    "precision",
+)
+
+NEEDED = {
+    "model": "write --model llama-3.1-8b (see: forerun catalog models)",
+    "gpus": "write --gpus 8xH100, or --gpus 2xcpu for two processes of this machine",
+    "seq_len": "write --seq-len 8192",
+    "global_batch": "write --global-batch 64 (sequences) or 4Mtok (tokens)",
+}
+
+
+def job_options(function: F) -> F:
+    """The options that fix model, cluster and workload."""
+    for option in reversed(JOB_OPTIONS):
+        function = option(function)
+    return function
+
+
+def axis_options(function: F) -> F:
+    """One option per axis of the layout."""
+    for option in reversed(AXIS_OPTIONS):
+        function = option(function)
+    return function
+
+
+class Job(NamedTuple):
+    """What the user fixed, and what was decided in reading it."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_job(flags: Mapping[str, Any]) -> Job:
+    """Model, cluster and workload from the values of `JOB_OPTIONS`."""
+    for field, remedy in NEEDED.items():
+        if flags[field] is None:
+            raise InputError(field.replace("_", "-"), "(missing)", "not given", remedy)
+    from ..catalogs import load_model, resolve_gpus
+
+    seq_tokens = units.parse_tokens(flags["seq_len"])
+    batch_seqs = units.parse_batch(flags["global_batch"], seq_tokens)
+    model = load_model(flags["model"])
+    resolved = resolve_gpus(flags["gpus"])
+    workload = Workload(
+        seq_tokens=seq_tokens,
+        global_batch_seqs=batch_seqs,
+        steps=flags["steps"],
+        data=flags["data"],
+        optimizer=flags["optimizer"],
+        objective=flags["objective"],
+    )
+    return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
+
+
+def job_warnings(model: Model, workload: Workload) -> tuple[str, ...]:
+    """What is allowed but probably not meant."""
+    limit = model.max_positions
+    if limit is not None and workload.seq_tokens > limit:
+        return (
+            f"seq-len={workload.seq_tokens}: beyond the {limit} positions of {model.name}; "
+            "the plan holds, but it has learned none so far",
+        )
+    return ()
+
+
+def read_pins(flags: Mapping[str, Any]) -> Pins:
+    """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
+    from ..planner import Pins
+
+    return Pins(**{axis: flags[axis] for axis in AXES})
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """The plan file at `path`, checked against itself."""
+    plan_file = document.read(PlanFile, path)
+    plan_file.plan.check()
+    return plan_file
+
+
+def say(line: str) -> None:
+    """Print a line of the log to stderr."""
+    click.echo(line, err=True)
+
+
+def say_job(job: Job) -> None:
+    """Print notes and warnings of a job to stderr."""
+    for note in job.notes:
+        say(f"note: {note}")
+    for warning in job.warnings:
+        say(f"warning: {warning}")
+
+
+def plan_file_of(plan: Plan) -> PlanFile:
+    """The plan priced by the cost model, as the file that `run` and `diff` read."""
+    from ..costmodel import estimate
+
+    return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))

@@ -1,0 +1,97 @@
+"""forerun plan: the best layout for a model on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import document
+from ..errors import InputError, NoFeasiblePlan
+from ..plan import PlanFile
+from .options import (
+    POSITIVE,
+    Job,
+    axis_options,
+    common_options,
+    job_options,
+    output_option,
+    read_job,
+    read_pins,
+    say_job,
+)
+
+if TYPE_CHECKING:
+    from ..planner import SearchResult
+
+
+@click.command("plan")
+@job_options
+@axis_options
+@click.option("--top", type=POSITIVE, default=5, show_default=True, help="Plans to show.")
+@click.option("--pick", type=POSITIVE, default=1, help="Rank of the plan that -o writes.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Stop the search after this long and say what gap is left.",
+)
+@output_option("the plan file")
+@common_options
+def command(
+    as_json: bool,
+    output: Path | None,
+    top: int,
+    pick: int,
+    time_limit: float | None,
+    **flags: Any,
+) -> None:
+    """Search the best layout; an axis that is given is pinned, the rest is searched."""
+    from . import render
+
+    job = read_job(flags)
+    say_job(job)
+    result = find_plans(job, flags, max(top, pick), time_limit)
+    if result.infeasible is not None:
+        if as_json:
+            render.print_json(result.document())
+        raise NoFeasiblePlan(result.infeasible.reason, result.infeasible.smallest_change)
+    if pick > len(result.plans):
+        raise InputError(
+            "pick",
+            pick,
+            f"the search kept {len(result.plans)} plans",
+            f"give 1 to {len(result.plans)}",
+        )
+    plan_files = ranked_files(result)
+    if output is not None:
+        document.write(output, plan_files[pick - 1])
+    if as_json:
+        render.print_json(result.document())
+    else:
+        render.print_job(job)
+        render.print_plans(plan_files, [ranked.lost for ranked in result.plans])
+        render.print_terms(plan_files[pick - 1].estimate)
+        render.print_search(result)
+
+
+def find_plans(
+    job: Job, flags: dict[str, Any], keep: int, time_limit_s: float | None
+) -> SearchResult:
+    """The best `keep` plans for a job, with what the search can say about them."""
+    from ..planner import search
+
+    return search(
+        job.model,
+        job.cluster,
+        job.workload,
+        read_pins(flags),
+        keep=keep,
+        time_limit_s=time_limit_s,
+    )
+
+
+def ranked_files(result: SearchResult) -> list[PlanFile]:
+    """The plans of a search as plan files, best first."""
+    return [PlanFile(label=r.label, plan=r.plan, estimate=r.estimate) for r in result.plans]

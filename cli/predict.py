@@ -1,0 +1,49 @@
+"""forerun predict: the estimate for a layout of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import document
+from .options import (
+    axis_options,
+    common_options,
+    job_options,
+    output_option,
+    plan_file_of,
+    read_job,
+    read_pins,
+    say_job,
+)
+
+
+@click.command("predict")
+@job_options
+@axis_options
+@output_option("the plan file")
+@common_options
+def command(as_json: bool, output: Path | None, **flags: Any) -> None:
+    """Predict the cost of one layout; nothing is searched.
+
+    An axis not given is 1 or off, dp takes the ranks left, the precision is bf16 (fp32 on CPUs),
+    the schedule 1F1B, the micro-batch 1 sequence, recompute none.
+    """
+    from . import render
+    from .layout import fixed_plan
+
+    job = read_job(flags)
+    say_job(job)
+    plan_file = plan_file_of(fixed_plan(job.model, job.cluster, job.workload, read_pins(flags)))
+    if output is not None:
+        document.write(output, plan_file)
+    if as_json:
+        render.print_json(
+            {"label": plan_file.label, "plan": plan_file.plan, "estimate": plan_file.estimate}
+        )
+    else:
+        render.print_job(job)
+        render.print_plans([plan_file])
+        render.print_terms(plan_file.estimate)

@@ -1,0 +1,49 @@
+"""forerun run: execute a plan and write what really happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import document
+from .options import POSITIVE, common_options, output_option, plan_argument, read_plan_file
+from .progress import step_progress
+
+
+@click.command("run")
+@plan_argument
+@output_option("the measurement")
+@click.option("--steps", type=POSITIVE, help="Timed steps; default: the plan's.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Steps before the timed ones.",
+)
+@click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
+@common_options
+def command(
+    as_json: bool,
+    plan_path: Path,
+    output: Path | None,
+    steps: int | None,
+    warmup: int,
+    data: str | None,
+) -> None:
+    """Train as PLAN says, on this machine, and measure every term of the prediction."""
+    from ..executors import run
+    from . import render
+
+    plan_file = read_plan_file(plan_path)
+    with step_progress(plan_file.label) as on_progress:
+        measurement = run(
+            plan_file, steps=steps, warmup_steps=warmup, data=data, on_progress=on_progress
+        )
+    if output is not None:
+        document.write(output, measurement)
+    if as_json:
+        render.print_json(measurement)
+    else:
+        render.print_measurement(measurement)

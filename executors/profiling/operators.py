@@ -1,0 +1,306 @@
+"""The operators of a decoder's step, each as a call that can be timed on a CPU or a GPU.
+
+An operator is prepared for one point of its size grid as one or two calls: `forward`, and
+`backward` where it has one. Backward is autograd's own: graphs are built beforehand over rotating
+inputs (their saved tensors are as cold as in a step), and the cost of starting autograd's engine,
+which a real backward pays once and not per operator, is measured and taken off.
+
+Size axes are those of the cost model's operators of the same names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..decoder import rotary_table, rotate, token_loss
+from .timing import Buffers, Call, Clock, Ring
+
+Sizes = tuple[int, ...]
+BUILD_S = 0.05
+"""Time to spend at most on building the graphs whose backward is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An operator at one size; calls rotate over their buffers."""
+
+    forward: Call
+    backward: Callable[[], Call] | None = None
+    """Builds the graphs and returns the call: built only after forward has been timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One operator: its size axes, how to prepare it, and its relative work at a size."""
+
+    axes: tuple[str, ...]
+    prepare: Callable[[Buffers, Sizes], Case]
+    work: Callable[[Sizes], float]
+    """Proportional to the time of large sizes; to skip those that would take too long."""
+
+    @property
+    def engine(self) -> bool:
+        """Whether backward goes through autograd's engine (a linear's is two plain GEMMs)."""
+        return self.prepare is not _linear
+
+
+def _leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _through_autograd(
+    function: Callable[..., Tensor],
+    warm: tuple[Tensor, ...],
+    rotating: list[tuple[Tensor, ...]],
+    buffers: Buffers,
+) -> Case:
+    """Forward on warm inputs into a ring; backward of graphs over the rotating inputs."""
+    out = function(*warm)
+    # An output keeps its graph alive: some three tensors of the size of the largest input.
+    held = buffers.copies(3 * max(out.numel(), *(tensor.numel() for tensor in warm)))
+    ring = Ring([torch.empty_like(out) for _ in range(held)])
+    grad_out = torch.ones_like(out)
+
+    def forward() -> None:
+        ring.push(function(*warm))
+
+    def build_backward() -> Call:
+        ring.outputs.clear()
+        graphs: list[tuple[Tensor, list[Tensor]]] = []
+        deadline = time.perf_counter() + BUILD_S
+        for inputs in rotating[:held]:
+            graphs.append((function(*inputs), [t for t in inputs if t.requires_grad]))
+            if len(graphs) >= 2 and time.perf_counter() > deadline:
+                break
+        turn = itertools.cycle(graphs)
+
+        def backward() -> None:
+            result, leaves = next(turn)
+            torch.autograd.grad(result, leaves, grad_out, retain_graph=True)
+
+        return backward
+
+    return Case(forward, build_backward)
+
+
+def _linear(buffers: Buffers, sizes: Sizes) -> Case:
+    """Forward x W^T into a ring with rotating weights; backward = gradient of the input, g W."""
+    m, n, k = sizes
+    x, g = buffers.take(m, k), buffers.take(m, n, index=1)
+    weights = itertools.cycle(buffers.rotating(n, k))
+    ring = buffers.ring(m, n)
+
+    def forward() -> None:
+        ring.push(F.linear(x, next(weights)))
+
+    return Case(forward, lambda: lambda: torch.mm(g, next(weights)))
+
+
+def _linear_wgrad(buffers: Buffers, sizes: Sizes) -> Case:
+    """g^T x: the input is a saved activation (cold), the gradient just came (warm)."""
+    m, n, k = sizes
+    g = buffers.take(m, n)
+    inputs = itertools.cycle(buffers.rotating(m, k))
+    ring = buffers.ring(n, k)
+    return Case(lambda: ring.push(torch.mm(g.t(), next(inputs))))
+
+
+def _attention(buffers: Buffers, sizes: Sizes) -> Case:
+    """Causal attention on (B, S, H, D) transposed to (B, H, S, D), as the decoder calls it."""
+    batch_heads, seq, head_dim = sizes
+    heads = next(h for h in (4, 2, 1) if batch_heads % h == 0)
+    shape = (batch_heads // heads, seq, heads, head_dim)
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        ).transpose(1, 2)
+
+    count = 3 * max(2, buffers.copies(batch_heads * seq * head_dim) // 3)
+    places = _leaves(buffers.rotating(*shape, count=count))
+    triples = list(zip(places[::3], places[1::3], places[2::3], strict=True))
+    return _through_autograd(core, triples[0], triples, buffers)
+
+
+def _norm(kind: type[nn.Module]) -> Callable[[Buffers, Sizes], Case]:
+    def prepare(buffers: Buffers, sizes: Sizes) -> Case:
+        rows, width = sizes
+        module = kind(width, device=buffers.device, dtype=buffers.dtype)
+        weights = tuple(module.parameters())
+        inputs = _leaves(buffers.rotating(rows, width))
+
+        def function(x: Tensor, *_weights: Tensor) -> Tensor:
+            return module(x)
+
+        rotating = [(x, *weights) for x in inputs]
+        return _through_autograd(function, rotating[0], rotating, buffers)
+
+    return prepare
+
+
+def _elementwise(
+    function: Callable[..., Tensor], num_inputs: int
+) -> Callable[[Buffers, Sizes], Case]:
+    def prepare(buffers: Buffers, sizes: Sizes) -> Case:
+        places = _leaves(buffers.rotating(*sizes))
+        if num_inputs == 1:
+            rotating = [(x,) for x in places]
+        else:
+            rotating = list(zip(places, places[1:] + places[:1], strict=True))
+        return _through_autograd(function, rotating[0], rotating, buffers)
+
+    return prepare
+
+
+def rope_shape(elements: int) -> tuple[int, int, int, int]:
+    """A (B, S, H, D) with about that many elements, as a small decoder would have."""
+    head_dim, heads = (64, 4) if elements >= 4096 else (16, 2)
+    seq = max(1, min(256, elements // (heads * head_dim)))
+    return max(1, elements // (seq * heads * head_dim)), seq, heads, head_dim
+
+
+def _rope(buffers: Buffers, sizes: Sizes) -> Case:
+    shape = rope_shape(sizes[0])
+    table = rotary_table(shape[1], shape[3], 10000.0, buffers.device)
+    rotating = [(x,) for x in _leaves(buffers.rotating(*shape))]
+    return _through_autograd(lambda x: rotate(x, table), rotating[0], rotating, buffers)
+
+
+def _add(buffers: Buffers, sizes: Sizes) -> Case:
+    """Residual: the branch just came (warm), the stream is older (cold); out of place."""
+    branch = buffers.take(*sizes)
+    streams = itertools.cycle(buffers.rotating(*sizes))
+    ring = buffers.ring(*sizes)
+    return Case(lambda: ring.push(next(streams) + branch))
+
+
+def _accumulate(buffers: Buffers, sizes: Sizes) -> Case:
+    """p.grad += g: the sum is cold, the new gradient warm; values stay bounded."""
+    new = torch.zeros_like(buffers.take(*sizes))
+    count = min(8, buffers.copies(new.numel()))
+    sums = itertools.cycle([torch.zeros_like(new) for _ in range(count)])
+    return Case(lambda: next(sums).add_(new))
+
+
+def _copy(buffers: Buffers, sizes: Sizes) -> Case:
+    """A contiguous copy between two cold buffers of the dtype."""
+    sources = itertools.cycle(buffers.rotating(*sizes))
+    count = min(8, buffers.copies(sizes[0]))
+    targets = itertools.cycle(
+        [torch.zeros(sizes, device=buffers.device, dtype=buffers.dtype) for _ in range(count)]
+    )
+    return Case(lambda: next(targets).copy_(next(sources)))
+
+
+def _cast(buffers: Buffers, sizes: Sizes) -> Case:
+    """fp32 to bf16 (from a profile of bf16) or bf16 to fp32 (from one of fp32)."""
+    other = torch.bfloat16 if buffers.dtype == torch.float32 else torch.float32
+    count = min(8, buffers.copies(2 * sizes[0]))
+    sources = itertools.cycle([buffers.take(*sizes, index=i).to(other) for i in range(count)])
+    ring = buffers.ring(*sizes)
+    return Case(lambda: ring.push(next(sources).to(buffers.dtype)))
+
+
+def _embedding(buffers: Buffers, sizes: Sizes) -> Case:
+    """Look-up of byte tokens; backward makes the dense gradient of the whole table."""
+    tokens, hidden, vocab = sizes
+    table = buffers.take(vocab, hidden).detach().requires_grad_()
+    generator = torch.Generator().manual_seed(1)
+    high = min(vocab, 256)
+    ids = torch.randint(0, high, (tokens,), generator=generator).to(buffers.device)
+
+    def function(weight: Tensor) -> Tensor:
+        return F.embedding(ids, weight)
+
+    return _through_autograd(function, (table,), [(table,), (table,)], buffers)
+
+
+def _cross_entropy(buffers: Buffers, sizes: Sizes) -> Case:
+    """The loss on logits in the compute dtype; its gradient starts as a scalar."""
+    tokens, vocab = sizes
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, min(vocab, 256), (1, tokens), generator=generator)
+    targets = targets.to(buffers.device)
+    rotating = [(x,) for x in _leaves(buffers.rotating(1, tokens, vocab))]
+    return _through_autograd(lambda x: token_loss(x, targets), rotating[0], rotating, buffers)
+
+
+def _adamw(buffers: Buffers, sizes: Sizes) -> Case:
+    """Fused AdamW on `elements` fp32 parameters in `tensors` tensors, states cold where large."""
+    elements, tensors = sizes
+    each = max(1, elements // tensors)
+    count = max(1, min(6, buffers.cold_bytes // (16 * elements)))
+    optimizers: list[torch.optim.Optimizer] = []
+    for _ in range(count):
+        params = [nn.Parameter(torch.zeros(each, device=buffers.device)) for _ in range(tensors)]
+        for param in params:
+            param.grad = torch.full_like(param, 1e-3)
+        optimizers.append(torch.optim.AdamW(params, lr=1e-6, fused=True))
+        optimizers[-1].step()  # makes the states
+    turn = itertools.cycle(optimizers)
+    return Case(lambda: next(turn).step())
+
+
+def _host_copy(to_device: bool) -> Callable[[Buffers, Sizes], Case]:
+    def prepare(buffers: Buffers, sizes: Sizes) -> Case:
+        host = torch.zeros(sizes, dtype=buffers.dtype, pin_memory=True)
+        device = torch.zeros(sizes, dtype=buffers.dtype, device=buffers.device)
+        target, source = (device, host) if to_device else (host, device)
+        return Case(lambda: target.copy_(source, non_blocking=True))
+
+    return prepare
+
+
+def _volume(sizes: Sizes) -> float:
+    total = 1.0
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _attention_work(sizes: Sizes) -> float:
+    return float(sizes[0] * sizes[1] ** 2 * sizes[2])
+
+
+def _embedding_work(sizes: Sizes) -> float:
+    return float((sizes[0] + sizes[2]) * sizes[1])
+
+
+ROWS = ("rows", "width")
+ELEMENTS = ("elements",)
+
+BENCHES: dict[str, Bench] = {
+    "linear": Bench(("m", "n", "k"), _linear, _volume),
+    "linear_wgrad": Bench(("m", "n", "k"), _linear_wgrad, _volume),
+    "attention": Bench(("batch_heads", "seq", "head_dim"), _attention, _attention_work),
+    "rmsnorm": Bench(ROWS, _norm(nn.RMSNorm), _volume),
+    "layernorm": Bench(ROWS, _norm(nn.LayerNorm), _volume),
+    "swiglu": Bench(ELEMENTS, _elementwise(lambda g, u: F.silu(g) * u, 2), _volume),
+    "gelu": Bench(ELEMENTS, _elementwise(F.gelu, 1), _volume),
+    "squared_relu": Bench(ELEMENTS, _elementwise(lambda x: F.relu(x).square(), 1), _volume),
+    "rope": Bench(ELEMENTS, _rope, _volume),
+    "add": Bench(ELEMENTS, _add, _volume),
+    "accumulate": Bench(ELEMENTS, _accumulate, _volume),
+    "copy": Bench(ELEMENTS, _copy, _volume),
+    "cast": Bench(ELEMENTS, _cast, _volume),
+    "embedding": Bench(("tokens", "hidden", "vocab"), _embedding, _embedding_work),
+    "cross_entropy": Bench(("tokens", "vocab"), _cross_entropy, _volume),
+    "adamw": Bench(("elements", "tensors"), _adamw, lambda sizes: float(sizes[0])),
+    "copy_h2d": Bench(ELEMENTS, _host_copy(True), _volume),
+    "copy_d2h": Bench(ELEMENTS, _host_copy(False), _volume),
+}
+
+
+def engine_start_s(clock: Clock, device: torch.device) -> float:
+    """Seconds that one `torch.autograd.grad` call costs beside the operators that it runs."""
+    x = torch.ones(1, device=device, requires_grad=True)
+    y, g = x.view(1), torch.ones(1, device=device)
+    samples = clock.samples(lambda: torch.autograd.grad(y, x, g, retain_graph=True), 0.02)
+    return sorted(samples)[len(samples) // 4]

@@ -1,0 +1,269 @@
+"""One worker process of the profiler: runs the phases that its rank takes part in.
+
+Started as `python -m forerun.executors.profiling.worker FOLDER RANK WORLD`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from ...cluster import CollectiveCurve
+from . import collectives, grids, host
+from .collectives import Groups, Setting
+from .operators import BENCHES, Bench, Sizes, engine_start_s
+from .runner import Findings, Request, Timing
+from .timing import Buffers, Clock, CpuClock, CudaClock, median
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PHASE_S = {("fp32", 1): 12.0, ("fp32", 2): 11.0, ("fp32", 4): 8.0,
+           ("bf16", 1): 7.0, ("bf16", 2): 6.0, ("bf16", 4): 5.0}  # fmt: skip
+QUICK_PHASE_S = 6.0
+LONGEST_CALL_S = 0.25
+"""Sizes whose call is expected to take longer are skipped."""
+
+
+class Worker:
+    """One rank at work: its device, process groups and findings."""
+
+    def __init__(self, folder: Path, rank: int, world: int, request: Request) -> None:
+        self.folder, self.rank, self.world, self.request = folder, rank, world, request
+        self.device = torch.device(request.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.cuda.set_device(0)
+        self.timings: list[Timing] = []
+        self.reference_s: list[float] = []
+        self.clock: Clock = CpuClock() if request.device == "cpu" else CudaClock(self.device)
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+    def connect(self) -> None:
+        """Joins the workers' process group; every rank makes all groups, in the same order."""
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{self.folder / 'rendezvous'}",
+            rank=self.rank,
+            world_size=self.world,
+            timeout=datetime.timedelta(minutes=5),
+        )
+        self.settings = [Setting(2)] if self.world >= 2 else []
+        if self.world >= 4 and not self.request.quick:
+            self.settings += [Setting(4), Setting(2, 2)]
+        self.groups = Groups(self.settings, self.rank)
+        busy = {count for _, count in self.request.phases()}
+        for count in sorted(busy | {setting.world for setting in self.settings}):
+            self.groups.add_barrier(count)
+
+    def barrier(self, busy: int) -> None:
+        """Lines up the first `busy` ranks."""
+        if busy > 1:
+            dist.barrier(group=self.groups.barrier_group(busy))
+
+    def report(self, done: float, label: str) -> None:
+        """Tells the parent how far the work is."""
+        if self.rank == 0:
+            with (self.folder / "progress.txt").open("a") as file:
+                file.write(f"{done:.3f} {label}\n")
+
+    def grid(self, dtype: str, busy: int) -> dict[str, list[Sizes]]:
+        """The points of this phase."""
+        if self.request.grid is not None:
+            grid = {name: list(points) for name, points in self.request.grid.items()}
+        elif self.device.type == "cuda":
+            grid = grids.cuda_grid(dtype)
+        else:
+            grid = grids.cpu_grid(dtype, busy, self.request.quick)
+        names = self.request.operators
+        return {name: points for name, points in grid.items() if names is None or name in names}
+
+    def budget_s(self, dtype: str, busy: int) -> float:
+        """Seconds for a phase's operators."""
+        if self.request.budget_s is not None:
+            return self.request.budget_s
+        if self.device.type == "cuda":
+            return 30.0
+        return QUICK_PHASE_S if self.request.quick else PHASE_S.get((dtype, busy), 8.0)
+
+    def operators(self, dtype: str, busy: int) -> None:
+        """Measures a phase's grid in two rounds, so that a disturbance hits one of them only."""
+        buffers = Buffers(self.device, DTYPES[dtype])
+        engine_s = engine_start_s(self.clock, self.device)
+        grid = self.grid(dtype, busy)
+        rounds = 1 if self.request.quick or busy > self.cores else 2
+        calls = sum(len(points) for points in grid.values()) * 2
+        point_budget_s = min(0.08, max(0.004, self.budget_s(dtype, busy) / max(1, calls * rounds)))
+        shared = max(1.0, busy / self.cores)  # wall time over processor time
+        samples: dict[tuple[str, Sizes], tuple[list[float], list[float]]] = {}
+        for _ in range(rounds):
+            for name, points in grid.items():
+                self._sweep(name, points, buffers, point_budget_s, busy, samples)
+        for (name, size), (forward, backward) in samples.items():
+            bench = BENCHES[name]
+            backward_s = None
+            if backward:
+                less = engine_s if bench.engine else 0.0
+                backward_s = max(1e-7, median(backward) - less) * shared
+            self.timings.append(
+                Timing(operator=name, dtype=dtype, busy=busy, axes=bench.axes, size=size,
+                       forward_s=median(forward) * shared, backward_s=backward_s)
+            )  # fmt: skip
+
+    def _sweep(
+        self,
+        name: str,
+        points: list[Sizes],
+        buffers: Buffers,
+        budget_s: float,
+        busy: int,
+        samples: dict[tuple[str, Sizes], tuple[list[float], list[float]]],
+    ) -> None:
+        """One round over an operator's points; the time of each bounds that of the next."""
+        bench, slowest_rate = BENCHES[name], 0.0
+        for size in points:
+            self.barrier(busy)
+            work = bench.work(size)
+            if slowest_rate and work * slowest_rate > LONGEST_CALL_S:
+                continue
+            try:
+                forward, backward = self._time(bench, size, buffers, budget_s)
+            except torch.OutOfMemoryError:  # a GPU with less memory: the point is left out
+                torch.cuda.empty_cache()
+                continue
+            kept = samples.setdefault((name, size), ([], []))
+            kept[0].extend(forward)
+            kept[1].extend(backward)
+            # Small calls are all overhead and say nothing about the rate of large ones.
+            longest = max(median(forward), median(backward) if backward else 0.0)
+            slowest_rate = longest / work if longest > 1e-3 else 0.0
+
+    def _time(
+        self, bench: Bench, size: Sizes, buffers: Buffers, budget_s: float
+    ) -> tuple[list[float], list[float]]:
+        case = bench.prepare(buffers, size)
+        forward = self.clock.samples(case.forward, budget_s)
+        if case.backward is None:
+            return forward, []
+        return forward, self.clock.samples(case.backward(), budget_s)
+
+    def reference(self) -> None:
+        """One sample of the operator whose repeated medians tell this machine's spread."""
+        x = torch.ones(256, 256, device=self.device)
+        call = x.clone().mul_(0.01)
+        self.reference_s.append(median(self.clock.samples(lambda: torch.mm(x, call), 0.05)))
+
+    def collectives(self) -> list[CollectiveCurve]:
+        """Curves of all collectives in all settings."""
+        curves = []
+        sizes = grids.message_sizes(self.request.quick)
+        for setting in self.settings:
+            if self.rank < setting.world:
+                for kind in collectives.KINDS:
+                    seconds = [
+                        collectives.measure(kind, size, setting, self.groups,
+                                            quick=self.request.quick)
+                        for size in sizes
+                    ]  # fmt: skip
+                    curves.append(
+                        CollectiveCurve(
+                            collective=kind,
+                            group=setting.group,
+                            groups=setting.groups,
+                            message_bytes=tuple(float(size) for size in sizes),
+                            seconds=tuple(seconds),
+                        )
+                    )
+            dist.barrier()
+        return curves
+
+    def host(self) -> dict[str, float]:
+        """Host times; on a GPU the launch alone, since the host works beside the device."""
+        if self.device.type == "cuda":
+            return {"launch": host.launch_s(self.device)}
+        return host.measure(self.folder, self.rank, self.world, self.clock)
+
+    def environment(self) -> dict[str, str]:
+        """What the figures were measured on and with."""
+        found = {
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": str(self.cores),
+            "threads_per_process": str(torch.get_num_threads()),
+            "cpu": host.cpu_name(),
+        }
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            found["device"] = properties.name
+            found["device_memory_bytes"] = str(properties.total_memory)
+        return found
+
+
+def training_process_bytes() -> float:
+    """Resident memory of a process that has imported what training needs, and has no model yet."""
+    from .. import build
+
+    assert build
+    return host.resident_bytes()
+
+
+def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
+    """Runs all phases and writes this rank's findings."""
+    worker = Worker(folder, rank, world, request)
+    worker.connect()
+    memory = {"process_bytes": training_process_bytes()} if rank == 0 else {}
+    phases = request.phases()
+    started = time.perf_counter()
+    for index, (dtype, busy) in enumerate(phases):
+        worker.report(index / (len(phases) + 2), f"operators {dtype}, {busy} busy")
+        if rank == 0:
+            worker.reference()
+        if rank < busy:
+            worker.operators(dtype, busy)
+        dist.barrier()
+        if rank == 0:
+            worker.reference()
+            note(f"{dtype} {busy} until {time.perf_counter() - started:.1f} s")
+    worker.report(len(phases) / (len(phases) + 2), "collectives")
+    curves = worker.collectives() if request.collectives else []
+    note(f"collectives until {time.perf_counter() - started:.1f} s")
+    worker.report((len(phases) + 1) / (len(phases) + 2), "host")
+    dist.barrier()
+    dist.destroy_process_group()
+    host_s = worker.host() if request.host else {}
+    note(f"host until {time.perf_counter() - started:.1f} s")
+    findings = Findings(
+        timings=worker.timings,
+        collectives=curves,
+        host_s=host_s,
+        memory=memory,
+        reference_s=worker.reference_s,
+        environment=worker.environment(),
+    )
+    temporary = folder / f"findings{rank}.tmp"
+    temporary.write_bytes(msgspec.json.encode(findings))
+    temporary.replace(folder / f"findings{rank}.json")
+
+
+def note(text: str) -> None:
+    """A line for the worker's log."""
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    run_worker(
+        Path(arguments[0]),
+        int(arguments[1]),
+        int(arguments[2]),
+        msgspec.json.decode((Path(arguments[0]) / "request.json").read_bytes(), type=Request),
+    )

@@ -1,0 +1,94 @@
+"""predict's layout: exactly what was typed, absent axes 1 or off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forerun import Cluster, InputError, Model, Plan, Workload, load_cluster, load_model
+from forerun.cli.layout import fixed_plan
+from forerun.planner import Pins
+
+
+def plan(
+    model: str = "tiny-1m", gpus: str = "4xcpu", seqs: int = 16, seq: int = 64, **pins: Any
+) -> Plan:
+    workload = Workload(seq_tokens=seq, global_batch_seqs=seqs)
+    return fixed_plan(load_model(model), load_cluster(gpus), workload, Pins(**pins))
+
+
+def test_defaults_are_one_or_off_and_dp_takes_the_rest() -> None:
+    phase = plan().phase
+    assert phase.mesh.shape() == {"pp": 1, "dp_replicate": 4, "dp_shard": 1, "cp": 1, "tp": 1}
+    assert (phase.zero, phase.sequence_parallel, phase.recompute) == (0, False, "none")
+    assert (phase.micro_batch_seqs, phase.num_microbatches) == (1, 4)
+    assert phase.schedule == "1f1b"
+
+
+def test_precision_is_bf16_on_gpus_and_fp32_on_cpus() -> None:
+    assert plan().phase.compute_dtype == "fp32"
+    assert plan(gpus="4xH100").phase.compute_dtype == "bf16"
+    assert plan(gpus="4xH100", precision="fp32").phase.compute_dtype == "fp32"
+
+
+def test_dp_is_what_tp_and_pp_leave() -> None:
+    mesh = plan(tp=2, pp=2).phase.mesh
+    assert (mesh.tp, mesh.pp, mesh.dp) == (2, 2, 1)
+
+
+def test_zero_shards_over_all_of_dp_unless_told() -> None:
+    assert plan(zero=3).phase.mesh.dp_shard == 4
+    hybrid = plan(zero=3, dp_shard=2).phase.mesh
+    assert (hybrid.dp_replicate, hybrid.dp_shard) == (2, 2)
+
+
+def test_vpp_makes_1f1b_interleaved() -> None:
+    phase = plan(pp=2, vpp=2).phase
+    assert phase.schedule == "interleaved"
+    assert [stage.layers for stage in phase.stages] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_every_axis_given_stands_in_the_plan() -> None:
+    phase = plan(
+        tp=2, sp=True, dp=2, zero=2, micro_batch=2, recompute="full", precision="bf16"
+    ).phase
+    assert phase.label == "zero2-2_tp2-sp_mbs2x4_ac-full_bf16"
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"tp": 3, "gpus": "3xcpu", "seqs": 3}, "tp"),  # 3 does not divide 4 heads
+        ({"tp": 8, "gpus": "8xcpu"}, "tp"),  # nor 8 the 2 key-value heads
+        ({"tp": 3}, "mesh"),  # nor 3 the 4 devices
+        ({"pp": 8, "gpus": "8xcpu"}, "pp"),  # four layers
+        ({"pp": 2, "vpp": 4}, "pp"),
+        ({"vpp": 2}, "vpp"),
+        ({"dp": 2}, "dp"),
+        ({"dp": 8}, "dp"),
+        ({"dp_shard": 3, "zero": 3}, "dp-shard"),
+        ({"dp_shard": 2}, "zero"),
+        ({"seqs": 6}, "global-batch"),
+        ({"micro_batch": 3}, "micro-batch"),
+        ({"sp": True}, "sp"),
+        ({"tp": 2, "sp": True, "seq": 63}, "sp"),
+        ({"cp": 2}, "cp"),
+        ({"ep": 2}, "ep"),
+        ({"pp": 4, "seqs": 2}, "num_microbatches"),
+        ({"pp": 2, "vpp": 2, "schedule": "1f1b"}, "vpp"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError) as caught:
+        plan(**options)
+    assert caught.value.field == field
+    assert caught.value.remedy
+
+
+def test_pools_of_unlike_devices_are_refused() -> None:
+    one = load_cluster("4xcpu")
+    two = Cluster(name="mixed", pools=(one.pools[0], one.pools[0]))
+    model: Model = load_model("tiny-1m")
+    with pytest.raises(InputError, match="pools"):
+        fixed_plan(model, two, Workload(seq_tokens=64, global_batch_seqs=8), Pins())
