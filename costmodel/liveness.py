@@ -28,8 +28,10 @@ class Liveness:
     forward_peak: Array
     """Largest live sum in forward, input and saved tensors of this graph included."""
     backward_peak: Array
-    """Largest live sum in backward, this graph's saved tensors included, its weights' gradients
-    only while they are being made."""
+    """Largest live sum in backward, this graph's saved tensors included; of its weights' gradients
+    those being made, which are then added to others."""
+    backward_peak_fresh: Array
+    """The same when nothing is there to add to: every gradient made so far stays."""
     gradients: Array
     """Gradients of the weights as autograd makes them, in the compute dtype."""
     loss: Array
@@ -40,7 +42,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     """The allocation curve of a graph under its recompute setting."""
     saved_names = {t.name for op in graph.operators for t in op.saves}
     forward_kept, saved = _forward(graph, sizes, saved_names)
-    backward = _backward(graph, sizes)
+    backward, fresh = _backward(graph, sizes)
     gradients = sum((t.num_bytes(sizes) for t in graph.weights), np.zeros(1))
     loss = np.zeros(1)
     for op in graph.operators:
@@ -54,6 +56,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
             saved=boundary,
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
+            backward_peak_fresh=np.maximum(again, fresh),
             gradients=gradients,
             loss=loss,
         )
@@ -61,6 +64,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
         saved=saved,
         forward_peak=forward_kept,
         backward_peak=backward,
+        backward_peak_fresh=fresh,
         gradients=gradients,
         loss=loss,
     )
@@ -107,8 +111,8 @@ def _main(op: Operator) -> Tensor:
     return op.saves[0] if op.kind == "cross_entropy" else op.outputs[-1]
 
 
-def _backward(graph: Graph, sizes: Sizes) -> Array:
-    """Peak of the backward walk."""
+def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
+    """Peaks of the backward walk: weights' gradients leaving at once, or staying."""
     holders: dict[str, int] = {}
     saved: dict[str, Array] = {}
     for op in graph.operators:
@@ -117,12 +121,14 @@ def _backward(graph: Graph, sizes: Sizes) -> Array:
             saved[tensor.name] = tensor.num_bytes(sizes)
     last = graph.operators[-1]
     grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in last.outputs}
-    peak = np.zeros(1)
+    peak, fresh, stayed = np.zeros(1), np.zeros(1), np.zeros(1)
     for op in reversed(graph.operators):
         standing = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
         weights = sum((t.num_bytes(sizes) for t in op.weights), np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
         peak = np.maximum(peak, standing + making + weights)
+        stayed = stayed + weights
+        fresh = np.maximum(fresh, standing + making + stayed)
         for tensor in op.outputs:
             grads.pop(tensor.name, None)
         for tensor in op.saves:
@@ -133,8 +139,9 @@ def _backward(graph: Graph, sizes: Sizes) -> Array:
             if name in grads:  # two consumers: both gradients and their sum live for a moment
                 held = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
                 peak = np.maximum(peak, held + 2 * size)
+                fresh = np.maximum(fresh, held + 2 * size + stayed)
             grads[name] = size
-    return peak
+    return peak, fresh
 
 
 def _input_gradients(

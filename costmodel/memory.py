@@ -60,9 +60,9 @@ def peak_memory(
     rest = _rest(load, costs, layouts, compute)
     saved = _saved(load, costs)
     per_chunk = saved / chunks
-    fresh, later = _gradients(load, costs, layouts, compute)
+    first, later = _gradients(load, costs, layouts, compute)
     moments: list[dict[str, Array]] = []
-    for in_flight, grads in ((in_flight_first, fresh), (in_flight_later, later)):
+    for in_flight, grads in ((in_flight_first, first), (in_flight_later, later)):
         others = np.maximum(in_flight - 1.0, 0.0) * per_chunk
         exists = in_flight > 0
         for moment in _moments(load, costs, layouts, compute, per_chunk, grads):
@@ -73,8 +73,7 @@ def peak_memory(
                     for name, value in {**rest, **moment, "activations": activations}.items()
                 }
             )
-    update = {"gradients": later["rest"], "gathered_parameters": np.zeros(1)}
-    moments.append({**rest, **update})
+    moments.append({**rest, "gradients": later.after})
     return _largest(moments)
 
 
@@ -96,26 +95,39 @@ def _saved(load: Load, costs: Pieces) -> Array:
     return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gradients:
+    """Gradients around one backward (bytes)."""
+
+    before: Array
+    """At rest before it, DDP's buckets included."""
+    after: Array
+    """At rest after it."""
+    fresh: Array
+    """Whether what it makes stays as it is made, instead of being added or copied away."""
+
+
 def _gradients(
     load: Load, costs: Pieces, layouts: Layouts, compute: str
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Gradients at rest before and after the first backward.
+) -> tuple[_Gradients, _Gradients]:
+    """Gradients around the first backward of a step, and around later ones.
 
     DDP's buckets are always there, and with several micro-batches the gradients that accumulate
     before the exchange stand beside them; FSDP holds sharded fp32 gradients, and unsharded ones
     while micro-batches accumulate without a scatter.
     """
-    params = load.total(costs, "params")
+    full = load.total(costs, "params") * STATE_BYTES
     m = layouts.num_microbatches
     units = is_sharded(layouts, compute)
     shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    unsharded = units & ~scatter_each & (m > 1)
-    held = np.where(units, np.where(unsharded, 1.0, 1.0 / shard), 1.0) * params * STATE_BYTES
-    buckets = np.where(~units & (layouts.dp > 1), params * STATE_BYTES, 0.0)
-    final = np.where(units, params * STATE_BYTES / shard, params * STATE_BYTES)
-    twice = np.where(m > 1, final + buckets, np.maximum(final, buckets))
-    return {"held": buckets, "rest": twice}, {"held": held + buckets, "rest": twice}
+    buckets = np.where(~units & (layouts.dp > 1), full, 0.0)
+    waiting = np.where(units & ~scatter_each & (m > 1), full, full / shard)
+    local = np.where(units, waiting, full)
+    after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
+    streams = units & scatter_each
+    first = _Gradients(before=buckets, after=after, fresh=units | (layouts.dp == 1))
+    return first, _Gradients(before=after, after=after, fresh=streams)
 
 
 def _moments(
@@ -124,47 +136,39 @@ def _moments(
     layouts: Layouts,
     compute: str,
     per_chunk: Array,
-    grads: dict[str, Array],
+    grads: _Gradients,
 ) -> list[dict[str, Array]]:
     """The candidate moments of one micro-batch's backward on this rank."""
-    gathered, buffers = _gathered(load, costs, layouts, compute)
+    copies = _WorkingCopies.of(load, costs, layouts, compute)
+    own_head = load.head * costs.head.params
+    made_head = np.where(grads.fresh, own_head * copies.gradient_bytes, 0.0)
     result: list[dict[str, Array]] = []
     for count, piece in load.each(costs):
         if piece is costs.embedding:
             continue
-        present = count > 0
-        own = piece.live.saved
+        present, own, loss = count > 0, piece.live.saved, piece.live.loss
         is_head = piece is costs.head
-        working = np.maximum(
-            np.where(is_head, piece.live.forward_peak, 0.0), piece.live.backward_peak
-        )
+        working = np.where(grads.fresh, piece.live.backward_peak_fresh, piece.live.backward_peak)
         below = np.maximum(per_chunk - own * present, 0.0)
-        if not is_head:  # the head's own activations are gone when the layers' backward starts
+        if is_head:
+            working = np.maximum(working, piece.live.forward_peak)
+        else:  # the head's own activations are gone when the layers' backward starts
             below = np.maximum(below - load.head * costs.head.live.saved, 0.0)
-        unit = piece.live.gradients if not is_head else np.zeros(1)
-        loss = piece.live.loss
-        result.append(
-            {
-                "activations": np.where(present, below + own, 0.0),
-                "logits_loss": np.where(present, np.minimum(loss, working), 0.0),
-                "workspace": np.where(
-                    present, np.maximum(working - own - np.minimum(loss, working), 0.0), 0.0
-                ),
-                "gradients": grads["held"] + np.where(present, 0.0 * unit, 0.0),
-                "gathered_parameters": gathered,
-                "comm_buffers": np.where(present & (not is_head), buffers, 0.0),
-            }
-        )
-    return [*result, _first_layer(load, costs, layouts, gathered, buffers, grads)]
+        loss = np.minimum(loss, np.maximum(working - own, 0.0) + own)
+        moment = {
+            "activations": below + np.where(is_head, np.maximum(own - loss, 0.0), own),
+            "logits_loss": loss,
+            "workspace": np.maximum(working - np.maximum(own, loss), 0.0),
+            "gradients": grads.before + (0.0 if is_head else made_head),
+            "gathered_parameters": copies.at_head if is_head else copies.at_layer,
+            "comm_buffers": copies.fetched if is_head else copies.fetched_at_layer,
+        }
+        result.append({name: np.where(present, value, 0.0) for name, value in moment.items()})
+    return [*result, _first_layer(load, costs, copies, grads)]
 
 
 def _first_layer(
-    load: Load,
-    costs: Pieces,
-    layouts: Layouts,
-    gathered: Array,
-    buffers: Array,
-    grads: dict[str, Array],
+    load: Load, costs: Pieces, copies: _WorkingCopies, grads: _Gradients
 ) -> dict[str, Array]:
     """Backward of the rank's first layer: all gradients are there, one layer's activations left."""
     saved, working = np.zeros(1), np.zeros(1)
@@ -174,30 +178,51 @@ def _first_layer(
     return {
         "activations": saved,
         "workspace": np.maximum(working - saved, 0.0),
-        "gradients": np.maximum(grads["held"], grads["rest"]),
-        "gathered_parameters": gathered,
-        "comm_buffers": buffers,
+        "gradients": grads.after,
+        "gathered_parameters": copies.at_layer,
+        "comm_buffers": copies.scattered,
     }
 
 
-def _gathered(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> tuple[Array, Array]:
-    """Working copies of parameters, and communication buffers, in a backward.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WorkingCopies:
+    """FSDP's copies in the compute dtype and its buffers, by moment (bytes).
 
-    ZeRO 3 without pipeline holds the rest of the piece and two layers (the current one and the one
-    fetched ahead); other FSDP modes hold every unit for the whole step. The buffers are a layer's
-    gradients before the scatter and the scatter's flat input.
+    ZeRO 3 without pipeline holds the rest of the piece for the whole step and streams the layers:
+    the current one and the one fetched ahead. Other FSDP modes hold every unit for the whole step.
     """
-    x = DTYPE_BYTES[compute]
-    units = is_sharded(layouts, compute)
-    layer = np.zeros(1)
-    for count, piece in zip(load.layers, costs.layers, strict=True):
-        layer = np.maximum(layer, np.where(count > 0, piece.params, 0.0))
-    rest = load.embedding * costs.embedding.params + load.head * costs.head.params
-    everything = load.total(costs, "params")
-    streaming = (layouts.zero == 3) & (layouts.pp == 1)
-    held = np.where(streaming, np.minimum(rest + 2 * layer, everything), everything)
-    buffers = layer * x + layer * REDUCE_BYTES
-    return np.where(units, held * x, 0.0), np.where(units, buffers, 0.0)
+
+    at_head: Array
+    at_layer: Array
+    fetched: Array
+    """The flat buffer of the last layer, fetched ahead during the head's backward."""
+    fetched_at_layer: Array
+    scattered: Array
+    """A layer's gradients and the scatter's flat input."""
+    gradient_bytes: Array
+    """Of one gradient element as it is made."""
+
+    @staticmethod
+    def of(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> _WorkingCopies:
+        """The copies of one rank."""
+        x = DTYPE_BYTES[compute]
+        units = is_sharded(layouts, compute)
+        layer = np.zeros(1)
+        for count, piece in zip(load.layers, costs.layers, strict=True):
+            layer = np.maximum(layer, np.where(count > 0, piece.params, 0.0))
+        rest = load.embedding * costs.embedding.params + load.head * costs.head.params
+        everything = load.total(costs, "params")
+        streams = (layouts.zero == 3) & (layouts.pp == 1)
+        more = np.where(load.num_layers > 1, layer, 0.0)
+        at_layer = np.where(streams, np.minimum(rest + layer, everything), everything)
+        return _WorkingCopies(
+            at_head=np.where(units, np.where(streams, rest, everything) * x, 0.0),
+            at_layer=np.where(units, at_layer * x, 0.0),
+            fetched=np.where(units & streams, layer * x, 0.0),
+            fetched_at_layer=np.where(units & streams, more * x, 0.0),
+            scattered=np.where(units, layer * (x + REDUCE_BYTES), 0.0),
+            gradient_bytes=np.where(units, x, STATE_BYTES),
+        )
 
 
 def _largest(moments: Sequence[dict[str, Array]]) -> Peak:

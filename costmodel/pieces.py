@@ -226,6 +226,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
             saved=pick(a.saved, b.saved),
             forward_peak=pick(a.forward_peak, b.forward_peak),
             backward_peak=pick(a.backward_peak, b.backward_peak),
+            backward_peak_fresh=pick(a.backward_peak_fresh, b.backward_peak_fresh),
             gradients=pick(a.gradients, b.gradients),
             loss=pick(a.loss, b.loss),
         )
