@@ -1,0 +1,157 @@
+"""A plan as this rank's part of a real training run.
+
+Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
+parameters, pipeline schedule, optimiser.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..errors import InputError
+from ..mesh import Mesh
+from ..model import Model
+from ..plan import SCHEDULES, Phase, Plan
+from . import data_parallel, init, tensor_parallel
+from .decoder import Decoder
+from .marks import Marks
+from .optimizer import make_adamw
+from .pipeline import Pipeline, local_stages
+from .techniques import precision, recompute
+from .torch_compat import DeviceMesh
+from .trainer import Trainer
+
+EXECUTED = ("precision", "recompute")
+"""Techniques that have a file in `executors/techniques/`."""
+
+
+def check_supported(plan: Plan) -> None:
+    """Raise InputError for a plan that contradicts itself or that this executor cannot run."""
+    plan.check()
+    if len(plan.phases) != 1:
+        raise InputError("phases", len(plan.phases), "runs have one phase for now",
+                         "give a plan with one phase")  # fmt: skip
+    _check_phase(plan.phase)
+    _check_model(plan.model, plan.phase.seq_tokens)
+
+
+def _check_phase(phase: Phase) -> None:
+    for axis in ("cp", "ep"):
+        degree = getattr(phase.mesh, axis)
+        if degree > 1:
+            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
+    if phase.orders is not None:
+        raise InputError("orders", "given", "orders of one's own cannot be run yet",
+                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
+    for setting in phase.settings:
+        for name in setting.techniques:
+            if name not in EXECUTED:
+                raise InputError("settings.techniques", name, "cannot be run yet",
+                                 f"use {', '.join(EXECUTED)} only")  # fmt: skip
+    num_layers = phase.stages[-1].layers[1] + 1
+    dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
+    if len(dtypes) > 1:
+        raise InputError("precision", ", ".join(sorted(dtypes)),
+                         "layers of different precision cannot be run yet",
+                         "use one for all layers")  # fmt: skip
+    precision.compute_dtype(phase)
+
+
+def _check_model(model: Model, seq_tokens: int) -> None:
+    for layer in model.layers:
+        if layer.experts is not None:
+            raise InputError("layers.experts", layer.experts.num_experts,
+                             "mixtures of experts cannot be run yet",
+                             "use a dense model")  # fmt: skip
+        if layer.latent is not None:
+            raise InputError("layers.latent", layer.latent.kv_lora_rank,
+                             "latent attention cannot be run yet",
+                             "use a model with grouped-query attention")  # fmt: skip
+    if len({layer.head_dim for layer in model.layers}) > 1 and model.positions == "rope":
+        raise InputError("layers.head_dim", "unequal", "rotary positions take one head size",
+                         "give all layers the same head_dim")  # fmt: skip
+    if model.positions == "alibi":
+        raise InputError("positions", "alibi", "cannot be run yet", "use rope, learned or none")
+    if model.positions == "learned" and seq_tokens > (model.max_positions or 0):
+        raise InputError("seq-len", seq_tokens,
+                         f"{model.name} has {model.max_positions} learned positions",
+                         "use a shorter sequence")  # fmt: skip
+
+
+def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
+    """The device mesh with the axes and rank order of `Mesh`."""
+    shape = mesh.shape()
+    return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
+def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
+    """The group of the first and last pipeline rank at this rank's place, when tables are tied.
+
+    Every rank makes every group, in the same order, as torch demands.
+    """
+    mesh = plan.phase.mesh
+    if mesh.pp == 1 or not plan.model.tied_embeddings:
+        return None
+    mine: dist.ProcessGroup | None = None
+    stride = mesh.stride("pp")
+    for first in range(stride):
+        pair = [first, first + (mesh.pp - 1) * stride]
+        group = dist.new_group(pair)
+        if isinstance(group, dist.ProcessGroup) and dist.get_rank() in pair:
+            mine = group
+    return mine
+
+
+def build_piece(
+    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks
+) -> tuple[Decoder, nn.Module, dict[str, int]]:
+    """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
+    phase = plan.phase
+    first, last = phase.stages[stage].layers
+    with torch.device("meta"):
+        piece = Decoder(plan.model, first, last)
+    shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
+    tp_dims: dict[str, int] = {}
+    if phase.mesh.tp > 1:
+        tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
+    recompute.apply(piece, phase, marks)
+    if data_parallel.uses_fsdp(phase):
+        data_parallel.apply_fsdp(piece, phase, mesh)
+    piece.to_empty(device=device)
+    tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
+    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
+    if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
+        return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
+    return piece, piece, tp_dims
+
+
+def build(plan: Plan, *, device: torch.device) -> Trainer:
+    """This rank's trainer; the process group is initialised and has `mesh.world` ranks."""
+    check_supported(plan)
+    phase = plan.phase
+    phase.mesh.check_world(dist.get_world_size())
+    mesh = make_mesh(phase.mesh, device)
+    marks = Marks()
+    stages = local_stages(phase, mesh.get_local_rank("pp"))
+    built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]
+    pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
+    tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
+    pipeline = None
+    if phase.mesh.pp > 1:
+        pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks)
+    parameters = [p for piece in pieces for p in piece.parameters()]
+    return Trainer(
+        plan,
+        device,
+        mesh,
+        pieces,
+        modules,
+        pipeline,
+        make_adamw(parameters, plan.workload.learning_rate),
+        tied_groups(plan),
+        tp_dims,
+        marks,
+    )

@@ -1,0 +1,63 @@
+"""Data parallelism: DDP for replicated fp32 states, FSDP2 for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..plan import Phase
+from .decoder import Decoder
+from .techniques import precision
+from .torch_compat import DeviceMesh, FSDPModule, fully_shard
+
+
+def uses_fsdp(phase: Phase) -> bool:
+    """Whether FSDP2 holds the parameters: any ZeRO stage, and bf16 for its fp32 master copy."""
+    return phase.zero > 0 or phase.compute_dtype != "fp32"
+
+
+def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
+    """Shard each block, then what is left of the piece, over dp_shard; replicate over dp_replicate.
+
+    Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
+    its last backward.
+    """
+    dims = ("dp_replicate", "dp_shard") if phase.mesh.dp_replicate > 1 else ("dp_shard",)
+    options = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    keep = phase.zero < 3 or phase.mesh.pp > 1
+    for block in piece.blocks.values():
+        fully_shard(block, reshard_after_forward=not keep, **options)
+    fully_shard(piece, reshard_after_forward=False, **options)
+
+
+def apply_ddp(piece: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
+    """The piece under DDP; initial parameters are equal already, so nothing is broadcast."""
+    return DistributedDataParallel(
+        piece,
+        process_group=mesh.get_group("dp_replicate"),
+        gradient_as_bucket_view=True,
+        init_sync=False,
+    )
+
+
+@contextmanager
+def microbatch(module: nn.Module, phase: Phase, last: bool) -> Iterator[None]:
+    """The context of one micro-batch's forward and backward (no pipeline).
+
+    Gradients are synchronised on the last one only, or on each for ZeRO 2 and 3; sums over replicas
+    of shards (HSDP) always wait for the last.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last or phase.zero >= 2)
+        module.set_requires_all_reduce(last)
+        module.set_reshard_after_backward(last or phase.zero == 3)
+        module.set_is_last_backward(last)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield

@@ -1,0 +1,193 @@
+"""The decoder that plans are run with: plain PyTorch, in operators that the cost model prices.
+
+Every operator here has one counterpart of the same name in `costmodel/layers.py`. A change in one
+is a change in the other: the tests compare saved bytes and FLOPs of the two.
+
+Shape suffixes: B batch, S sequence, E hidden, H heads, G key-value heads, D head size, F ffn width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..model import Layer, Model
+
+
+def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Cosines and sines of rotary positions, (2, S, D), fp32."""
+    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequency = theta ** (-half / head_dim)
+    angle = torch.arange(seq_tokens, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
+    """Rotary positions applied to queries or keys; computed in the dtype of `x`."""
+    cos, sin = table_2SD.to(x_BSHD.dtype)[:, None, :, None, :].unbind(0)
+    first, second = x_BSHD.chunk(2, dim=-1)
+    return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
+    """RMSNorm or LayerNorm with weights."""
+    if layer.norm == "rmsnorm":
+        return nn.RMSNorm(hidden, eps=eps)
+    return nn.LayerNorm(hidden, eps=eps)
+
+
+def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    """Causal attention (B, H, S, D); the part that selective recompute runs twice."""
+    return F.scaled_dot_product_attention(
+        q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, model: Model, layer: Layer) -> None:
+        super().__init__()
+        self.head_dim = layer.head_dim
+        self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
+        width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        qkv_bias = layer.bias or layer.qkv_bias
+        self.wq = nn.Linear(model.hidden, width, bias=qkv_bias)
+        self.wk = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wv = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
+
+    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
+        q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
+        k_BSGD = self.wk(x_BSE).unflatten(-1, (-1, self.head_dim))
+        v_BSGD = self.wv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        if table_2SD is not None:
+            q_BSHD, k_BSGD = rotate(q_BSHD, table_2SD), rotate(k_BSGD, table_2SD)
+        out_BHSD = self.core(q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2))
+        return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Dense feed-forward block: SwiGLU, GELU or squared ReLU."""
+
+    def __init__(self, model: Model, layer: Layer) -> None:
+        super().__init__()
+        self.kind = layer.mlp
+        if layer.mlp == "swiglu":
+            self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
+        elif self.kind == "gelu":
+            inner_BSF = F.gelu(self.up(x_BSE))
+        else:
+            inner_BSF = F.relu(self.up(x_BSE)).square()
+        return self.down(inner_BSF)
+
+
+class Block(nn.Module):
+    """One decoder layer: pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, model: Model, layer: Layer) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(layer, model.hidden, model.norm_eps)
+        self.attention = Attention(model, layer)
+        self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
+        self.mlp = Mlp(model, layer)
+
+    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD)
+        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+
+
+class TiedHead(nn.Module):
+    """The output head that shares the embedding's weight; a module, so that layouts can be set."""
+
+    def forward(self, x_BSE: Tensor, weight_VE: Tensor) -> Tensor:
+        return F.linear(x_BSE, weight_VE)
+
+
+class Decoder(nn.Module):
+    """The layers `first..last` (both included) of a model; embedding and head where they belong.
+
+    Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
+    output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
+    targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
+    the logits.
+    """
+
+    def __init__(self, model: Model, first: int, last: int) -> None:
+        super().__init__()
+        self.model = model
+        self.is_first, self.is_last = first == 0, last == model.num_layers - 1
+        self.sequence_shard: tuple[int, int] = (0, 1)
+        """(part, parts) of the sequence that hidden states hold between modules."""
+        if self.is_first or (self.is_last and model.tied_embeddings):
+            self.embedding = nn.Embedding(model.vocab, model.hidden)
+        if self.is_first and model.positions == "learned":
+            self.positions = nn.Embedding(model.max_positions or 0, model.hidden)
+        self.blocks = nn.ModuleDict(
+            {str(index): Block(model, model.layer_at(index)) for index in range(first, last + 1)}
+        )
+        if self.is_last:
+            self.norm = make_norm(model.layers[-1], model.hidden, model.norm_eps)
+            if model.tied_embeddings:
+                self.tied_head = TiedHead()
+            else:
+                self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+        self.table_2SD: Tensor | None = None
+
+    def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
+        """The rotary table for a sequence length; made once and kept."""
+        if self.model.positions != "rope":
+            return None
+        if self.table_2SD is None or self.table_2SD.shape[1] != seq_tokens:
+            head_dim = self.model.layers[0].head_dim
+            self.table_2SD = rotary_table(seq_tokens, head_dim, self.model.rope_theta, device)
+        return self.table_2SD
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Hidden states of tokens, (B, S/parts, E)."""
+        x_BSE = self.embedding(tokens_BS)
+        if self.model.positions == "learned":
+            part, parts = self.sequence_shard
+            length = tokens_BS.shape[1] // parts
+            index_S = torch.arange(part * length, (part + 1) * length, device=x_BSE.device)
+            x_BSE = x_BSE + self.positions(index_S)
+        return x_BSE
+
+    def logits(self, x_BSE: Tensor) -> Tensor:
+        """Logits (B, S, V) of the last hidden states."""
+        x_BSE = self.norm(x_BSE)
+        if self.model.tied_embeddings:
+            return self.tied_head(x_BSE, self.embedding.weight)
+        return self.head(x_BSE)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        seq_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+        if self.is_first:
+            x = self.embed(x)
+        table_2SD = self.rotary(seq_tokens, x.device)
+        for block in self.blocks.values():
+            x = block(x, table_2SD)
+        if self.is_last:
+            x = self.logits(x)
+            if targets is not None:
+                x = token_loss(x, targets)
+        return x
+
+
+def token_loss(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Mean cross-entropy per token, in fp32; plain also for logits cut along the vocabulary."""
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+    # A copy, because FSDP hangs its hooks on the loss and cannot hang them on a view.
+    return loss.to_local().clone() if isinstance(loss, DTensor) else loss

@@ -1,0 +1,1 @@
+"""Techniques as changes to the module that runs; one file per technique."""

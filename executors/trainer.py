@@ -1,0 +1,162 @@
+"""The trainer: one rank's part of a training step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from ..errors import RunFailed
+from ..plan import Plan
+from . import data_parallel
+from .decoder import Decoder
+from .marks import Marks, Observer
+from .pipeline import Pipeline
+from .torch_compat import DeviceMesh, DTensor
+
+
+class Trainer:
+    """This rank's pieces of the model with their optimiser; built by `build.build`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        device_mesh: DeviceMesh,
+        pieces: list[Decoder],
+        modules: list[nn.Module],
+        pipeline: Pipeline | None,
+        optimizer: torch.optim.Optimizer,
+        tied_group: dist.ProcessGroup | None,
+        tp_dims: dict[str, int],
+        marks: Marks,
+    ) -> None:
+        self.plan, self.phase, self.mesh = plan, plan.phase, plan.phase.mesh
+        self.device, self.device_mesh = device, device_mesh
+        self.coordinates = self.mesh.coordinates(dist.get_rank())
+        self.pieces, self.modules = pieces, modules
+        self.pipeline, self.optimizer = pipeline, optimizer
+        self.tied_group, self.marks = tied_group, marks
+        self.tp_dims = tp_dims
+        """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
+
+    @property
+    def observer(self) -> Observer:
+        """Who hears of begin and end of forward, backward, recompute and optimizer."""
+        return self.marks.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self.marks.observer = observer
+
+    def forward_backward(self, tokens_BS1: Tensor) -> Tensor:
+        """Mean loss of this replica's sequences, whose gradients now stand on the parameters.
+
+        `tokens_BS1` holds all micro-batches, (micro_batch_seqs * num_microbatches, S + 1) int64.
+        A 0-dim tensor on ranks of the last stage, NaN elsewhere.
+        """
+        inputs, targets = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
+        with self._loss_context():
+            if self.pipeline is not None:
+                loss = self.pipeline.step(inputs, targets)
+            else:
+                loss = self._accumulate(inputs, targets)
+        self._reduce_shared_gradients()
+        return loss
+
+    def _loss_context(self) -> AbstractContextManager[object]:
+        return loss_parallel() if self.mesh.tp > 1 else nullcontext()
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        num = self.phase.num_microbatches
+        total = torch.zeros((), device=self.device)
+        for index, (x, y) in enumerate(zip(inputs.chunk(num), targets.chunk(num), strict=True)):
+            last = index == num - 1
+            with data_parallel.microbatch(self.modules[0], self.phase, last):
+                with self.marks.mark("forward"):
+                    loss = self.modules[0](x, y) / num
+                with self.marks.mark("backward"):
+                    loss.backward()
+            total += loss.detach()
+        return total
+
+    def _reduce_shared_gradients(self) -> None:
+        """Sum gradients that ranks hold in part.
+
+        Under sequence parallelism those of parameters that tp did not cut (one all-reduce of all of
+        them); with tied tables under a pipeline that of the table, over first and last stage.
+        """
+        if self.phase.sequence_parallel:
+            group = self.device_mesh.get_group("tp")
+            parameters = self._named_parameters()
+            whole = [p for name, p in parameters.items() if name not in self.tp_dims]
+            sum_coalesced([local(p.grad) for p in whole if p.grad is not None], group)
+        if self.tied_group is not None:
+            for piece in self.pieces:
+                if (piece.is_first or piece.is_last) and piece.embedding.weight.grad is not None:
+                    dist.all_reduce(local(piece.embedding.weight.grad), group=self.tied_group)
+
+    def optimizer_step(self) -> None:
+        """AdamW, then gradients dropped."""
+        with self.marks.mark("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def global_loss(self, local_loss: Tensor) -> float:
+        """Mean loss over all replicas, the same on every rank: one small all-reduce."""
+        pair = torch.zeros(2, device=self.device)
+        if any(piece.is_last for piece in self.pieces):
+            pair[0], pair[1] = local_loss, 1.0
+        dist.all_reduce(pair)
+        return float(pair[0] / pair[1])
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter for piece in self.pieces for name, parameter in piece.named_parameters()
+        }
+
+    def check_gradients(self) -> None:
+        """Raise RunFailed when a trainable parameter has no gradient."""
+        for name, parameter in self._named_parameters().items():
+            if parameter.requires_grad and parameter.grad is None:
+                raise RunFailed(f"parameter={name}: has no gradient after backward; "
+                                "the layout lost it, please report this plan")  # fmt: skip
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the parameters of this rank's pieces, by global name (collective)."""
+        self.check_gradients()
+        return {
+            name: self._full(name, p.grad)
+            for name, p in self._named_parameters().items()
+            if p.grad is not None
+        }
+
+    def named_parameters_full(self) -> dict[str, Tensor]:
+        """Whole parameters of this rank's pieces, by global name (collective)."""
+        return {name: self._full(name, p.detach()) for name, p in self._named_parameters().items()}
+
+    def _full(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole of a parameter or gradient: FSDP's shards gathered, then those of tp."""
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if name not in self.tp_dims:
+            return whole
+        parts = [torch.empty_like(whole) for _ in range(self.mesh.tp)]
+        dist.all_gather(parts, whole.contiguous(), group=self.device_mesh.get_group("tp"))
+        return torch.cat(parts, self.tp_dims[name])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank stores."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_coalesced(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum each tensor over a group, in place, by one all-reduce of all of them."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))

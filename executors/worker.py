@@ -1,0 +1,253 @@
+"""One rank of a run: `python -m forerun.executors.worker FOLDER`, started by the agent.
+
+Order: warm-up steps, timed steps with nothing attached, one counted step (memory and collectives),
+profiled steps. The rank writes its result, or why it failed, into the folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import document
+from ..errors import RunFailed
+from . import data, job
+from .build import build
+from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
+from .measure.comm import Call, CollectiveCounter
+from .measure.memory import LiveTensors
+from .measure.report import RankResult
+from .processes import die_with_parent
+from .trainer import Trainer
+
+PROFILED_STEPS = 3
+"""Their mean is less at the mercy of a busy machine than one."""
+
+
+def main(folder: Path) -> int:
+    """Run this rank; 0, or 1 with the reason written into the folder."""
+    die_with_parent()
+    rank = int(os.environ["RANK"])
+    progress = job.Progress(folder, rank)
+    try:
+        work = document.read(job.Job, folder / job.JOB)
+        result = Run(work, data.open_corpus(folder / job.CORPUS), progress).measure()
+        document.write(folder / job.result_name(rank), result)
+    except Exception as error:
+        traceback.print_exc()
+        document.write(folder / job.failure_name(rank), job.describe(error, rank, progress.step))
+        return 1
+    return 0
+
+
+class Run:
+    """The steps of one rank."""
+
+    def __init__(self, work: job.Job, corpus: np.ndarray, progress: job.Progress) -> None:
+        self.work, self.corpus, self.progress = work, corpus, progress
+        self.device = _start_process_group(work.device)
+        self.context_bytes = _resident_bytes() if self.device.type == "cpu" else 0
+        self.trainer: Trainer = build(work.plan, device=self.device)
+        place = self.trainer.coordinates
+        self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
+        self.next_step = 0
+
+    def measure(self) -> RankResult:
+        """Train, then count one step and profile some."""
+        load_at_start = os.getloadavg()[0]
+        loss: list[float] = []
+        steps_s: list[float] = []
+        for index in range(self.work.warmup_steps + self.work.steps):
+            if index == self.work.warmup_steps and self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            seconds, mean_loss = self.train_step()
+            loss.append(mean_loss)
+            if index >= self.work.warmup_steps:
+                steps_s.append(seconds)
+        process_peak_bytes = _process_peak_bytes(self.device)
+        allocated_bytes = _allocated_bytes(self.device)
+        live_bytes, counter = self.count_step()
+        profiled_s, matched = self.profile_steps(counter.calls)
+        result = RankResult(
+            rank=dist.get_rank(),
+            coordinates=self.trainer.coordinates,
+            steps_s=tuple(steps_s),
+            loss=tuple(loss),
+            peak_memory_bytes=allocated_bytes or sum(live_bytes.values()),
+            process_peak_bytes=process_peak_bytes,
+            context_bytes=self.context_bytes,
+            live_bytes=live_bytes,
+            profiled_s=profiled_s,
+            bytes_on_wire=counter.bytes_on_wire(),
+            environment=_environment(load_at_start, self.device)
+            | {"collectives_matched": "yes" if matched else "no"},
+        )
+        dist.barrier()
+        dist.destroy_process_group()
+        return result
+
+    def tokens(self) -> Tensor:
+        """This replica's sequences of the next step."""
+        self.progress.step = self.next_step
+        work = self.work
+        batch = data.batch(
+            self.corpus, work.plan.workload.seed, self.next_step, work.plan.phase, self.dp_rank
+        )
+        self.next_step += 1
+        return batch.to(self.device)
+
+    def train_step(self) -> tuple[float, float]:
+        """Seconds and mean loss of one step, all ranks starting together."""
+        tokens = self.tokens()
+        dist.barrier()
+        self.synchronize()
+        start_s = time.perf_counter()
+        local_loss = self.trainer.forward_backward(tokens)
+        if self.next_step == 1:
+            paused_s = time.perf_counter()
+            self.trainer.check_gradients()
+            start_s += time.perf_counter() - paused_s
+        self.trainer.optimizer_step()
+        self.synchronize()
+        seconds = time.perf_counter() - start_s
+        mean_loss = self.trainer.global_loss(local_loss)
+        if not math.isfinite(mean_loss):
+            raise RunFailed(f"loss={mean_loss} at step {self.next_step}: training diverged; "
+                            "lower the learning rate or use fp32")  # fmt: skip
+        self.progress.report(self.next_step, self.work.warmup_steps + self.work.steps, mean_loss)
+        return seconds, mean_loss
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def count_step(self) -> tuple[dict[str, int], CollectiveCounter]:
+        """Live tensors by category at the peak of one step, and its collectives."""
+        tokens = self.tokens()
+        parameters = [p for piece in self.trainer.pieces for p in piece.parameters()]
+        states = [
+            value
+            for state in self.trainer.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        live = LiveTensors(logits_shape=self.logits_shape())
+        counter = CollectiveCounter(self.trainer.mesh)
+        hooks = [live.watch_head(piece.norm) for piece in self.trainer.pieces if piece.is_last]
+        self.trainer.observer = live
+        dist.barrier()
+        with counter, live:
+            live.hold(parameters, "parameters")
+            live.hold([b for piece in self.trainer.pieces for b in piece.buffers()], "parameters")
+            live.hold(states, "optimizer")
+            self.trainer.forward_backward(tokens)
+            live.hold([p.grad for p in parameters if p.grad is not None], "gradients")
+            self.trainer.optimizer_step()
+        for hook in hooks:
+            hook.remove()
+        return live.peak(), counter
+
+    def logits_shape(self) -> tuple[int, int] | None:
+        """Tokens and local vocabulary of a micro-batch's logits; None without a head."""
+        phase = self.work.plan.phase
+        if not any(piece.is_last for piece in self.trainer.pieces):
+            return None
+        tokens = phase.micro_batch_seqs * phase.seq_tokens
+        return tokens, self.work.plan.model.vocab // phase.mesh.tp
+
+    def profile_steps(self, calls: list[Call]) -> tuple[dict[str, float], bool]:
+        """Mean seconds by time term of the profiled steps, and whether collectives were known."""
+        rows: list[dict[str, float]] = []
+        matched = True
+        for _ in range(PROFILED_STEPS):
+            seen = self.profile_step(calls)
+            matched = matched and seen.matched
+            rows.append(attribute(seen))
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, matched
+
+    def profile_step(self, calls: list[Call]) -> StepProfile:
+        """One step under the profiler, all ranks starting together."""
+        tokens = self.tokens()
+        marks = ProfilerMarks(self.device)
+        self.trainer.observer = marks
+        gc.collect()
+
+        def ready() -> None:
+            dist.barrier()
+            self.synchronize()
+
+        def step() -> None:
+            self.trainer.forward_backward(tokens)
+            self.trainer.optimizer_step()
+
+        return profile_step(ready, step, marks, calls, self.device)
+
+
+def _start_process_group(kind: str) -> torch.device:
+    """The device of this rank, with the default process group over all ranks."""
+    if kind == "cpu":
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def _process_peak_bytes(device: torch.device) -> int:
+    """High-water mark of the process's resident memory, or of memory reserved on the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _environment(load_at_start: float, device: torch.device) -> dict[str, str]:
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads_per_rank": str(torch.get_num_threads()),
+        "backend": dist.get_backend(),
+        "load_at_start": f"{load_at_start:.2f}",
+        "load_at_end": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

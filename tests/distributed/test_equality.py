@@ -1,0 +1,77 @@
+"""Every layout trains like a plain loop over the plain module: losses and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import families
+import pytest
+from torch import Tensor
+
+QUICK = [(world, *name) for world in (1, 2, 4) for name in families.names(world)]
+SLOW = [(world, *name) for world in (1, 2, 4) for name in families.names(world, slow=True)]
+Group = Callable[[int, str], list[dict[tuple[str, str], dict[str, Any]]]]
+
+LOSS = {"fp32": 1e-5, "bf16": 2e-4}
+"""Relative tolerance of a loss: bf16 rounds to 4e-3, which a mean over tokens evens out."""
+GRADIENT = {"fp32": 1e-5, "bf16": 5e-2}
+NEGLIGIBLE = 1e-4
+"""A gradient smaller than this part of the whole model's is compared with that part: biases of keys
+have none in exact arithmetic (softmax ignores a shift), so that theirs is rounding alone."""
+
+
+@cache
+def reference(model: str) -> dict[str, Any]:
+    return families.reference(families.MODELS[model])
+
+
+def gradient_error(found: Tensor, expected: Tensor, floor: float) -> float:
+    return float((found - expected).norm() / max(float(expected.norm()), floor))
+
+
+def compare(result: dict[str, Any], expected: dict[str, Any], dtype: str) -> None:
+    for step, (found, loss) in enumerate(zip(result["losses"], expected["losses"], strict=True)):
+        assert found == pytest.approx(loss, rel=LOSS[dtype]), f"step {step}"
+    whole = sum(float(g.norm()) ** 2 for g in expected["gradients"].values()) ** 0.5
+    for name, gradient in result["gradients"].items():
+        error = gradient_error(gradient, expected["gradients"][name], NEGLIGIBLE * whole)
+        assert error <= GRADIENT[dtype], name
+
+
+def check(group: Group, selection: str, world: int, model: str, family: str) -> None:
+    ranks = group(world, selection)
+    for rank in ranks:
+        assert (model, family) in rank, "the group stopped at an earlier family"
+        assert "error" not in rank[model, family], rank[model, family]["error"]
+    if family.startswith("bf16"):
+        expected, dtype = group(1, "quick")[0][model, "bf16"], "bf16"
+    else:
+        expected, dtype = reference(model), "fp32"
+    for rank in ranks:
+        compare(rank[model, family], expected, dtype)
+    covered = {name for rank in ranks for name in rank[model, family]["gradients"]}
+    assert covered == set(expected["gradients"])
+
+
+@pytest.mark.parametrize(("world", "model", "family"), QUICK)
+def test_equals_the_plain_loop(group: Group, world: int, model: str, family: str) -> None:
+    check(group, "quick", world, model, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "model", "family"), SLOW)
+def test_equals_the_plain_loop_slow(group: Group, world: int, model: str, family: str) -> None:
+    check(group, "slow", world, model, family)
+
+
+def test_bf16_single_process_is_near_fp32(group: Group) -> None:
+    compare(group(1, "quick")[0]["llama", "bf16"], reference("llama"), "bf16")
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt"])
+def test_the_reference_learns(model: str) -> None:
+    """Otherwise equal losses would say little about the optimiser step."""
+    losses = reference(model)["losses"]
+    assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,197 @@
+"""What a built trainer is, on one process, and what it refuses."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+
+from forerun.catalogs import load_cluster
+from forerun.errors import InputError, RunFailed
+from forerun.executors.build import build, check_supported
+from forerun.executors.init import full_parameter, local_part
+from forerun.executors.trainer import Trainer
+from forerun.mesh import Mesh
+from forerun.model import Experts, LatentAttention, Layer, Model
+from forerun.plan import Phase, Plan, Setting, even_stages, techniques
+from forerun.workload import Workload
+
+CPU = torch.device("cpu")
+LAYER = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
+MODEL = Model(name="tiny", hidden=16, vocab=32, layers=(LAYER,))
+GPT_LAYER = Layer(repeat=2, heads=2, kv_heads=2, head_dim=8, ffn_hidden=24, mlp="squared_relu",
+                  norm="layernorm", bias=True)  # fmt: skip
+GPT = Model(name="tiny-gpt", hidden=16, vocab=32, layers=(GPT_LAYER,), tied_embeddings=True,
+            positions="learned", max_positions=8)  # fmt: skip
+
+
+def make_plan(model: Model = MODEL, recompute: str = "none", **changes: object) -> Plan:
+    phase = Phase(
+        steps=1,
+        seq_tokens=8,
+        micro_batch_seqs=2,
+        num_microbatches=2,
+        mesh=Mesh(),
+        stages=even_stages(model.num_layers, 1, "cpu"),
+        settings=(Setting(layers=(0, 1), techniques=techniques("fp32", recompute)),),
+    )
+    cluster = load_cluster("1xcpu")
+    phase = msgspec.structs.replace(
+        phase, stages=even_stages(model.num_layers, 1, cluster.pools[0].name)
+    )
+    return Plan(
+        model=model,
+        cluster=cluster,
+        workload=Workload(seq_tokens=8, global_batch_seqs=4),
+        phases=(msgspec.structs.replace(phase, **changes),),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory):
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def begin(self, name: str) -> None:
+        self.heard.append(f"<{name}")
+
+    def end(self, name: str) -> None:
+        self.heard.append(f"{name}>")
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(0))
+
+
+def trainer_of(plan: Plan) -> Trainer:
+    return build(plan, device=CPU)
+
+
+@pytest.mark.parametrize("model", [MODEL, GPT])
+def test_the_decoder_has_the_parameters_that_the_model_says(model: Model) -> None:
+    pieces = trainer_of(make_plan(model)).pieces
+    assert sum(p.numel() for p in pieces[0].parameters()) == model.num_params
+
+
+def test_marks_come_per_micro_batch_with_recompute_inside_backward() -> None:
+    trainer = trainer_of(make_plan(recompute="full"))
+    recorder = Recorder()
+    trainer.observer = recorder
+    trainer.forward_backward(batch())
+    trainer.optimizer_step()
+    recompute = ["<recompute", "recompute>"] * 2
+    micro = ["<forward", "forward>", "<backward", *recompute, "backward>"]
+    assert recorder.heard == micro * 2 + ["<optimizer", "optimizer>"]
+
+
+def test_loss_is_the_mean_over_micro_batches() -> None:
+    trainer = trainer_of(make_plan())
+    whole = trainer_of(make_plan(micro_batch_seqs=4, num_microbatches=1))
+    assert float(trainer.forward_backward(batch())) == pytest.approx(
+        float(whole.forward_backward(batch())), rel=1e-6
+    )
+
+
+def test_a_parameter_without_a_gradient_is_named() -> None:
+    trainer = trainer_of(make_plan())
+    trainer.forward_backward(batch())
+    trainer.check_gradients()
+    trainer.pieces[0].get_parameter("blocks.1.mlp.up.weight").grad = None
+    with pytest.raises(RunFailed, match=r"blocks\.1\.mlp\.up\.weight"):
+        trainer.named_gradients()
+
+
+def test_nothing_but_states_outlives_a_step() -> None:
+    """Parameters and two AdamW moments: no gradient, no activation, no logits."""
+    trainer = trainer_of(make_plan())
+    trainer.forward_backward(batch())
+    trainer.optimizer_step()
+    assert all(p.grad is None for p in trainer.pieces[0].parameters())
+    states = trainer.optimizer.state_dict()["state"].values()
+    moments = [value for state in states for value in state.values() if value.dim() > 0]
+    assert sum(m.numel() for m in moments) == 2 * MODEL.num_params
+
+
+def test_bf16_keeps_fp32_masters_and_states() -> None:
+    settings = (Setting(layers=(0, 1), techniques=techniques("bf16", "none")),)
+    trainer = trainer_of(make_plan(settings=settings))
+    trainer.forward_backward(batch())
+    gradients = trainer.named_gradients()
+    trainer.optimizer_step()
+    assert {g.dtype for g in gradients.values()} == {torch.float32}
+    assert {p.dtype for p in trainer.pieces[0].parameters()} == {torch.float32}
+    moments = trainer.optimizer.state_dict()["state"][0]
+    assert moments["exp_avg"].dtype == moments["exp_avg_sq"].dtype == torch.float32
+
+
+def test_initial_parameters_depend_on_name_and_seed_alone() -> None:
+    shape = (64, 48)
+    first = full_parameter("blocks.0.attention.wq.weight", shape, MODEL, 3, CPU)
+    assert torch.equal(first, full_parameter("blocks.0.attention.wq.weight", shape, MODEL, 3, CPU))
+    other_name = full_parameter("blocks.1.attention.wq.weight", shape, MODEL, 3, CPU)
+    other_seed = full_parameter("blocks.0.attention.wq.weight", shape, MODEL, 4, CPU)
+    assert not torch.equal(first, other_name) and not torch.equal(first, other_seed)
+    assert float(first.std()) == pytest.approx(0.02, rel=0.05)
+    residual = full_parameter("blocks.0.attention.wo.weight", shape, MODEL, 3, CPU)
+    assert float(residual.std()) == pytest.approx(0.02 / 2, rel=0.05)  # sqrt(2 * 2 layers)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_tp_parts_make_the_whole(dim: int) -> None:
+    whole = torch.arange(48.0).view(6, 8)
+    parts = [local_part(whole, whole, dim, (rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat(parts, dim), whole)
+
+
+EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=8)
+LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
+                         v_head_dim=4)  # fmt: skip
+FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
+OFFLOAD = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"offload": {}}),)
+MIXED = (
+    Setting(layers=(0, 0), techniques=techniques("fp32", "none")),
+    Setting(layers=(1, 1), techniques=techniques("bf16", "none")),
+)
+
+
+@pytest.mark.parametrize(
+    ("field", "plan"),
+    [
+        ("layers.experts", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS),)))),
+        ("layers.latent", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT),)))),
+        ("positions", make_plan(msgspec.structs.replace(MODEL, positions="alibi"))),
+        ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
+        ("precision", make_plan(settings=FP16)),
+        ("precision", make_plan(settings=MIXED)),
+        ("settings.techniques", make_plan(settings=OFFLOAD)),
+        ("orders", make_plan(orders={"0": ("0F0",)})),
+        ("mesh", make_plan(mesh=Mesh(cp=2))),
+        ("zero", make_plan(mesh=Mesh(dp_shard=2))),
+    ],
+)  # fmt: skip
+def test_refused_with_the_reason(field: str, plan: Plan) -> None:
+    with pytest.raises(InputError) as caught:
+        check_supported(plan)
+    if field not in ("mesh", "zero"):
+        assert caught.value.field == field
+    assert caught.value.remedy
+
+
+def test_context_parallel_is_refused_on_a_cluster_that_fits() -> None:
+    plan = make_plan(mesh=Mesh(cp=2))
+    cluster = load_cluster("2xcpu")
+    stages = even_stages(2, 1, cluster.pools[0].name)
+    phase = msgspec.structs.replace(plan.phase, stages=stages)
+    with pytest.raises(InputError) as caught:
+        check_supported(msgspec.structs.replace(plan, cluster=cluster, phases=(phase,)))
+    assert caught.value.field == "cp"

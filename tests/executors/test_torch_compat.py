@@ -1,0 +1,17 @@
+"""The adapter's own logic."""
+
+from __future__ import annotations
+
+from torch.distributed.pipelining.schedules import _Action
+
+from forerun.executors.torch_compat import gathered_once
+
+ORDER = ["0UNSHARD", "2UNSHARD", "0F0", "0RESHARD", "2F0", "4UNSHARD", "4F0", "4B0", "4RESHARD",
+         "2B0", "2RESHARD", "0UNSHARD", "0B0", "0RESHARD"]  # fmt: skip
+
+
+def test_each_stage_is_gathered_at_its_first_use_and_freed_at_its_last() -> None:
+    actions = [_Action.from_str(text) for text in ORDER]
+    kept = [str(action) for action in gathered_once(actions)]
+    expected = [*ORDER[:3], *ORDER[4:11], *ORDER[12:]]
+    assert kept == [str(_Action.from_str(text)) for text in expected]
