@@ -4,8 +4,8 @@ A unit is what is gathered and scattered at once: a layer, or the rest of the pi
 final norm, head). Parameters at rest and at use differ in layout; from that follows per unit
 
     gather   all-gather of the unit in the compute dtype over the shard group
-    scatter  reduce-scatter of the unit's gradients in fp32, and with replicas the all-reduce of
-             the scattered part over them
+    scatter  reduce-scatter of the unit's gradients in fp32, and with replicas, after the last
+             micro-batch, the all-reduce of the scattered part over them
     copy     with each, between the flat buffer and the parameters
 
 and how often per step, with m micro-batches:
@@ -44,6 +44,8 @@ class DataParallel:
     backward_s: Array
     """Copying gradients in and out of buffers, and adding up those of several micro-batches."""
     wire_bytes: dict[str, Array]
+    shard: Array
+    """Ranks over which a parameter's gradient at rest is divided."""
 
 
 def is_sharded(layouts: Layouts, compute: str) -> Array:
@@ -66,6 +68,7 @@ def data_parallel(
 
     gather_s = rest_gathers * _gather_s(rest_params, layouts, prices, compute)
     scatter_s = scatters * _scatter_s(rest_params, layouts, prices)
+    scatter_s = scatter_s + _across_s(rest_params, layouts, prices)
     first_s = gather_s / np.maximum(rest_gathers, 1.0)
     last_s = scatter_s / np.maximum(scatters, 1.0)
     copies = rest_gathers * _copy_s(rest_params, prices, compute)
@@ -75,6 +78,7 @@ def data_parallel(
         gather = _gather_s(piece.params, layouts, prices, compute)
         gather_s = gather_s + count * layer_gathers * gather
         scatter_s = scatter_s + count * scatters * _scatter_s(piece.params, layouts, prices)
+        scatter_s = scatter_s + count * _across_s(piece.params, layouts, prices)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
     forward_s = load.total(costs, "forward_s")
@@ -104,6 +108,7 @@ def data_parallel(
         backward_s=np.where(units, copies_back, 0.0)
         + _accumulate_s(all_params, layouts, prices, compute),
         wire_bytes=_wire(all_params, rest_params, load, costs, layouts, compute),
+        shard=layouts.dp_shard.astype(float),
     )
 
 
@@ -127,16 +132,22 @@ def _gather_s(params: Array, layouts: Layouts, prices: Prices, compute: str) -> 
 
 
 def _scatter_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
-    """Reduce-scatter of one unit's gradients, and all-reduce of the result over replicas."""
+    """Reduce-scatter of one unit's gradients."""
     n, stride = layouts.dp_shard.astype(float), layouts.tp.astype(float)
-    r = layouts.dp_replicate.astype(float)
     moved = prices.collective(
         "reduce_scatter", params * REDUCE_BYTES, n, stride, _groups(layouts, n)
     )
-    across = prices.collective(
-        "all_reduce", params * REDUCE_BYTES / n, r, stride * n, _groups(layouts, r)
+    return np.where(params > 0, moved, 0.0)
+
+
+def _across_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
+    """All-reduce of one unit's scattered gradients over the replicas."""
+    n, r = layouts.dp_shard.astype(float), layouts.dp_replicate.astype(float)
+    stride = layouts.tp * n
+    moved = prices.collective(
+        "all_reduce", params * REDUCE_BYTES / n, r, stride, _groups(layouts, r)
     )
-    return np.where(params > 0, moved + across, 0.0)
+    return np.where(params > 0, moved, 0.0)
 
 
 def _reduce_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
@@ -184,7 +195,7 @@ def _wire(
     gathered = np.where(often, m * (2 * layer_params + rest_params), all_params)
     scattered = np.where((zero >= 2) & alone, m, 1.0) * all_params
     many = units & (shard > 1)
-    reduced = np.where(units, scattered / shard, all_params)
+    reduced = np.where(units, all_params / shard, all_params)
     return {
         "all_gather@dp": np.where(many, gathered * DTYPE_BYTES[compute], 0.0),
         "reduce_scatter@dp": np.where(many, scattered * REDUCE_BYTES, 0.0),

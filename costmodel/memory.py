@@ -58,7 +58,7 @@ def peak_memory(
     backward (no gradients yet) and at later ones.
     """
     rest = _rest(load, costs, layouts, compute)
-    saved = _saved(load, costs)
+    saved = _saved(load, costs, chunks)
     per_chunk = saved / chunks
     first, later = _gradients(load, costs, layouts, compute)
     moments: list[dict[str, Array]] = []
@@ -87,12 +87,16 @@ def _rest(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> dict[str
     }
 
 
-def _saved(load: Load, costs: Pieces) -> Array:
-    """Saved activations of one micro-batch through all chunks of the rank."""
+def _saved(load: Load, costs: Pieces, chunks: Array) -> Array:
+    """Saved activations of one micro-batch through all chunks of the rank.
+
+    A chunk whose output goes to another stage keeps it until its backward.
+    """
+    sent = (chunks - load.head) * costs.layers[0].boundary_bytes
     total = load.embedding * costs.embedding.live.saved + load.head * costs.head.live.saved
     for count, piece in zip(load.layers, costs.layers, strict=True):
         total = total + count * piece.live.saved
-    return total
+    return total + sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

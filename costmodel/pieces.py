@@ -43,8 +43,8 @@ class Piece:
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
     """Per micro-batch, `collective@axis`: bytes of the logical buffers."""
-    norm_gradient_bytes: Array
-    """Per step: gradients of norm weights that tensor-parallel ranks sum under sp."""
+    uncut_gradient_bytes: Array
+    """Per step: gradients of weights that tp does not cut, which its ranks sum under sp."""
     logits_bytes: Array
 
 
@@ -105,6 +105,7 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
     zero = np.zeros(len(layouts))
     forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
     launches_forward = launches_backward = 0
+    again = _runs_again(graph)
     for op in graph.operators:
         if op.kind == "edge":
             continue
@@ -117,14 +118,15 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
             backward = backward + prices.operator("linear_wgrad", shape, dtype)[0]
         launches_forward += KINDS[op.kind].launches
         launches_backward += 2 * KINDS[op.kind].launches
-        if op.recomputed or graph.checkpointed:
+        if op.name in again:
             recompute = recompute + seconds_forward
             launches_backward += KINDS[op.kind].launches
     backward = backward + _joins(graph, sizes, prices)
     collectives_forward = [c for op in graph.operators for c in op.forward_collectives]
     collectives_backward = [c for op in graph.operators for c in op.backward_collectives]
-    if graph.checkpointed:
-        collectives_backward += collectives_forward
+    collectives_backward += [
+        c for op in graph.operators if op.name in again for c in op.forward_collectives
+    ]
     tp = layouts.tp.astype(float)
     groups = layouts.world / tp
     host_forward, host_backward = _host(graph, layouts, prices, sp)
@@ -155,7 +157,7 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
         live=liveness(graph, sizes),
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire,
-        norm_gradient_bytes=_norm_gradient_bytes(graph, sizes, tp, sp),
+        uncut_gradient_bytes=_uncut_gradient_bytes(graph, sizes, tp, sp),
         logits_bytes=logits,
     )
 
@@ -207,14 +209,29 @@ def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Arr
     )
 
 
-def _norm_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
-    """With a split sequence each rank sees a part of it: norm weights' gradients are summed."""
+CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
+"""Axes that tensor parallelism divides."""
+
+
+def _uncut_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
+    """With a split sequence each rank sees a part of it: gradients of whole weights are summed."""
     total = np.zeros(len(tp))
     if sp:
         for weight in graph.weights:
-            if "norm" in weight.name:
+            if not CUT_AXES & set(weight.axes):
                 total = total + volume(weight.axes, sizes) * 4
     return np.where(tp > 1, total, 0.0)
+
+
+def _runs_again(graph: Graph) -> frozenset[str]:
+    """Operators that a checkpointed graph runs again: those before the last that saves something.
+
+    Recomputation stops once everything saved is back; the last of them saves its inputs alone.
+    """
+    if not graph.checkpointed:
+        return frozenset(op.name for op in graph.operators if op.recomputed)
+    last = max(index for index, op in enumerate(graph.operators) if op.saves)
+    return frozenset(op.name for op in graph.operators[:last])
 
 
 def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
@@ -248,6 +265,6 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         wire_bytes={
             n: pick(yes.wire_bytes.get(n, zero), no.wire_bytes.get(n, zero)) for n in sorted(names)
         },
-        norm_gradient_bytes=pick(yes.norm_gradient_bytes, no.norm_gradient_bytes),
+        uncut_gradient_bytes=pick(yes.uncut_gradient_bytes, no.uncut_gradient_bytes),
         logits_bytes=pick(yes.logits_bytes, no.logits_bytes),
     )

@@ -146,14 +146,14 @@ class Simulation:
                     add(name, count * value * m)
             for name, value in step.dp.wire_bytes.items():
                 add(name, value)
-            add("all_reduce@tp", load.total(self.costs, "norm_gradient_bytes"))
+            add("all_reduce@tp", load.total(self.costs, "uncut_gradient_bytes") / step.dp.shard)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * (len(self.stage_loads) - 1)
             add("send@pp", boundary * m * crossings)
             if self.plan.model.tied_embeddings:
                 table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
-                add("all_reduce@pp", 2 * 4.0 * table)
+                add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)
         return dict(sorted(total.items()))
 
     def time_terms(self, played: Played) -> dict[str, float]:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..model import Layer, Model
 
@@ -131,6 +130,8 @@ class Decoder(nn.Module):
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
         self.sequence_shard: tuple[int, int] = (0, 1)
         """(part, parts) of the sequence that hidden states hold between modules."""
+        self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
+        """Mean loss of logits and targets; tensor parallelism puts its own in place."""
         if self.is_first or (self.is_last and model.tied_embeddings):
             self.embedding = nn.Embedding(model.vocab, model.hidden)
         if self.is_first and model.positions == "learned":
@@ -182,12 +183,10 @@ class Decoder(nn.Module):
         if self.is_last:
             x = self.logits(x)
             if targets is not None:
-                x = token_loss(x, targets)
+                x = self.loss(x, targets)
         return x
 
 
 def token_loss(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Mean cross-entropy per token, in fp32; plain also for logits cut along the vocabulary."""
-    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
-    # A copy, because FSDP hangs its hooks on the loss and cannot hang them on a view.
-    return loss.to_local().clone() if isinstance(loss, DTensor) else loss
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())

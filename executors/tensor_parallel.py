@@ -1,8 +1,8 @@
 """Tensor parallelism: matrices cut by heads, ffn width and vocabulary; all tensors are local.
 
 Each rank holds its cut of a matrix as a plain parameter, so that DDP, FSDP2 and the fused optimiser
-treat it like any other, and every operator but the loss runs without DTensor's host time. What
-DTensor's styles would communicate is said here by two conjugate pairs (Shoeybi et al. 2019, section
+treat it like any other, and no operator pays DTensor's host time. What DTensor's styles would
+communicate is said here by two conjugate pairs (Shoeybi et al. 2019, section
 3; Korthikanti et al. 2022, section 4.2), once around attention and once around the MLP, here as
 forward / backward:
 
@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decoder import Decoder
-from .torch_compat import DeviceMesh, DTensor, Shard, all_gather_single, reduce_scatter_single
+from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
+from .vocab_loss import vocab_loss
 
 COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up")
 ROWS = ("attention.wo", "mlp.down")
@@ -119,11 +120,6 @@ def enter_first(enter: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Any
     return (enter(args[0]), *args[1:])
 
 
-def sharded_logits(mesh: DeviceMesh, _: nn.Module, args: Any, logits_BSV: Tensor) -> DTensor:
-    """A forward hook: logits cut along the vocabulary, in the form that loss_parallel reads."""
-    return DTensor.from_local(logits_BSV, mesh, [Shard(-1)], run_check=False)
-
-
 def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str, int]:
     """Cut a piece (on the meta device) over the tp mesh, in place.
 
@@ -158,7 +154,7 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
             _cut_parameter(head, "weight", 0, mesh.size())
             cut["head.weight"] = 0
         head.register_forward_pre_hook(partial(enter_first, enter))
-        head.register_forward_hook(partial(sharded_logits, mesh))
+        piece.loss = partial(vocab_loss, group, rank)
     if sequence_parallel:
         piece.sequence_shard = (rank, mesh.size())
     return cut

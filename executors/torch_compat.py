@@ -16,7 +16,7 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from .marks import Marks
 
@@ -26,7 +26,6 @@ __all__ = [
     "FSDPModule",
     "MixedPrecisionPolicy",
     "ObservedStage",
-    "Shard",
     "all_gather_single",
     "fully_shard",
     "is_fake",
@@ -102,7 +101,7 @@ def _release(groups: Any) -> None:
 
 
 def _allocate(infos: Any, device: torch.device, *, needs_grad: bool) -> None:
-    """Make receive buffers again; activations need a gradient (torch 2.11 sets that once, early)."""
+    """Make receive buffers again; received activations need a gradient."""
     for info in infos:
         if hasattr(info, "form") and info.buffer.numel() == 0:
             shape, dtype = info.form

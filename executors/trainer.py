@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import loss_parallel
 
 from ..errors import RunFailed
 from ..plan import Plan
@@ -59,16 +56,12 @@ class Trainer:
         A 0-dim tensor on ranks of the last stage, NaN elsewhere.
         """
         inputs, targets = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        with self._loss_context():
-            if self.pipeline is not None:
-                loss = self.pipeline.step(inputs, targets)
-            else:
-                loss = self._accumulate(inputs, targets)
+        if self.pipeline is not None:
+            loss = self.pipeline.step(inputs, targets)
+        else:
+            loss = self._accumulate(inputs, targets)
         self._reduce_shared_gradients()
         return loss
-
-    def _loss_context(self) -> AbstractContextManager[object]:
-        return loss_parallel() if self.mesh.tp > 1 else nullcontext()
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         num = self.phase.num_microbatches
