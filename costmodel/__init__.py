@@ -11,4 +11,12 @@ from .diff import diff
 from .layout import Layouts
 from .simulate import estimate
 
-__all__ = ["Bounds", "Layouts", "bound_layouts", "calibrate", "diff", "estimate"]
+__all__ = [
+    "Bounds",
+    "Layouts",
+    "bound_layouts",
+    "calibrate",
+    "calibration_terms",
+    "diff",
+    "estimate",
+]

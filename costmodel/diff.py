@@ -12,7 +12,7 @@ from .. import document
 from ..cluster import Profile
 from ..errors import InputError
 from ..estimate import MEMORY_TERMS, TIME_TERMS, Estimate
-from ..measurement import Measurement
+from ..measurement import REFERENCE_MATMUL, Measurement
 from ..plan import Plan, PlanFile
 
 Price = Callable[[Plan], Estimate]
@@ -41,7 +41,10 @@ def diff(
     `step` compares the predicted median with the measured one. `memory` compares live tensors:
     the predicted terms without fragmentation and context, against the fullest rank's peak of
     tensor storage. `process` compares the whole predicted peak with the memory of the process.
-    With `repredict` the plan is priced again, with `profile` in place of its own where given.
+    `pace` tells a drift of the machine apart from the model's error: the reference matmul during
+    the run over that of the profile, and the step's error with the prediction slowed by it (None
+    where either was not taken). With `repredict` the plan is priced again, with `profile` in place
+    of its own where given.
 
     Raises InputError when the measurement belongs to another plan.
     """
@@ -54,6 +57,7 @@ def diff(
     return {
         "label": plan_file.label,
         "step": step,
+        "pace": _pace(plan_file.plan, measurement, estimate.step_s.median),
         "memory": _pair("bytes", live_bytes, measurement.peak_memory_bytes),
         "process": _pair(
             "bytes", estimate.peak_memory_bytes.median, measurement.process_peak_bytes
@@ -66,6 +70,18 @@ def diff(
             *_terms("bytes", (), estimate.bytes_on_wire, measurement.bytes_on_wire),
         ],
     }
+
+
+def _pace(plan: Plan, measurement: Measurement, predicted_s: float) -> dict[str, float] | None:
+    """How much slower than in the profile the machine was, and the error without that."""
+    profile = plan.cluster.profile
+    before_s = profile.host_s.get(REFERENCE_MATMUL) if profile is not None else None
+    during = measurement.environment.get(REFERENCE_MATMUL)
+    if before_s is None or during is None:
+        return None
+    slowdown = float(during) / before_s
+    error = relative_error(predicted_s * slowdown, measurement.step_s.median)
+    return {"slowdown": slowdown, "error": error if error is not None else 0.0}
 
 
 def check_same_plan(plan_file: PlanFile, measurement: Measurement) -> None:

@@ -95,7 +95,8 @@ def rank_memory(
         chunks=layouts.vpp.astype(float),
     )
     context = prices.memory("process_bytes", prices.pool.stack.context_bytes)
-    waste = peak.total * prices.memory("rss_overhead", prices.pool.stack.fragmentation)
+    stack = prices.pool.stack
+    waste = peak.total * stack.fragmentation + stack.runtime_bytes
     return Peak(
         total=peak.total + context + waste,
         terms={**peak.terms, "fragmentation": waste, "context": np.zeros_like(waste) + context},

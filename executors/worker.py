@@ -24,8 +24,10 @@ from torch import Tensor
 
 from .. import document
 from ..errors import RunFailed
+from ..measurement import REFERENCE_MATMUL
 from . import data, job
 from .build import build
+from .measure import pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
 from .measure.memory import LiveTensors
@@ -68,6 +70,8 @@ class Run:
     def measure(self) -> RankResult:
         """Train, then count one step and profile some."""
         load_at_start = os.getloadavg()[0]
+        dist.barrier()
+        pace_s = [pace.matmul_s()]
         loss: list[float] = []
         steps_s: list[float] = []
         for index in range(self.work.warmup_steps + self.work.steps):
@@ -77,6 +81,8 @@ class Run:
             loss.append(mean_loss)
             if index >= self.work.warmup_steps:
                 steps_s.append(seconds)
+        dist.barrier()
+        pace_s.append(pace.matmul_s())
         process_peak_bytes = _process_peak_bytes(self.device)
         allocated_bytes = _allocated_bytes(self.device)
         live_bytes, counter = self.count_step()
@@ -93,7 +99,10 @@ class Run:
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
             environment=_environment(load_at_start, self.device)
-            | {"collectives_matched": "yes" if matched else "no"},
+            | {
+                "collectives_matched": "yes" if matched else "no",
+                REFERENCE_MATMUL: f"{sum(pace_s) / len(pace_s):.6g}",
+            },
         )
         dist.barrier()
         dist.destroy_process_group()

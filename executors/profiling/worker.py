@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ...cluster import CollectiveCurve
+from ...measurement import REFERENCE_MATMUL
+from ..measure.pace import matmul_s
 from . import collectives, grids, host
 from .collectives import Groups, Setting
 from .operators import BENCHES, Bench, Sizes, engine_start_s
@@ -24,10 +26,10 @@ from .runner import Findings, Request, Timing
 from .timing import Buffers, Clock, CpuClock, CudaClock, median
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASE_S = {("fp32", 1): 12.0, ("fp32", 2): 11.0, ("fp32", 4): 8.0,
-           ("bf16", 1): 7.0, ("bf16", 2): 6.0, ("bf16", 4): 5.0}  # fmt: skip
-QUICK_PHASE_S = 6.0
-LONGEST_CALL_S = 0.25
+PHASE_S = {("fp32", 1): 9.0, ("fp32", 2): 8.0, ("fp32", 4): 5.0,
+           ("bf16", 1): 4.0, ("bf16", 2): 3.0, ("bf16", 4): 2.0}  # fmt: skip
+QUICK_PHASE_S = 5.0
+LONGEST_CALL_S = 0.12
 """Sizes whose call is expected to take longer are skipped."""
 
 
@@ -95,11 +97,15 @@ class Worker:
         return QUICK_PHASE_S if self.request.quick else PHASE_S.get((dtype, busy), 8.0)
 
     def operators(self, dtype: str, busy: int) -> None:
-        """Measures a phase's grid in two rounds, so that a disturbance hits one of them only."""
+        """Measures a phase's grid, in two rounds where there is time.
+
+        Every sample is kept in units of the reference operator's time around it, because the speed
+        of a shared machine drifts within minutes; `settled` turns units into seconds.
+        """
         buffers = Buffers(self.device, DTYPES[dtype])
-        engine_s = engine_start_s(self.clock, self.device)
+        engine_s = engine_start_s(self.clock, self.device) / self.pace_s()
         grid = self.grid(dtype, busy)
-        rounds = 1 if self.request.quick or busy > self.cores else 2
+        rounds = 2 if dtype == "fp32" and busy <= self.cores and not self.request.quick else 1
         calls = sum(len(points) for points in grid.values()) * 2
         point_budget_s = min(0.08, max(0.004, self.budget_s(dtype, busy) / max(1, calls * rounds)))
         shared = max(1.0, busy / self.cores)  # wall time over processor time
@@ -112,7 +118,7 @@ class Worker:
             backward_s = None
             if backward:
                 less = engine_s if bench.engine else 0.0
-                backward_s = max(1e-7, median(backward) - less) * shared
+                backward_s = max(1e-4 * median(backward), median(backward) - less) * shared
             self.timings.append(
                 Timing(operator=name, dtype=dtype, busy=busy, axes=bench.axes, size=size,
                        forward_s=median(forward) * shared, backward_s=backward_s)
@@ -129,6 +135,8 @@ class Worker:
     ) -> None:
         """One round over an operator's points; the time of each bounds that of the next."""
         bench, slowest_rate = BENCHES[name], 0.0
+        taken: list[tuple[Sizes, list[float], list[float]]] = []
+        pace_s = self.pace_s()
         for size in points:
             self.barrier(busy)
             work = bench.work(size)
@@ -139,12 +147,15 @@ class Worker:
             except torch.OutOfMemoryError:  # a GPU with less memory: the point is left out
                 torch.cuda.empty_cache()
                 continue
-            kept = samples.setdefault((name, size), ([], []))
-            kept[0].extend(forward)
-            kept[1].extend(backward)
+            taken.append((size, forward, backward))
             # Small calls are all overhead and say nothing about the rate of large ones.
             longest = max(median(forward), median(backward) if backward else 0.0)
             slowest_rate = longest / work if longest > 1e-3 else 0.0
+        pace_s = (pace_s + self.pace_s()) / 2
+        for size, forward, backward in taken:
+            kept = samples.setdefault((name, size), ([], []))
+            kept[0].extend(seconds / pace_s for seconds in forward)
+            kept[1].extend(seconds / pace_s for seconds in backward)
 
     def _time(
         self, bench: Bench, size: Sizes, buffers: Buffers, budget_s: float
@@ -155,11 +166,24 @@ class Worker:
             return forward, []
         return forward, self.clock.samples(case.backward(), budget_s)
 
-    def reference(self) -> None:
-        """One sample of the operator whose repeated medians tell this machine's spread."""
-        x = torch.ones(256, 256, device=self.device)
-        call = x.clone().mul_(0.01)
-        self.reference_s.append(median(self.clock.samples(lambda: torch.mm(x, call), 0.05)))
+    def pace_s(self) -> float:
+        """Seconds of the reference operator now; 1 on a GPU, whose clock is its own."""
+        if self.device.type == "cuda":
+            return 1.0
+        self.reference_s.append(matmul_s())
+        return self.reference_s[-1]
+
+    def settled(self) -> list[Timing]:
+        """The timings in seconds, at the median speed of the whole profile."""
+        pace_s = median(self.reference_s) if self.reference_s else 1.0
+        return [
+            msgspec.structs.replace(
+                t,
+                forward_s=t.forward_s * pace_s,
+                backward_s=None if t.backward_s is None else t.backward_s * pace_s,
+            )
+            for t in self.timings
+        ]
 
     def collectives(self) -> list[CollectiveCurve]:
         """Curves of all collectives in all settings."""
@@ -225,13 +249,10 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     started = time.perf_counter()
     for index, (dtype, busy) in enumerate(phases):
         worker.report(index / (len(phases) + 2), f"operators {dtype}, {busy} busy")
-        if rank == 0:
-            worker.reference()
         if rank < busy:
             worker.operators(dtype, busy)
         dist.barrier()
         if rank == 0:
-            worker.reference()
             note(f"{dtype} {busy} until {time.perf_counter() - started:.1f} s")
     worker.report(len(phases) / (len(phases) + 2), "collectives")
     curves = worker.collectives() if request.collectives else []
@@ -240,9 +261,11 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     dist.barrier()
     dist.destroy_process_group()
     host_s = worker.host() if request.host else {}
+    if worker.reference_s:
+        host_s[REFERENCE_MATMUL] = median(worker.reference_s)
     note(f"host until {time.perf_counter() - started:.1f} s")
     findings = Findings(
-        timings=worker.timings,
+        timings=worker.settled(),
         collectives=curves,
         host_s=host_s,
         memory=memory,

@@ -66,6 +66,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
     context_bytes: int = 0
     """Memory of the device context and communicators before the first tensor."""
+    runtime_bytes: int = 0
+    """Memory that training takes besides context and tensors: libraries' own, allocator arenas."""
     fragmentation: float = 0.0
     """Allocator waste as a fraction of the peak of live tensors."""
     spread: float = 0.15

@@ -6,6 +6,13 @@ from typing import ClassVar
 
 from .document import Document, Value
 
+REFERENCE_MATMUL = "reference_matmul"
+"""Seconds of one fp32 matmul of 256 x 256 on one thread: the machine's speed at a moment.
+
+Stands in `Profile.host_s` (median over the profile) and in `Measurement.environment` (around the
+timed steps); their ratio tells how much of an error is a shared machine's drift.
+"""
+
 
 class StepTimes(Value, frozen=True, kw_only=True):
     """Step times over the timed steps, in seconds."""
