@@ -153,8 +153,8 @@ def table(rows: list[Row], model_name: str, best: dict[int, str]) -> list[str]:
         "`at speed`: the step's error with the prediction slowed or sped by the reference matmul",
         "during the run over that in the profile; `noise`: spread of the rounds' medians.",
         "",
-        "| plan | predicted ms | measured ms | error | at speed | noise | predicted MiB | measured
-        MiB " "| error | bytes on wire |",
+        "| plan | predicted ms | measured ms | error | at speed | noise "
+        "| predicted MiB | measured MiB | error | bytes on wire |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
