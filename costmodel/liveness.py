@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .graph import Array, Graph, Operator, Sizes, Tensor, volume
+from .graph import Array, Graph, Operator, Sizes, Tensor
 from .operators import transients
-
-GRADIENT_BYTES = 4
-"""Gradients of parameters at rest are fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +29,6 @@ class Liveness:
     those being made, which are then added to others."""
     backward_peak_fresh: Array
     """The same when nothing is there to add to: every gradient made so far stays."""
-    gradients: Array
-    """Gradients of the weights as autograd makes them, in the compute dtype."""
     loss: Array
     """Part of the peaks that is logits and the loss."""
 
@@ -43,7 +38,6 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     saved_names = {t.name for op in graph.operators for t in op.saves}
     forward_kept, saved = _forward(graph, sizes, saved_names)
     backward, fresh = _backward(graph, sizes)
-    gradients = sum((t.num_bytes(sizes) for t in graph.weights), np.zeros(1))
     loss = np.zeros(1)
     for op in graph.operators:
         if op.kind == "cross_entropy":
@@ -57,7 +51,6 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
-            gradients=gradients,
             loss=loss,
         )
     return Liveness(
@@ -65,7 +58,6 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
         forward_peak=forward_kept,
         backward_peak=backward,
         backward_peak_fresh=fresh,
-        gradients=gradients,
         loss=loss,
     )
 
@@ -163,8 +155,3 @@ def _input_gradients(
     if op.kind == "cross_entropy":  # a cut vocabulary takes one pass over its gradient, not two
         extra = np.where(sizes["tp"] > 1, np.maximum(total, extra / 2), extra)
     return made, np.maximum(total, extra)
-
-
-def param_elements(graph: Graph, sizes: Sizes) -> Array:
-    """Local parameters of a graph."""
-    return sum((volume(t.axes, sizes) for t in graph.weights), np.zeros(1))

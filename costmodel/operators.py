@@ -28,6 +28,8 @@ class Kind:
     backward_flops: Callable[[Sequence[Array]], Array]
     forward_bytes: Sized
     backward_bytes: Sized
+    backward_work: Callable[[Sequence[Array]], Array] | None = None
+    """Where the backward grows with other sizes than the forward."""
     launches: int = 1
     """Kernel launches of a forward; a backward takes about twice as many."""
     forward_transient: float = 0.0
@@ -116,6 +118,7 @@ KINDS: dict[str, Kind] = {
         backward_flops=lambda s: 0.0 * s[0],
         forward_bytes=lambda s, x: 2 * s[0] * s[1] * x,
         backward_bytes=lambda s, x: (2 * s[0] + s[2]) * s[1] * x,
+        backward_work=lambda s: (2 * s[0] + s[2]) * s[1],
         backward_transient=0.0,
     ),
     # (tokens, vocab): fp32 softmax over logits of the compute dtype: forward reads the logits and

@@ -45,7 +45,6 @@ class Piece:
     """Per micro-batch, `collective@axis`: bytes of the logical buffers."""
     uncut_gradient_bytes: Array
     """Per step: gradients of weights that tp does not cut, which its ranks sum under sp."""
-    logits_bytes: Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,17 +129,13 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
     tp = layouts.tp.astype(float)
     groups = layouts.world / tp
     host_forward, host_backward = _host(graph, layouts, prices, sp)
-    launch = prices.pool.stack.host_s_per_op if prices.pool.device.kind == "gpu" else 0.0
+    launch = prices.launch_s
     floor_forward = np.maximum(0.0, launches_forward * launch - forward)
     floor_backward = np.maximum(0.0, launches_backward * launch - backward - recompute)
     wire: dict[str, Array] = {}
     for c in [*collectives_forward, *collectives_backward]:
         key = f"{c.kind}@{c.axis}"
         wire[key] = wire.get(key, zero) + np.where(tp > 1, c.buffer.num_bytes(sizes), 0.0)
-    logits = zero
-    for op in graph.operators:
-        if op.kind == "cross_entropy":
-            logits = zero + op.inputs[0].num_bytes(sizes)
     tp_forward = _communication(collectives_forward, sizes, tp, groups, prices)
     tp_backward = _communication(collectives_backward, sizes, tp, groups, prices)
     host_scale, tp_scale = prices.scale("host"), prices.scale("exposed.tp")
@@ -158,7 +153,6 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire,
         uncut_gradient_bytes=_uncut_gradient_bytes(graph, sizes, tp, sp),
-        logits_bytes=logits,
     )
 
 
@@ -244,7 +238,6 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
             forward_peak=pick(a.forward_peak, b.forward_peak),
             backward_peak=pick(a.backward_peak, b.backward_peak),
             backward_peak_fresh=pick(a.backward_peak_fresh, b.backward_peak_fresh),
-            gradients=pick(a.gradients, b.gradients),
             loss=pick(a.loss, b.loss),
         )
 
@@ -266,5 +259,4 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
             n: pick(yes.wire_bytes.get(n, zero), no.wire_bytes.get(n, zero)) for n in sorted(names)
         },
         uncut_gradient_bytes=pick(yes.uncut_gradient_bytes, no.uncut_gradient_bytes),
-        logits_bytes=pick(yes.logits_bytes, no.logits_bytes),
     )

@@ -9,7 +9,7 @@ Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forwa
 `layer_backward` (Python and autograd glue of one block), `checkpoint` (per recomputed block),
 `tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
 `fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),
-`micro_batch`, `step`.
+`micro_batch`, `step`; on a GPU `launch` (of one operator).
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ class Prices:
         cores = self.pool.shared_cores or self.busy
         return self.profile.host_s.get(name, 0.0) * max(1.0, self.busy / cores)
 
+    @property
+    def launch_s(self) -> float:
+        """Host time to launch one operator on a GPU; on a CPU it is part of the operator."""
+        if self.pool.device.kind == "cpu":
+            return 0.0
+        measured = self.profile.host_s if self.profile is not None else {}
+        return measured.get("launch", self.pool.stack.host_s_per_op)
+
     def scale(self, term: str) -> float:
         """Correction of a time term that calibration found (1 without one)."""
         return self.profile.scale.get(term, 1.0) if self.profile is not None else 1.0
@@ -78,8 +86,8 @@ class Prices:
             return self._roofline(kind, sizes, dtype)
         levels = {curve.busy: curve for curve in curves}
         return (
-            self._at_busy({n: _read(c, sizes, c.forward_s) for n, c in levels.items()}),
-            self._at_busy({n: _read(c, sizes, c.backward_s) for n, c in levels.items()}),
+            self._at_busy({n: _read(c, sizes, c.forward_s, False) for n, c in levels.items()}),
+            self._at_busy({n: _read(c, sizes, c.backward_s, True) for n, c in levels.items()}),
         )
 
     def _at_busy(self, times: dict[int, Array]) -> Array:
@@ -157,7 +165,9 @@ def _smooth_max(x: Array, y: Array) -> Array:
     return (x**4 + y**4) ** 0.25
 
 
-def _read(curve: OperatorCurve, sizes: Sequence[Array], seconds: Sequence[float]) -> Array:
+def _read(
+    curve: OperatorCurve, sizes: Sequence[Array], seconds: Sequence[float], backward: bool
+) -> Array:
     """Time of one operator from its curve; zero where the curve has no such direction."""
     if not seconds:
         return 0.0 * sizes[0]
@@ -167,7 +177,8 @@ def _read(curve: OperatorCurve, sizes: Sequence[Array], seconds: Sequence[float]
             elements = elements * size
         return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
     points = np.asarray(curve.sizes, dtype=float)
-    work = KINDS[curve.operator].work
+    entry = KINDS[curve.operator]
+    work = entry.backward_work if backward and entry.backward_work else entry.work
     point_work = work([points[:, i] for i in range(points.shape[1])])
     rate = interpolate_rate(points, point_work / np.asarray(seconds), sizes)
     return work(sizes) / rate

@@ -24,8 +24,6 @@ class Played:
     makespan_s: float
     busy_s: tuple[float, ...]
     """Busy time of every rank."""
-    spans: tuple[tuple[int, Action, float, float], ...] = ()
-    """(rank, action, start, end) of every action, when asked for."""
 
 
 def orders(schedule: str, p: int, v: int, m: int) -> Orders:
@@ -85,9 +83,7 @@ def _needs(action: Action, last_stage: int) -> list[Action]:
     return own if stage == last_stage else [*own, ("B", stage + 1, micro)]
 
 
-def play(
-    order: Orders, duration: Callable[[Action], float], p2p_s: float, *, spans: bool = False
-) -> Played:
+def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:
     """Longest path through the actions; every rank is a resource of its own.
 
     >>> done = play(orders("1f1b", 4, 1, 8), lambda a: 1.0 if a[0] == "F" else 2.0, 0.0)
@@ -99,7 +95,6 @@ def play(
     position = [0] * len(order)
     clock = [0.0] * len(order)
     busy = [0.0] * len(order)
-    record: list[tuple[int, Action, float, float]] = []
     remaining = sum(len(actions) for actions in order)
     p = len(order)
     while remaining:
@@ -124,11 +119,9 @@ def play(
                 position[rank] += 1
                 remaining -= 1
                 progress = True
-                if spans:
-                    record.append((rank, action, start, start + length))
         if not progress:
             raise ValueError("the orders deadlock: an action waits for one behind it")
-    return Played(makespan_s=max(clock), busy_s=tuple(busy), spans=tuple(record))
+    return Played(makespan_s=max(clock), busy_s=tuple(busy))
 
 
 def play_shared(

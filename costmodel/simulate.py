@@ -81,14 +81,14 @@ class Simulation:
         """Whether pipeline ranks slow one another down by sharing a node's cores."""
         return self.pool.shared_cores is not None and self.mesh.pp > 1
 
-    def played(self, *, spans: bool = False) -> Played:
+    def played(self) -> Played:
         """The schedule played with this phase's stage times."""
         prices = self.prices
         hop = self.hop_s()
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
         if not self.shares_cores:
             times = self._times(prices, self.costs)
-            return play(self.orders, _durations(times, action_s), hop, spans=spans)
+            return play(self.orders, _durations(times, action_s), hop)
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
         base = self._times(alone, self._pieces(alone))
         speeds = self.speeds(base)

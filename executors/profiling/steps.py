@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..trainer import Trainer
 
 SEQ, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB = 4, 32, 2, 16, 64, 256
-STEPS = 24
+STEPS = 16
 ALONE = Mesh()
 
 

@@ -26,10 +26,10 @@ from .runner import Findings, Request, Timing
 from .timing import Buffers, Clock, CpuClock, CudaClock, median
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PHASE_S = {("fp32", 1): 9.0, ("fp32", 2): 8.0, ("fp32", 4): 5.0,
-           ("bf16", 1): 4.0, ("bf16", 2): 3.0, ("bf16", 4): 2.0}  # fmt: skip
+PHASE_S = {("fp32", 1): 8.0, ("fp32", 2): 7.0, ("fp32", 4): 4.0,
+           ("bf16", 1): 3.0, ("bf16", 2): 2.0, ("bf16", 4): 1.0}  # fmt: skip
 QUICK_PHASE_S = 5.0
-LONGEST_CALL_S = 0.12
+LONGEST_CALL_S = 0.08
 """Sizes whose call is expected to take longer are skipped."""
 
 
