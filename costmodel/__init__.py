@@ -16,7 +16,6 @@ __all__ = [
     "Layouts",
     "bound_layouts",
     "calibrate",
-    "calibration_terms",
     "diff",
     "estimate",
 ]

@@ -30,7 +30,7 @@ class Liveness:
     backward_peak_fresh: Array
     """The same when nothing is there to add to: every gradient made so far stays."""
     loss: Array
-    """Part of the peaks that is logits and the loss."""
+    """Part of `saved` that is the loss's."""
 
 
 def liveness(graph: Graph, sizes: Sizes) -> Liveness:
@@ -41,7 +41,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     loss = np.zeros(1)
     for op in graph.operators:
         if op.kind == "cross_entropy":
-            loss = 2.0 * op.saves[0].num_bytes(sizes)
+            loss = op.saves[0].num_bytes(sizes)
     if graph.checkpointed:
         boundary = graph.boundary.num_bytes(sizes)
         again = forward_kept + boundary  # the incoming gradient waits during recomputation

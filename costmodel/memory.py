@@ -158,11 +158,11 @@ def _moments(
             working = np.maximum(working, piece.live.forward_peak)
         else:  # the head's own activations are gone when the layers' backward starts
             below = np.maximum(below - load.head * costs.head.live.saved, 0.0)
-        loss = np.minimum(loss, np.maximum(working - own, 0.0) + own)
+        made = np.maximum(working - own, 0.0)  # by the loss's backward where this is the head
         moment = {
-            "activations": below + np.where(is_head, np.maximum(own - loss, 0.0), own),
-            "logits_loss": loss,
-            "workspace": np.maximum(working - np.maximum(own, loss), 0.0),
+            "activations": below + own - loss,
+            "logits_loss": loss + (made if is_head else 0.0),
+            "workspace": 0.0 * made if is_head else made,
             "gradients": grads.before + (0.0 if is_head else made_head),
             "gathered_parameters": copies.at_head if is_head else copies.at_layer,
             "comm_buffers": copies.fetched if is_head else copies.fetched_at_layer,

@@ -10,7 +10,8 @@ What a storage was for is known only later (a matrix product's result turns out 
 so the counter keeps a log of (storage, change of bytes) and sorts it out at the end:
 
     gradients            a parameter's `.grad` when the backward was done; inputs of FSDP2's
-                         reduce-scatter
+                         reduce-scatter; what a backward leaves behind in a parameter's shape
+                         (DDP's gradients before they move into its buckets)
     gathered_parameters  storages that FSDP2 refills
     logits_loss          tensors of (tokens, vocabulary) made between the final norm and the loss,
                          forward or backward
@@ -93,6 +94,7 @@ class LiveTensors(TorchDispatchMode):
         self.before: list[tuple[Record, int]] = []
         self.marks: list[tuple[str, int]] = []
         self.num_marks = 0
+        self.parameter_shapes: set[tuple[int, ...]] = set()
         self.in_head = False
         self._records: dict[int, Record] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -135,6 +137,8 @@ class LiveTensors(TorchDispatchMode):
             for inner in local_tensors(tensor):
                 if inner.device.type != "meta":
                     self._see(inner, "before").known = category
+                    if category == "parameters":
+                        self.parameter_shapes.add(tuple(inner.shape))
 
     # Watching.
 
@@ -236,6 +240,9 @@ class LiveTensors(TorchDispatchMode):
             return "gathered_parameters"
         if record.in_head and self.logits_shape and _is_logits(record.shape, *self.logits_shape):
             return "logits_loss"
+        left = record.outlived_mark and record.mark == "backward"
+        if left and record.shape in self.parameter_shapes:
+            return "gradients"
         if record.outlived_mark and record.mark in ("forward", "recompute"):
             return "activations"
         return "comm_buffers" if record.communicated else "workspace"
