@@ -211,11 +211,25 @@ def print_diff(comparison: Mapping[str, Any]) -> None:
     print_line(comparison["label"])
     rows = [diff_row(name, unit, *values) for name, unit, values in headline(comparison)]
     print_table(("", "predicted", "measured", "error"), rows)
+    if comparison.get("pace"):
+        print_line(pace_line(comparison["pace"]))
     for title, terms in grouped(comparison["terms"]):
         rows = [
             diff_row(t["term"], t["unit"], t["predicted"], t["measured"], t["error"]) for t in terms
         ]
         print_table((title, "predicted", "measured", "error"), rows)
+
+
+def pace_line(pace: Mapping[str, float]) -> str:
+    """What the machine's own speed has to do with the step's error.
+
+    >>> pace_line({"slowdown": 1.25, "error": -0.05})
+    'the machine ran at 0.80 x its speed in the profile; at that speed the step error is -5.0 %'
+    """
+    return (
+        f"the machine ran at {1 / pace['slowdown']:.2f} x its speed in the profile; "
+        f"at that speed the step error is {100 * pace['error']:+.1f} %"
+    )
 
 
 def grouped(terms: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:

@@ -63,8 +63,8 @@ def data_parallel(
     layer_gathers = np.where((zero == 3) & alone, 2 * m, 1.0)
     rest_gathers = np.where((zero == 3) & alone, m, 1.0)
     scatters = np.where((zero >= 2) & alone, m, 1.0)
-    rest_params = load.embedding * costs.embedding.params + load.head * costs.head.params
-    all_params = load.total(costs, "params")
+    rest_params = load.rest_params(costs)
+    all_params = load.params(costs)
 
     gather_s = rest_gathers * _gather_s(rest_params, layouts, prices, compute)
     scatter_s = scatters * _scatter_s(rest_params, layouts, prices)

@@ -79,7 +79,7 @@ def peak_memory(
 
 def _rest(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> dict[str, Array]:
     """Parameters and moments at rest."""
-    params = load.total(costs, "params")
+    params = load.params(costs)
     shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
     return {
         "parameters": params * STATE_BYTES / shard,
@@ -120,7 +120,7 @@ def _gradients(
     before the exchange stand beside them; FSDP holds sharded fp32 gradients, and unsharded ones
     while micro-batches accumulate without a scatter.
     """
-    full = load.total(costs, "params") * STATE_BYTES
+    full = load.params(costs) * STATE_BYTES
     m = layouts.num_microbatches
     units = is_sharded(layouts, compute)
     shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
@@ -174,15 +174,24 @@ def _moments(
 def _first_layer(
     load: Load, costs: Pieces, copies: _WorkingCopies, grads: _Gradients
 ) -> dict[str, Array]:
-    """Backward of the rank's first layer: all gradients are there, one layer's activations left."""
-    saved, working = np.zeros(1), np.zeros(1)
+    """Backward of the rank's first layer: all other layers' gradients are there.
+
+    Of activations that layer's alone are left; its own gradients and those of the embedding are
+    still to be made when nothing is there to add them to.
+    """
+    saved, working, params = np.zeros(1), np.zeros(1), np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
-        saved = np.where(count > 0, np.maximum(saved, piece.live.saved), saved)
-        working = np.where(count > 0, np.maximum(working, piece.live.backward_peak), working)
+        live = piece.live
+        peak = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
+        saved = np.where(count > 0, np.maximum(saved, live.saved), saved)
+        working = np.where(count > 0, np.maximum(working, peak), working)
+        params = np.where(count > 0, np.maximum(params, piece.params), params)
+    table = load.embedding * (costs.embedding.params - load.head * costs.tied_params)
+    unmade = np.where(grads.fresh, (params + table) * STATE_BYTES / copies.shard, 0.0)
     return {
         "activations": saved,
         "workspace": np.maximum(working - saved, 0.0),
-        "gradients": grads.after,
+        "gradients": np.maximum(grads.after - unmade, grads.before),
         "gathered_parameters": copies.at_layer,
         "comm_buffers": copies.scattered,
     }
@@ -205,6 +214,8 @@ class _WorkingCopies:
     """A layer's gradients and the scatter's flat input."""
     gradient_bytes: Array
     """Of one gradient element as it is made."""
+    shard: Array
+    """Ranks over which gradients at rest are divided."""
 
     @staticmethod
     def of(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> _WorkingCopies:
@@ -214,8 +225,8 @@ class _WorkingCopies:
         layer = np.zeros(1)
         for count, piece in zip(load.layers, costs.layers, strict=True):
             layer = np.maximum(layer, np.where(count > 0, piece.params, 0.0))
-        rest = load.embedding * costs.embedding.params + load.head * costs.head.params
-        everything = load.total(costs, "params")
+        rest = load.rest_params(costs)
+        everything = load.params(costs)
         streams = (layouts.zero == 3) & (layouts.pp == 1)
         more = np.where(load.num_layers > 1, layer, 0.0)
         at_layer = np.where(streams, np.minimum(rest + layer, everything), everything)
@@ -226,6 +237,7 @@ class _WorkingCopies:
             fetched_at_layer=np.where(units & streams, more * x, 0.0),
             scattered=np.where(units, layer * (x + REDUCE_BYTES), 0.0),
             gradient_bytes=np.where(units, x, STATE_BYTES),
+            shard=np.where(units, layouts.dp_shard, 1).astype(float),
         )
 
 

@@ -55,6 +55,8 @@ class Pieces:
     layers: tuple[Piece, ...]
     """One per entry of `model.layers`."""
     head: Piece
+    tied_params: Array
+    """Local parameters of the table where embedding and head share one, else zero."""
 
 
 def pieces(
@@ -85,10 +87,12 @@ def pieces(
         return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
 
     first, last = model.layers[0], model.layers[-1]
+    table = model.vocab * model.hidden / layouts.tp
     return Pieces(
         embedding=both("embedding", first),
         layers=tuple(both("layer", layer) for layer in model.layers),
         head=both("head", last),
+        tied_params=table if model.tied_embeddings else 0.0 * table,
     )
 
 

@@ -61,7 +61,7 @@ class Update:
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, compute: str) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
-    params = load.total(costs, "params")
+    params = load.params(costs)
     shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),

@@ -157,7 +157,11 @@ class Simulation:
         return dict(sorted(total.items()))
 
     def time_terms(self, played: Played) -> dict[str, float]:
-        """Terms of the step, mean over ranks; `bubble` is what remains of each rank's step."""
+        """Terms of the step, mean over ranks; `bubble` is what remains of each rank's step.
+
+        Host time inside a forward or backward is part of it, as in the measurement; `host` is the
+        rest: per step, micro-batch, exchange and pipeline action.
+        """
         m, p = self.phase.num_microbatches, self.mesh.pp
         terms = dict.fromkeys(TIME_TERMS, 0.0)
         step = self.step_s(played)
@@ -168,15 +172,17 @@ class Simulation:
                 return m * float(load.total(self.costs, name)[0]) * shared
 
             rank = {
-                "forward": micro("forward_s") + float(upd.dp.forward_s[0]),
-                "backward": micro("backward_s") + float(upd.dp.backward_s[0]),
+                "forward": micro("forward_s")
+                + micro("host_forward_s")
+                + float(upd.dp.forward_s[0]),
+                "backward": micro("backward_s")
+                + micro("host_backward_s")
+                + float(upd.dp.backward_s[0]),
                 "recompute": micro("recompute_s"),
                 "exposed.tp": micro("tp_forward_s") + micro("tp_backward_s"),
                 "exposed.dp": float(upd.dp.exposed_s[0]),
                 "optimizer": float(upd.optimizer_s[0]),
-                "host": micro("host_forward_s")
-                + micro("host_backward_s")
-                + float(upd.host_s[0] + upd.dp.host_s[0])
+                "host": float(upd.host_s[0] + upd.dp.host_s[0])
                 + (2 * m * self.mesh.vpp * self.prices.host("pp_action") if p > 1 else 0.0),
             }
             for name, value in rank.items():

@@ -34,6 +34,15 @@ class Load:
             value = value + count * getattr(piece, name)
         return value
 
+    def params(self, costs: Pieces) -> Array:
+        """Local parameters; a table that embedding and head share on one rank counts once."""
+        return self.total(costs, "params") - self.embedding * self.head * costs.tied_params
+
+    def rest_params(self, costs: Pieces) -> Array:
+        """Those outside the layers."""
+        both = self.embedding * costs.embedding.params + self.head * costs.head.params
+        return both - self.embedding * self.head * costs.tied_params
+
     def each(self, costs: Pieces) -> list[tuple[Array, Piece]]:
         """Every piece with its count."""
         layers = list(zip(self.layers, costs.layers, strict=True))
