@@ -9,7 +9,7 @@ import pytest
 
 from forerun import Estimate, InputError, Measurement, Plan, PlanFile, Profile, document
 from forerun.costmodel.diff import diff, plan_digest
-from forerun.measurement import StepTimes
+from forerun.measurement import REFERENCE_MATMUL, StepTimes
 
 MeasurementOf = Callable[..., Measurement]
 
@@ -107,3 +107,22 @@ def test_repredict_prices_the_plan_with_the_profile_given(
     )
     assert priced[0].cluster.profile == today
     assert comparison["step"]["error"] == pytest.approx(1.0)
+
+
+def test_pace_takes_the_machines_drift_out_of_the_error(
+    plan_file: PlanFile, profile: Profile, measurement_of: MeasurementOf
+) -> None:
+    """A machine at half its speed doubles the step; at that speed the prediction is right."""
+    timed = msgspec.structs.replace(profile, host_s={REFERENCE_MATMUL: 0.001})
+    cluster = msgspec.structs.replace(plan_file.plan.cluster, profile=timed)
+    plan = msgspec.structs.replace(plan_file.plan, cluster=cluster)
+    known = msgspec.structs.replace(plan_file, plan=plan)
+    slow = measurement_of(
+        known,
+        step_s=StepTimes(median=0.2, p10=0.2, p90=0.2),
+        environment={REFERENCE_MATMUL: "0.002"},
+    )
+    comparison = diff(known, slow)
+    assert comparison["step"]["error"] == pytest.approx(-0.5)
+    assert comparison["pace"] == {"slowdown": 2.0, "error": pytest.approx(0.0)}
+    assert diff(plan_file, measurement_of(plan_file))["pace"] is None
