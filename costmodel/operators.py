@@ -5,8 +5,9 @@ traffic forward and backward, for the roofline; and the transient tensors of its
 backward, for the memory walk. `sizes` are the operator's `price_axes` in order.
 
 Traffic counts each tensor once per read or write in the operator's dtype (x bytes per element).
-Transients are multiples of the operator's output, counted on torch 2.13 with a storage counter
-(`tests/executors/test_ledger.py` repeats the count); `backward` includes the produced gradients.
+Transients are multiples of the operator's output, counted on torch 2.13 with a storage counter;
+`backward` includes the produced gradients. `tests/executors/test_ledger.py` compares the whole
+ledger with the storages of real steps.
 """
 
 from __future__ import annotations

@@ -24,16 +24,25 @@ def load(data: str | None, limit_bytes: int = LIMIT_BYTES) -> bytes:
     """The training text: `data` (file or folder of text or JSONL), or the standard library."""
     if data is None:
         return _join(_standard_library(), limit_bytes)
-    path = Path(data)
-    if not path.exists():
-        raise InputError("data", data, "no such file or folder", "give a path that exists")
-    text = _join(_folder_files(path) if path.is_dir() else [path], limit_bytes)
+    text = _join(_files_of(data), limit_bytes)
     if not text.strip():
         endings = " ".join(TEXT_ENDINGS)
         raise InputError(
             "data", data, "holds no text", f"give a text file, or a folder of {endings}"
         )
     return text
+
+
+def _files_of(data: str) -> list[Path]:
+    """The files behind a path the user named; a path that may not be looked at is an InputError."""
+    path = Path(data)
+    try:
+        if not path.exists():
+            raise InputError("data", data, "no such file or folder", "give a path that exists")
+        return _folder_files(path) if path.is_dir() else [path]
+    except OSError as error:
+        raise InputError("data", data, error.strerror or str(error),
+                         "give a path that you may read") from error  # fmt: skip
 
 
 def check_fits(text: bytes, model: Model, seq_tokens: int, data: str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-import torch.distributed as dist
 
 from forerun.catalogs import load_cluster
 from forerun.errors import InputError, RunFailed
@@ -17,6 +16,7 @@ from forerun.model import Experts, LatentAttention, Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
 from forerun.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 CPU = torch.device("cpu")
 LAYER = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
 MODEL = Model(name="tiny", hidden=16, vocab=32, layers=(LAYER,))
@@ -46,14 +46,6 @@ def make_plan(model: Model = MODEL, recompute: str = "none", **changes: object) 
         workload=Workload(seq_tokens=8, global_batch_seqs=4),
         phases=(msgspec.structs.replace(phase, **changes),),
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory):
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Recorder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from forerun.catalogs import load_cluster
 from forerun.costmodel import estimate
@@ -15,6 +14,7 @@ from forerun.model import Layer, Mlp, Model, Norm
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
 from forerun.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("one_rank")
 SEQ = 64
 
 
@@ -50,14 +50,6 @@ def _plan(model: Model, compute: str, recompute: str, num_microbatches: int) -> 
     )
     workload = Workload(seq_tokens=SEQ, global_batch_seqs=4 * num_microbatches)
     return Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory):
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _counted_bytes(plan: Plan) -> int:

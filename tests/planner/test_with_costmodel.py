@@ -1,4 +1,4 @@
-"""The search over the real cost model: equal to simulating everything, and fast at scale."""
+"""The search over the real cost model: equal to simulating everything, and proven at scale."""
 
 from __future__ import annotations
 
