@@ -92,13 +92,16 @@ def data_parallel(
         sharded_exposed = np.maximum(sharded_exposed, first_s + last_s)
     reduce_s = _reduce_s(all_params, layouts, prices)
     replicated = _exposed(reduce_s, backward_s, prices)
-    exposed = np.where(units, sharded_exposed, replicated)
-
     gathers = load.num_layers * layer_gathers + rest_gathers
+    unit_scatters = (load.num_layers + 1) * scatters
+    host_s = load.total(costs, "host_forward_s") + load.total(costs, "host_backward_s")
+    compute_s = m * (forward_s + backward_s + host_s)
+    waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
+    exposed = np.where(units, sharded_exposed, replicated) + waiting
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
-        + (load.num_layers + 1) * scatters * prices.host("fsdp_unit_backward"),
+        + unit_scatters * prices.host("fsdp_unit_backward"),
         np.where(layouts.dp > 1, prices.host("ddp_step"), 0.0),
     )
     return DataParallel(
@@ -110,6 +113,12 @@ def data_parallel(
         wire_bytes=_wire(all_params, rest_params, load, costs, layouts, compute),
         shard=layouts.dp_shard.astype(float),
     )
+
+
+def _waiting(compute_s: Array, meetings: Array, layouts: Layouts, prices: Prices) -> Array:
+    """What replicas lose at their meetings, with their compute spread evenly between these."""
+    dp = layouts.dp.astype(float)
+    return meetings * prices.wait(compute_s / meetings, dp, _groups(layouts, dp))
 
 
 def _groups(layouts: Layouts, ranks: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Layer, Model
-from .graph import Array, Collective, Graph, Sizes, volume
+from .graph import Array, Collective, Graph, Operator, Sizes, volume
 from .layers import decoder_layer, embedding, head
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
@@ -111,6 +111,10 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
     again = _runs_again(graph)
     for op in graph.operators:
         if op.kind == "edge":
+            copies = _edge_copies(op, sizes, prices)
+            forward, backward = forward + copies[0], backward + copies[1]
+            if op.name in again:
+                recompute = recompute + copies[0]
             continue
         dtype = op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype
         shape = [volume(axes, sizes) for axes in op.price_axes]
@@ -140,8 +144,12 @@ def _piece(graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, sp: boo
     for c in [*collectives_forward, *collectives_backward]:
         key = f"{c.kind}@{c.axis}"
         wire[key] = wire.get(key, zero) + np.where(tp > 1, c.buffer.num_bytes(sizes), 0.0)
-    tp_forward = _communication(collectives_forward, sizes, tp, groups, prices)
-    tp_backward = _communication(collectives_backward, sizes, tp, groups, prices)
+    tp_forward = _communication(
+        collectives_forward, sizes, tp, groups, prices, forward + host_forward
+    )
+    tp_backward = _communication(
+        collectives_backward, sizes, tp, groups, prices, backward + recompute + host_backward
+    )
     host_scale, tp_scale = prices.scale("host"), prices.scale("exposed.tp")
     return Piece(
         forward_s=forward * prices.scale("forward"),
@@ -176,11 +184,40 @@ def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
     return seconds
 
 
+def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
+    """Copies around the collectives of an edge, forward and backward, where the stack makes them.
+
+    A gathered sequence is made contiguous afterwards, one to be scattered before.
+    """
+
+    def copies(group: Sequence[Collective]) -> Array:
+        seconds = np.zeros(1)
+        for c in group:
+            if c.kind != "all_reduce":
+                shape = [volume(c.buffer.axes, sizes)]
+                seconds = seconds + prices.operator("copy", shape, c.buffer.dtype)[0]
+        return np.where((sizes["tp"] > 1) & (sizes["batch"] > 1), seconds, 0.0)
+
+    if not prices.pool.stack.sequence_copies:
+        return np.zeros(1), np.zeros(1)
+    return copies(op.forward_collectives), copies(op.backward_collectives)
+
+
 def _communication(
-    group: Sequence[Collective], sizes: Sizes, tp: Array, groups: Array, prices: Prices
+    group: Sequence[Collective],
+    sizes: Sizes,
+    tp: Array,
+    groups: Array,
+    prices: Prices,
+    compute_s: Array,
 ) -> Array:
-    """Exposed tensor-parallel time: these collectives stand between dependent operators."""
-    seconds = np.zeros(1)
+    """Exposed tensor-parallel time: these collectives stand between dependent operators.
+
+    At each of them the ranks, which computed for `compute_s` in all, wait for the slowest.
+    """
+    if not group:
+        return np.zeros(1)
+    seconds = len(group) * prices.wait(compute_s / len(group), tp, groups)
     for c in group:
         buffer = c.buffer.num_bytes(sizes)
         seconds = seconds + np.where(

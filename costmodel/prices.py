@@ -15,13 +15,14 @@ Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forwa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from ..cluster import DTYPE_BYTES, CollectiveCurve, OperatorCurve, Pool, Profile
+from ..cluster import DTYPE_BYTES, CollectiveCurve, OperatorCurve, Pool, Profile, WaitCurve
 from ..estimate import Evidence
 from . import collectives
-from .curves import interpolate_rate, interpolate_time
+from .curves import affine_time, interpolate_rate, interpolate_time
 from .graph import Array
 from .operators import KINDS
 
@@ -159,6 +160,35 @@ class Prices:
                     time = np.where(here, seconds, time)
         return time
 
+    def wait(self, compute_s: Array, ranks: Array, groups: Array) -> Array:
+        """Seconds lost where `ranks` ranks meet after each computed for `compute_s`.
+
+        Zero without a profile of this pool: devices of a kind are taken as equally fast.
+        """
+        curves = self.profile.waits if self.profile is not None else ()
+        time = np.zeros(np.broadcast_shapes(compute_s.shape, ranks.shape, groups.shape))
+        if not curves:
+            return time
+        for p in np.unique(ranks):
+            if p <= 1:
+                continue
+            for g in np.unique(groups):
+                here = (ranks == p) & (groups == g)
+                curve = _nearest(curves, int(p), int(g))
+                lost = affine_time(curve.compute_s, curve.seconds, compute_s)
+                time = np.where(here, lost, time)
+        return time
+
+
+Curve = TypeVar("Curve", CollectiveCurve, WaitCurve)
+
+
+def _nearest(curves: Sequence[Curve], ranks: int, groups: int) -> Curve:
+    """The curve of the nearest group size, then of the nearest number of groups."""
+    return min(
+        curves, key=lambda c: (abs(c.group - ranks), c.group, abs(c.groups - groups), c.groups)
+    )
+
 
 def _smooth_max(x: Array, y: Array) -> Array:
     """(x^4 + y^4)^(1/4): near max(x, y), above it where both bind."""
@@ -188,9 +218,7 @@ def _measured_collective(
     curves: Sequence[CollectiveCurve], kind: str, num_bytes: Array, ranks: int, groups: int
 ) -> Array:
     """From the measured curve of the nearest group; other group sizes by the steps of a ring."""
-    exact = [c for c in curves if c.group == ranks]
-    same = exact or sorted(curves, key=lambda c: (abs(c.group - ranks), c.group))[:1]
-    curve = min(same, key=lambda c: (abs(c.groups - groups), c.groups))
+    curve = _nearest(curves, ranks, groups)
     seconds = interpolate_time(curve.message_bytes, curve.seconds, num_bytes)
     if kind != "p2p" and curve.group != ranks:
         seconds = seconds * ((ranks - 1) / ranks) / ((curve.group - 1) / curve.group)

@@ -88,11 +88,29 @@ class Simulation:
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
         if not self.shares_cores:
             times = self._times(prices, self.costs)
-            return play(self.orders, _durations(times, action_s), hop)
+            return play(self.orders, self._durations(times, action_s), hop)
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
         base = self._times(alone, self._pieces(alone))
         speeds = self.speeds(base)
-        return play_shared(self.orders, _durations(base, action_s), hop, speeds)
+        return play_shared(self.orders, self._durations(base, action_s), hop, speeds)
+
+    def _durations(self, times: list[StageTimes], action_s: float) -> Callable[[Action], float]:
+        """Seconds of each action, with what neighbours lose when they meet after it."""
+
+        def whole(compute_s: Array) -> float:
+            if self.mesh.pp == 1:
+                return float(compute_s[0])
+            replicas = np.array([float(self.replicas)])
+            lost = self.prices.wait(compute_s, np.array([2.0]), replicas)
+            return float(compute_s[0] + lost[0]) + action_s
+
+        forward = [whole(t.forward_s) for t in times]
+        backward = [whole(t.backward_s) for t in times]
+
+        def duration(action: Action) -> float:
+            return forward[action[1]] if action[0] == "F" else backward[action[1]]
+
+        return duration
 
     def speeds(self, base: list[StageTimes]) -> list[float]:
         """Speed of a pipeline rank when 1, 2, ... pp of them are busy; the first is 1."""
@@ -208,16 +226,6 @@ class Simulation:
     def step_s(self, played: Played) -> float:
         """Makespan, then the longest exchange and update of any rank."""
         return played.makespan_s + max(float(u.total_s[0]) for u in self.updates)
-
-
-def _durations(times: list[StageTimes], action_s: float) -> Callable[[Action], float]:
-    forward = [float(t.forward_s[0]) + action_s for t in times]
-    backward = [float(t.backward_s[0]) + action_s for t in times]
-
-    def duration(action: Action) -> float:
-        return forward[action[1]] if action[0] == "F" else backward[action[1]]
-
-    return duration
 
 
 def _sum(times: list[StageTimes]) -> float:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .timing import trimmed_mean
+from .timing import median, trimmed_mean
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
 SMALL_BYTES = 1 << 20
@@ -150,3 +150,51 @@ def _combine(
         end = part[1, 1] if kind == "p2p" else part[:, 1].mean(dim=0)
         per_group.append(trimmed_mean((end - arrival).tolist(), cut=0.2))
     return max(1e-7, sum(per_group) / len(per_group))
+
+
+WAIT_BYTES = 512 << 10
+"""Message of the collective at which ranks meet."""
+
+
+def measure_wait(
+    calls: int, seconds: float, setting: Setting, groups: Groups, cores: int
+) -> tuple[float, float]:
+    """(compute seconds, seconds lost) per meeting of ranks that run `calls` matmuls in between.
+
+    Compute is this thread's processor time, stretched by the processes per core as everywhere in
+    the profile; the collective is timed with all ranks arriving together. What the loop takes
+    beyond both is lost to waiting. Means over the ranks at work, over loops of about `seconds`.
+    """
+    everyone = groups.barrier_group(setting.world)
+    call = operation("all_reduce", WAIT_BYTES, setting, groups)
+    together_s = measure("all_reduce", WAIT_BYTES, setting, groups, quick=False)
+    x = torch.ones(256, 256)
+    y = x * 0.01
+    shared = max(1.0, setting.world / cores)
+
+    def loop(times: int) -> tuple[float, float]:
+        compute = 0.0
+        dist.barrier(group=everyone)
+        start = time.perf_counter()
+        for _ in range(times):
+            before = time.thread_time()
+            for _ in range(calls):
+                torch.mm(x, y)
+            compute += time.thread_time() - before
+            call()
+        return (time.perf_counter() - start) / times, compute * shared / times
+
+    found = torch.tensor(loop(2)[0], dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=everyone)
+    times = max(3, min(200, round(seconds / WAIT_LOOPS / float(found))))
+    whole, compute = (
+        median(list(column))
+        for column in zip(*(loop(times) for _ in range(WAIT_LOOPS)), strict=True)
+    )
+    mine = torch.tensor([compute, whole - compute - together_s], dtype=torch.float64)
+    dist.all_reduce(mine, group=everyone)
+    compute_s, lost_s = (mine / setting.world).tolist()
+    return compute_s, max(1e-7, lost_s)
+
+
+WAIT_LOOPS = 3

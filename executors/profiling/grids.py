@@ -128,3 +128,8 @@ def message_sizes(quick: bool) -> list[int]:
     if quick:
         return [4 << 10, 64 << 10, 512 << 10, 2 << 20, 8 << 20]
     return [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 32 << 20]
+
+
+def wait_calls(quick: bool) -> list[int]:
+    """Reference matmuls that ranks run between two meetings."""
+    return [1, 8, 48] if quick else [1, 4, 12, 32]

@@ -27,7 +27,7 @@ import msgspec
 import forerun
 
 from ...catalogs import load_hardware, names
-from ...cluster import CollectiveCurve, OperatorCurve, Profile
+from ...cluster import CollectiveCurve, OperatorCurve, Profile, WaitCurve
 from ...errors import InputError, RunFailed
 
 OnProgress = Callable[[float, str], None]
@@ -86,6 +86,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
     timings: list[Timing] = []
     collectives: list[CollectiveCurve] = []
+    waits: list[WaitCurve] = []
     host_s: dict[str, float] = {}
     memory: dict[str, float] = {}
     reference_s: list[float] = []
@@ -204,6 +205,7 @@ def merge(request: Request, found: list[Findings], load_before: str) -> Profile:
         environment=environment,
         operators=merge_operators(found),
         collectives=tuple(first.collectives),
+        waits=tuple(first.waits),
         host_s=_mean_by_name([findings.host_s for findings in found]),
         memory=_mean_by_name([findings.memory for findings in found]),
         spread=_spread(first.reference_s),

@@ -16,7 +16,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ...cluster import CollectiveCurve
+from ...cluster import CollectiveCurve, WaitCurve
 from ...measurement import REFERENCE_MATMUL
 from ..measure.pace import matmul_s
 from . import collectives, grids, host
@@ -209,6 +209,27 @@ class Worker:
             dist.barrier()
         return curves
 
+    def waits(self) -> list[WaitCurve]:
+        """Curves of what ranks lose at meetings, in all settings."""
+        curves = []
+        seconds = 0.25 if self.request.quick else 0.35
+        for setting in self.settings:
+            if self.rank < setting.world:
+                points = [
+                    collectives.measure_wait(calls, seconds, setting, self.groups, self.cores)
+                    for calls in grids.wait_calls(self.request.quick)
+                ]
+                curves.append(
+                    WaitCurve(
+                        group=setting.group,
+                        groups=setting.groups,
+                        compute_s=tuple(point[0] for point in points),
+                        seconds=tuple(point[1] for point in points),
+                    )
+                )
+            dist.barrier()
+        return curves
+
     def host(self) -> dict[str, float]:
         """Host times; on a GPU the launch alone, since the host works beside the device."""
         if self.device.type == "cuda":
@@ -257,6 +278,8 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     worker.report(len(phases) / (len(phases) + 2), "collectives")
     curves = worker.collectives() if request.collectives else []
     note(f"collectives until {time.perf_counter() - started:.1f} s")
+    waits = worker.waits() if request.collectives else []
+    note(f"waits until {time.perf_counter() - started:.1f} s")
     worker.report((len(phases) + 1) / (len(phases) + 2), "host")
     dist.barrier()
     dist.destroy_process_group()
@@ -267,6 +290,7 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     findings = Findings(
         timings=worker.settled(),
         collectives=curves,
+        waits=waits,
         host_s=host_s,
         memory=memory,
         reference_s=worker.reference_s,

@@ -62,6 +62,10 @@ class Stack(Value, frozen=True, kw_only=True):
     """Host time to launch one operator; a layer cannot go faster than its launches."""
     overlap_contention: float = 0.3
     """Slow-down of compute per second of communication hidden behind it (SMs, bandwidth)."""
+    sequence_copies: bool = False
+    """Whether sequence parallelism copies activations around its collectives, because they are
+    batch-major and a gathered sequence must be contiguous (none at one sequence per micro-batch).
+    Sequence-major stacks need none."""
     can_overlap: bool = True
     """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
     context_bytes: int = 0
@@ -107,6 +111,21 @@ class CollectiveCurve(Value, frozen=True, kw_only=True):
     seconds: tuple[float, ...]
 
 
+class WaitCurve(Value, frozen=True, kw_only=True):
+    """Measured time by which ranks that compute apart meet late.
+
+    Ranks that ran the same operators for `compute_s` and then joined a collective needed, per
+    meeting, `seconds` more than that compute and that collective take on their own: they are never
+    equally fast, and the threads of the transport take turns with compute. `group` and `groups` as
+    for collectives.
+    """
+
+    group: int
+    groups: int = 1
+    compute_s: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+
 class Profile(Document, frozen=True, kw_only=True):
     """What was measured on one machine, and when."""
 
@@ -119,6 +138,7 @@ class Profile(Document, frozen=True, kw_only=True):
     environment: dict[str, str]
     operators: tuple[OperatorCurve, ...] = ()
     collectives: tuple[CollectiveCurve, ...] = ()
+    waits: tuple[WaitCurve, ...] = ()
     host_s: dict[str, float] = {}
     """Host times in seconds by name (see `costmodel/prices.py`)."""
     memory: dict[str, float] = {}

@@ -86,6 +86,14 @@ def test_collectives_cost_more_for_large_messages(profile: Profile) -> None:
         assert curve.seconds[-1] > min(curve.seconds) > 0
 
 
+def test_meetings_of_ranks_are_measured(profile: Profile) -> None:
+    (curve,) = profile.waits
+    assert (curve.group, curve.groups) == (2, 1)
+    assert len(curve.seconds) == len(grids.wait_calls(quick=True))
+    assert list(curve.compute_s) == sorted(curve.compute_s)
+    assert all(0 < seconds < 1 for seconds in curve.seconds)
+
+
 def test_a_failing_worker_is_named_and_leaves_nobody_behind() -> None:
     request = Request(device="cpu", quick=True, grid={"no_such": ((1,),)}, busy=(1,))
     with pytest.raises(RunFailed, match=r"worker 0 ended with code 1 .*no_such"):
