@@ -14,6 +14,7 @@ import msgspec
 
 from ..errors import InputError
 from ..model import Experts, LatentAttention, Layer, Mlp, Model, Norm, Positions
+from .huggingface_encoders import READERS
 
 Config = dict[str, Any]
 MAX_LAYERS = 10_000
@@ -67,18 +68,20 @@ _GPT2_KEYS = {
 
 
 def model_from_config(raw: Config, source: str) -> Model:
-    """The decoder that a config describes; InputError names the key that is missing or unknown."""
+    """The model that a config describes; InputError names the key that is missing or unknown."""
     notes: list[str] = []
     if isinstance(raw.get("text_config"), dict):
         notes.append("everything but the text model")
         raw = {**raw, **cast("Config", raw["text_config"])}
     kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in READERS:
+        return READERS[kind](Reader(raw, source), _name(raw, source))
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise _unknown(raw, source)
     if kind == "gpt2":
         raw = {**raw, **{ours: raw[theirs] for ours, theirs in _GPT2_KEYS.items() if theirs in raw}}
-    reader = _Reader(raw, source)
+    reader = Reader(raw, source)
     notes += [family.omitted] if family.omitted else []
     if reader.count("num_mtp_layers", reader.count("num_nextn_predict_layers", 0)):
         notes.append("multi-token prediction")
@@ -97,7 +100,7 @@ def model_from_config(raw: Config, source: str) -> Model:
     )
 
 
-class _Reader(NamedTuple):
+class Reader(NamedTuple):
     """Typed access to a config, with errors that name file and key."""
 
     raw: Config
@@ -153,7 +156,7 @@ def _unknown(raw: Config, source: str) -> InputError:
     if named is None:
         problem, remedy = f"{source} does not name an architecture", "give a model's config.json"
         return InputError("model_type", "(absent)", problem, remedy)
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted({*FAMILIES, *READERS}))
     problem = f"the architecture in {source} is not one a model document can describe"
     return InputError("model_type", named, problem, f"known: {known}")
 
@@ -167,7 +170,7 @@ def _name(raw: Config, source: str) -> str:
     return folder.strip(". ") or str(raw["model_type"])
 
 
-def _layers(reader: _Reader, family: Family, notes: list[str]) -> tuple[Layer, ...]:
+def _layers(reader: Reader, family: Family, notes: list[str]) -> tuple[Layer, ...]:
     """One Layer per run of equal layers (dense first, then experts, ...)."""
     count = reader.size("num_hidden_layers")
     if count > MAX_LAYERS:
@@ -184,7 +187,7 @@ def _layers(reader: _Reader, family: Family, notes: list[str]) -> tuple[Layer, .
     )
 
 
-def _is_sparse(reader: _Reader, index: int) -> bool:
+def _is_sparse(reader: Reader, index: int) -> bool:
     """Whether layer `index` holds experts (Qwen's step and list, DeepSeek's first dense layers)."""
     dense = reader.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list):
@@ -198,7 +201,7 @@ def _is_sparse(reader: _Reader, index: int) -> bool:
     return (index + 1) % (reader.size_or_none("decoder_sparse_step") or 1) == 0
 
 
-def _experts(reader: _Reader) -> Experts | None:
+def _experts(reader: Reader) -> Experts | None:
     num = reader.size_or_none("num_local_experts", "n_routed_experts", "num_experts")
     if num is None:
         return None
@@ -212,7 +215,7 @@ def _experts(reader: _Reader) -> Experts | None:
     )
 
 
-def _layer(reader: _Reader, family: Family, experts: Experts | None, notes: list[str]) -> Layer:
+def _layer(reader: Reader, family: Family, experts: Experts | None, notes: list[str]) -> Layer:
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     head_dim = reader.size_or_none("head_dim")
     if head_dim is None and hidden % heads:
@@ -240,7 +243,7 @@ def _layer(reader: _Reader, family: Family, experts: Experts | None, notes: list
     )
 
 
-def _mlp(reader: _Reader, family: Family) -> Mlp:
+def _mlp(reader: Reader, family: Family) -> Mlp:
     """The MLP kind; a gated one with another activation than SiLU is not one we describe."""
     name = reader.raw.get("hidden_act") or reader.raw.get("hidden_activation") or family.activation
     kind = _MLP.get(name) if isinstance(name, str) else None
@@ -250,7 +253,7 @@ def _mlp(reader: _Reader, family: Family) -> Mlp:
     return kind
 
 
-def _biases(reader: _Reader, family: Family, notes: list[str]) -> tuple[bool, bool]:
+def _biases(reader: Reader, family: Family, notes: list[str]) -> tuple[bool, bool]:
     """(all linear layers, only Q, K and V); other mixtures are noted as left out."""
     attention = reader.flag("attention_bias", family.bias or family.qkv_bias)
     mlp = reader.flag("mlp_bias", family.bias)
@@ -263,13 +266,13 @@ def _biases(reader: _Reader, family: Family, notes: list[str]) -> tuple[bool, bo
     return False, attention
 
 
-def _note_window(reader: _Reader, notes: list[str]) -> None:
+def _note_window(reader: Reader, notes: list[str]) -> None:
     window = reader.size_or_none("sliding_window")
     if window is not None and reader.flag("use_sliding_window", True):
         notes.append(f"sliding window of {window} tokens")
 
 
-def _latent(reader: _Reader) -> LatentAttention | None:
+def _latent(reader: Reader) -> LatentAttention | None:
     if reader.raw.get("kv_lora_rank") is None:
         return None
     return LatentAttention(
@@ -281,17 +284,17 @@ def _latent(reader: _Reader) -> LatentAttention | None:
     )
 
 
-def _rope_theta(reader: _Reader, family: Family) -> float:
+def _rope_theta(reader: Reader, family: Family) -> float:
     """`rope_parameters.rope_theta` (transformers 5) or `rope_theta` (before)."""
     newer = reader.raw.get("rope_parameters")
     if isinstance(newer, dict) and "rope_theta" in newer:
-        return _Reader(cast("Config", newer), reader.source).number("rope_theta", 0)
+        return Reader(cast("Config", newer), reader.source).number("rope_theta", 0)
     if "rotary_emb_base" in reader.raw:
         return reader.number("rotary_emb_base", family.rope_theta)
     return reader.number("rope_theta", family.rope_theta)
 
 
-def _norm_eps(reader: _Reader, family: Family) -> float:
+def _norm_eps(reader: Reader, family: Family) -> float:
     if family.norm == "rmsnorm":
         return reader.number("rms_norm_eps", 1e-6)
     return reader.number("norm_eps", reader.number("layer_norm_eps", 1e-5))

@@ -19,7 +19,9 @@ import click
 from .. import __version__
 from ..errors import ForerunError, unknown_name
 
-COMMANDS = ("plan", "predict", "run", "diff", "tune", "profile", "calibrate", "catalog", "demo")
+COMMANDS = (
+    "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "catalog", "demo",
+)  # fmt: skip
 
 
 class Interrupted(ForerunError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -43,7 +44,9 @@ def common_options(function: F) -> F:
 
 
 JOB_OPTIONS = (
-    click.option("--model", help="Catalog name, config.json or its folder, or a size such as 7b."),
+    click.option(
+        "--model", help="Catalog name, config.json or its folder, 7b, or package.module:function."
+    ),
     click.option("--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 2xcpu, or a cluster TOML."),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
     click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
@@ -138,7 +141,9 @@ def read_job(flags: Mapping[str, Any]) -> Job:
 
     seq_tokens = units.parse_tokens(flags["seq_len"])
     batch_seqs = units.parse_batch(flags["global_batch"], seq_tokens)
-    model = load_model(flags["model"])
+    model = (
+        trace_model(flags, seq_tokens) if is_traced(flags["model"]) else load_model(flags["model"])
+    )
     resolved = resolve_gpus(flags["gpus"])
     workload = Workload(
         seq_tokens=seq_tokens,
@@ -151,10 +156,36 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
 
 
+def is_traced(name: str | None) -> bool:
+    """Whether a model's name is `package.module:function`.
+
+    >>> is_traced("examples.mixer:build"), is_traced("llama-3.1-8b"), is_traced("C:/config.json")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[\w.]+:[\w.]+", name or "") is not None
+
+
+def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
+    """The user's module as a Model; data parallelism is the only one that divides it."""
+    for axis in ("tp", "sp", "pp", "vpp", "cp", "ep"):
+        if (flags.get(axis) or 1) > 1 or (axis == "sp" and flags.get(axis)):
+            raise InputError(axis, flags[axis], "a module of one's own runs data-parallel only",
+                             f"drop --{axis}")  # fmt: skip
+    if flags.get("recompute") not in (None, "none", "full"):
+        raise InputError("recompute", flags["recompute"], "a module of one's own recomputes "
+                         "whole blocks", "use none or full")  # fmt: skip
+    try:
+        from ..executors.trace_module import trace
+    except ModuleNotFoundError as error:
+        raise InputError("model", flags["model"], f"tracing needs {error.name}",
+                         "pip install 'forerun[run]'") from error  # fmt: skip
+    return trace(flags["model"], seq_tokens)
+
+
 def job_warnings(model: Model, workload: Workload) -> tuple[str, ...]:
     """What is allowed but probably not meant."""
     limit = model.max_positions
-    if limit is not None and workload.seq_tokens > limit:
+    if limit is not None and model.text_tokens(workload.seq_tokens) > limit:
         return (
             f"seq-len={workload.seq_tokens}: beyond the {limit} positions of {model.name}; "
             "the plan holds, but it has learned none so far",
@@ -166,6 +197,10 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
     from ..planner import Pins
 
+    if is_traced(flags["model"]):
+        given = {axis: flags[axis] for axis in AXES}
+        given |= {"tp": 1, "pp": 1, "recompute": flags["recompute"] or "none"}
+        return Pins(**given)
     return Pins(**{axis: flags[axis] for axis in AXES})
 
 

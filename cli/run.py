@@ -23,6 +23,7 @@ from .progress import step_progress
     help="Steps before the timed ones.",
 )
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
+@click.option("--model", help="package.module:function, again, for a plan of one's own module.")
 @common_options
 def command(
     as_json: bool,
@@ -31,6 +32,7 @@ def command(
     steps: int | None,
     warmup: int,
     data: str | None,
+    model: str | None,
 ) -> None:
     """Train as PLAN says, on this machine, and measure every term of the prediction."""
     from ..executors import run
@@ -39,7 +41,12 @@ def command(
     plan_file = read_plan_file(plan_path)
     with step_progress(plan_file.label) as on_progress:
         measurement = run(
-            plan_file, steps=steps, warmup_steps=warmup, data=data, on_progress=on_progress
+            plan_file,
+            steps=steps,
+            warmup_steps=warmup,
+            data=data,
+            on_progress=on_progress,
+            module=model,
         )
     if output is not None:
         document.write(output, measurement)

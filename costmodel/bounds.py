@@ -26,6 +26,7 @@ from ..plan import SCHEDULES
 from ..workload import Workload
 from .graph import Array
 from .layout import Layouts
+from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
 from .ranks import rank_memory, stage_times, update
@@ -49,9 +50,7 @@ def bound_layouts(
     cluster: Cluster,
     workload: Workload,
     layouts: Layouts,
-    *,
-    compute: str,
-    recompute: str,
+    options: Options,
 ) -> Bounds:
     """Bounds of layouts that keep the rules of `layout_problems`, with stages cut evenly."""
     check_covered(model)
@@ -66,21 +65,18 @@ def bound_layouts(
     for index, busy_ranks in parts:
         some = layouts.take(index)
         everyone = Prices(pool, cluster.profile, min(cluster.num_devices, pool.devices_per_node))
-        costs = pieces(
-            model, some, workload.seq_tokens, everyone, compute=compute, recompute=recompute
-        )
+        costs = pieces(model, some, workload.seq_tokens, everyone, options)
         fast = costs
         alone = everyone
         if pool.shared_cores is not None:
             alone = Prices(pool, cluster.profile, busy_ranks)
-            fast = pieces(
-                model, some, workload.seq_tokens, alone, compute=compute, recompute=recompute
-            )
+            fast = pieces(model, some, workload.seq_tokens, alone, options)
         use = some.pp == 1
         quick = _makespan(model, some, fast, alone)
         full = _makespan(model, some, costs, everyone)
-        time[index] = np.where(use, full, quick) + _updates(model, some, costs, everyone, compute)
-        memory[index] = _memory(model, some, costs, everyone, compute)
+        once = _updates(model, some, costs, everyone, options)
+        time[index] = (np.where(use, full, quick) + once) * everyone.drift
+        memory[index] = _memory(model, some, costs, everyone, options)
     return Bounds(time_s=time, memory_bytes=memory, capacity_bytes=float(pool.device.memory_bytes))
 
 
@@ -110,6 +106,9 @@ def _makespan(model: Model, layouts: Layouts, costs: Pieces, prices: Prices) -> 
     m = layouts.num_microbatches.astype(float)
     p = layouts.pp.astype(float)
     hop = _hop_s(layouts, costs, prices)
+    fill_hops = np.zeros(1)
+    if prices.pool.stack.can_overlap:  # as in the simulator: fill and drain alone
+        fill_hops, hop = 2 * (p - 1) * hop, 0.0 * hop
     action_s = np.where(p > 1, prices.host("pp_action"), 0.0)
     best = np.zeros(len(layouts))
     interleaved = (layouts.schedule == INTERLEAVED) & (layouts.vpp > 1)
@@ -133,7 +132,7 @@ def _makespan(model: Model, layouts: Layouts, costs: Pieces, prices: Prices) -> 
         is_last = rank == p - 1
         chunked = base + np.where(is_last, prefix, 0.0)
         best = np.maximum(best, np.where(interleaved, chunked, base + prefix + idle))
-    return best
+    return best + fill_hops
 
 
 def _before(
@@ -157,15 +156,19 @@ def _hop_s(layouts: Layouts, costs: Pieces, prices: Prices) -> Array:
     return np.where(layouts.pp > 1, hop, 0.0)
 
 
-def _updates(model: Model, layouts: Layouts, costs: Pieces, prices: Prices, compute: str) -> Array:
+def _updates(
+    model: Model, layouts: Layouts, costs: Pieces, prices: Prices, options: Options
+) -> Array:
     longest = np.zeros(len(layouts))
     for rank in _ranks(layouts):
         load = _rank_load(model, layouts, rank)
-        longest = np.maximum(longest, update(load, costs, layouts, prices, compute).total_s)
+        longest = np.maximum(longest, update(load, costs, layouts, prices, options).total_s)
     return longest
 
 
-def _memory(model: Model, layouts: Layouts, costs: Pieces, prices: Prices, compute: str) -> Array:
+def _memory(
+    model: Model, layouts: Layouts, costs: Pieces, prices: Prices, options: Options
+) -> Array:
     m = layouts.num_microbatches.astype(float)
     p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
     fullest = np.zeros(len(layouts))
@@ -176,6 +179,6 @@ def _memory(model: Model, layouts: Layouts, costs: Pieces, prices: Prices, compu
         interleaved = (layouts.schedule == INTERLEAVED) & (v > 1)
         first = np.where(interleaved, chunked, warm)
         later = np.where(first < m * v, first, first - 1)
-        peak = rank_memory(load, costs, layouts, prices, compute, (first, later))
+        peak = rank_memory(load, costs, layouts, prices, options, (first, later))
         fullest = np.maximum(fullest, peak.total)
     return fullest

@@ -40,7 +40,8 @@ def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool
 
     A group inside a node uses the node's links. One over several nodes takes the better of a flat
     ring through the network interfaces of its members and of the hierarchical form (within nodes,
-    then across with 1/local of the buffer each, where several members share a node).
+    then across with 1/local of the buffer each, where several members share a node). An all-to-all
+    sends what stays in the node and what leaves it side by side.
     """
     intra, inter, stack = pool.intra_node, pool.inter_node or pool.intra_node, pool.stack
     per_node = float(pool.devices_per_node)
@@ -52,6 +53,12 @@ def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool
     if kind == "p2p":
         across = ring_s(kind, num_bytes, ranks, _latency(inter), np.full_like(local, nic_rate))
         return np.where(stride * ranks <= per_node, inside, across)
+    if kind == "all_to_all":  # everybody sends each part through its own links
+        share = num_bytes / ranks
+        abroad = (ranks - local) * share / nic_rate
+        at_home = (local - 1) * share / intra_rate
+        latency = inter.latency_s * (nodes - 1) + intra.latency_s * (local - 1)
+        return np.where(nodes > 1, latency + np.maximum(abroad, at_home), inside)
     flat_rate = np.minimum(nic_rate * local, intra_rate)
     flat_latency = (inter.latency_s * nodes + intra.latency_s * (ranks - nodes)) / ranks
     flat = ring_s(kind, num_bytes, ranks, flat_latency, flat_rate)

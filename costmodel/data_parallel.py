@@ -4,7 +4,7 @@ A unit is what is gathered and scattered at once: a layer, or the rest of the pi
 final norm, head). Parameters at rest and at use differ in layout; from that follows per unit
 
     gather   all-gather of the unit in the compute dtype over the shard group
-    scatter  reduce-scatter of the unit's gradients in fp32, and with replicas, after the last
+    scatter  reduce-scatter of the unit's gradients over it, and with replicas, after the last
              micro-batch, the all-reduce of the scattered part over them
     copy     with each, between the flat buffer and the parameters
 
@@ -13,7 +13,11 @@ and how often per step, with m micro-batches:
     ZeRO 3 without pipeline   layers: 2 m gathers, m scatters; the rest: m gathers, m scatters
     ZeRO 2 without pipeline   1 gather, m scatters
     ZeRO 1, or any with pp    1 gather, 1 scatter
-    ZeRO 0                    no gather; 1 all-reduce of all gradients in fp32
+    ZeRO 0                    no gather; 1 all-reduce of all gradients
+
+Ranks of context parallelism hold the same weights as those of data parallelism and count as such.
+Experts are sharded over the ranks that hold the same ones. Stacks that keep parameters whole are in
+`distributed_optimizer.py`.
 """
 
 from __future__ import annotations
@@ -23,14 +27,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cluster import DTYPE_BYTES
+from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
+from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
-
-REDUCE_BYTES = 4.0
-"""Gradients are reduced in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,39 +51,122 @@ class DataParallel:
     """Ranks over which a parameter's gradient at rest is divided."""
 
 
-def is_sharded(layouts: Layouts, compute: str) -> Array:
+def is_sharded(layouts: Layouts, options: Options) -> Array:
     """Whether parameters are handled by FSDP units: ZeRO > 0, or 16-bit compute."""
-    return (layouts.zero > 0) | (compute != "fp32")
+    return (layouts.zero > 0) | (options.compute != "fp32")
 
 
 def data_parallel(
-    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, compute: str
+    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
 ) -> DataParallel:
-    """The data-parallel traffic of one pipeline rank."""
+    """The data-parallel traffic of one pipeline rank; ZeRO 3 streams units on any stack."""
+    streams = layouts.zero == 3
+    if prices.pool.stack.sharding == "fsdp" or np.all(streams):
+        return _units(load, costs, layouts, prices, options)
+    whole = _whole(load, costs, layouts, prices, options)
+    if not np.any(streams):
+        return whole
+    units = _units(load, costs, layouts, prices, options)
+    names = sorted({*whole.wire_bytes, *units.wire_bytes})
+    zero = np.zeros(1)
+    return DataParallel(
+        exposed_s=np.where(streams, units.exposed_s, whole.exposed_s),
+        host_s=np.where(streams, units.host_s, whole.host_s),
+        forward_s=np.where(streams, units.forward_s, whole.forward_s),
+        backward_s=np.where(streams, units.backward_s, whole.backward_s),
+        wire_bytes={
+            n: np.where(streams, units.wire_bytes.get(n, zero), whole.wire_bytes.get(n, zero))
+            for n in names
+        },
+        shard=np.where(streams, units.shard, whole.shard),
+    )
+
+
+def _whole(
+    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
+) -> DataParallel:
+    """Stacks that keep parameters whole."""
+    exposed = distributed_optimizer.exchange_s(load, costs, layouts, prices, options)
+    zero = np.zeros(len(layouts))
+    return DataParallel(
+        exposed_s=exposed * prices.scale("exposed.dp"),
+        host_s=zero,
+        forward_s=zero,
+        backward_s=zero,
+        wire_bytes=distributed_optimizer.wire_bytes(
+            load, costs, layouts, options, prices.pool.stack.reduce_bytes
+        ),
+        shard=np.where(layouts.zero > 0, layouts.shards, 1).astype(float),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """The ranks that share parameters of one kind: how they shard them, and their replicas."""
+
+    shard: Array
+    replicate: Array
+    stride: Array
+
+    @staticmethod
+    def dense(layouts: Layouts) -> _Group:
+        """Of parameters outside of experts."""
+        return _Group(
+            shard=layouts.shards.astype(float),
+            replicate=layouts.dp_replicate.astype(float),
+            stride=layouts.tp.astype(float),
+        )
+
+    @staticmethod
+    def experts(layouts: Layouts) -> _Group:
+        """Of routed experts: ep ranks hold others."""
+        same = layouts.dp * layouts.cp * layouts.tp / layouts.expert_tp / layouts.ep
+        shard = np.minimum(same, np.maximum(1.0, layouts.shards / layouts.ep))
+        return _Group(
+            shard=shard,
+            replicate=same / shard,
+            stride=(layouts.expert_tp * layouts.ep).astype(float),
+        )
+
+
+def _units(
+    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
+) -> DataParallel:
+    """FSDP's units and DDP."""
     m = layouts.num_microbatches.astype(float)
     alone = layouts.pp == 1
-    zero, units = layouts.zero, is_sharded(layouts, compute)
+    zero, units = layouts.zero, is_sharded(layouts, options)
     layer_gathers = np.where((zero == 3) & alone, 2 * m, 1.0)
     rest_gathers = np.where((zero == 3) & alone, m, 1.0)
     scatters = np.where((zero >= 2) & alone, m, 1.0)
     rest_params = load.rest_params(costs)
     all_params = load.params(costs)
 
-    gather_s = rest_gathers * _gather_s(rest_params, layouts, prices, compute)
-    scatter_s = scatters * _scatter_s(rest_params, layouts, prices)
-    scatter_s = scatter_s + _across_s(rest_params, layouts, prices)
-    first_s = gather_s / np.maximum(rest_gathers, 1.0)
-    last_s = scatter_s / np.maximum(scatters, 1.0)
-    copies = rest_gathers * _copy_s(rest_params, prices, compute)
-    copies_back = scatters * _copy_s(rest_params, prices, compute)
+    def unit(params: Array, trained: Array, group: _Group) -> tuple[Array, Array, Array]:
+        return (
+            _gather_s(params, group, layouts, prices, options),
+            _scatter_s(trained, group, layouts, prices),
+            _across_s(trained, group, layouts, prices),
+        )
+
+    dense, experts = _Group.dense(layouts), _Group.experts(layouts)
+    rest_trained = np.where(load.trainable_params(costs) >= all_params, rest_params, 0.0)
+    gather, scatter, across = unit(rest_params, rest_trained, dense)
+    gather_s, scatter_s = rest_gathers * gather, scatters * scatter + across
+    first_s, last_s = gather, scatter + across / np.maximum(scatters, 1.0)
+    copies = rest_gathers * _copy_s(rest_params, prices, options)
+    copies_back = scatters * _copy_s(rest_params, prices, options)
     for count, piece in zip(load.layers, costs.layers, strict=True):
-        one_copy = _copy_s(piece.params, prices, compute)
-        gather = _gather_s(piece.params, layouts, prices, compute)
-        gather_s = gather_s + count * layer_gathers * gather
-        scatter_s = scatter_s + count * scatters * _scatter_s(piece.params, layouts, prices)
-        scatter_s = scatter_s + count * _across_s(piece.params, layouts, prices)
+        one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
+        for params, trained, group in (
+            (piece.params, piece.trainable_params, dense),
+            (piece.expert_params, piece.expert_params, experts),
+        ):
+            gather, scatter, across = unit(params, trained, group)
+            gather_s = gather_s + count * layer_gathers * gather
+            scatter_s = scatter_s + count * (scatters * scatter + across)
     forward_s = load.total(costs, "forward_s")
     backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
     hidden_forward = np.where(zero == 3, m, 1.0) * forward_s
@@ -109,60 +195,66 @@ def data_parallel(
         host_s=host * prices.scale("host"),
         forward_s=np.where(units, copies, 0.0),
         backward_s=np.where(units, copies_back, 0.0)
-        + _accumulate_s(all_params, layouts, prices, compute),
-        wire_bytes=_wire(all_params, rest_params, load, costs, layouts, compute),
-        shard=layouts.dp_shard.astype(float),
+        + _accumulate_s(all_params, layouts, prices, options),
+        wire_bytes=_wire(load, costs, layouts, prices, options),
+        shard=layouts.shards.astype(float),
     )
 
 
 def _waiting(compute_s: Array, meetings: Array, layouts: Layouts, prices: Prices) -> Array:
     """What replicas lose at their meetings, with their compute spread evenly between these."""
-    dp = layouts.dp.astype(float)
-    return meetings * prices.wait(compute_s / meetings, dp, _groups(layouts, dp))
+    dp = (layouts.dp * layouts.cp).astype(float)
+    return meetings * prices.wait(compute_s / meetings, dp, layouts.world / dp)
 
 
-def _groups(layouts: Layouts, ranks: Array) -> Array:
-    return layouts.world / ranks
-
-
-def _copy_s(params: Array, prices: Prices, compute: str) -> Array:
+def _copy_s(params: Array, prices: Prices, options: Options) -> Array:
     """Copy of one unit between its flat buffer and its parameters; a cast in 16-bit runs."""
-    kind = "copy" if compute == "fp32" else "cast"
-    return np.where(params > 0, prices.operator(kind, [params], compute)[0], 0.0)
+    kind = "copy" if options.compute == "fp32" else "cast"
+    seconds = prices.operator(kind, [params], options.tensor_dtype)[0]
+    return np.where(params > 0, seconds, 0.0)
 
 
-def _gather_s(params: Array, layouts: Layouts, prices: Prices, compute: str) -> Array:
+def _moved(
+    kind: str,
+    num_bytes: Array,
+    ranks: Array,
+    stride: Array,
+    layouts: Layouts,
+    prices: Prices,
+) -> Array:
+    """Seconds of one collective, with the stack's latency per doubling of the ranks."""
+    seconds = prices.collective(kind, num_bytes, ranks, stride, layouts.world / ranks)
+    latency = prices.pool.stack.collective_latency_s * np.log2(np.maximum(ranks, 1.0))
+    return np.where(num_bytes > 0, seconds + latency, 0.0)
+
+
+def _gather_s(
+    params: Array, group: _Group, layouts: Layouts, prices: Prices, options: Options
+) -> Array:
     """All-gather of one unit."""
-    n, stride = layouts.dp_shard.astype(float), layouts.tp.astype(float)
-    moved = prices.collective(
-        "all_gather", params * DTYPE_BYTES[compute], n, stride, _groups(layouts, n)
-    )
-    return np.where(params > 0, moved, 0.0)
+    dtype = "fp8" if options.gathers_low(prices.pool.stack) else options.tensor_dtype
+    num_bytes = params * DTYPE_BYTES[dtype]
+    return _moved("all_gather", num_bytes, group.shard, group.stride, layouts, prices)
 
 
-def _scatter_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
+def _scatter_s(params: Array, group: _Group, layouts: Layouts, prices: Prices) -> Array:
     """Reduce-scatter of one unit's gradients."""
-    n, stride = layouts.dp_shard.astype(float), layouts.tp.astype(float)
-    moved = prices.collective(
-        "reduce_scatter", params * REDUCE_BYTES, n, stride, _groups(layouts, n)
-    )
-    return np.where(params > 0, moved, 0.0)
+    num_bytes = params * prices.pool.stack.reduce_bytes
+    return _moved("reduce_scatter", num_bytes, group.shard, group.stride, layouts, prices)
 
 
-def _across_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
+def _across_s(params: Array, group: _Group, layouts: Layouts, prices: Prices) -> Array:
     """All-reduce of one unit's scattered gradients over the replicas."""
-    n, r = layouts.dp_shard.astype(float), layouts.dp_replicate.astype(float)
-    stride = layouts.tp * n
-    moved = prices.collective(
-        "all_reduce", params * REDUCE_BYTES / n, r, stride, _groups(layouts, r)
-    )
-    return np.where(params > 0, moved, 0.0)
+    num_bytes = params * prices.pool.stack.reduce_bytes / group.shard
+    stride = group.stride * group.shard
+    return _moved("all_reduce", num_bytes, group.replicate, stride, layouts, prices)
 
 
 def _reduce_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
     """All-reduce of all gradients (ZeRO 0)."""
-    dp, stride = layouts.dp.astype(float), layouts.tp.astype(float)
-    return prices.collective("all_reduce", params * REDUCE_BYTES, dp, stride, _groups(layouts, dp))
+    ranks, stride = (layouts.dp * layouts.cp).astype(float), layouts.tp.astype(float)
+    num_bytes = params * prices.pool.stack.reduce_bytes
+    return _moved("all_reduce", num_bytes, ranks, stride, layouts, prices)
 
 
 def _exposed(communication: Array, compute: Array, prices: Prices) -> Array:
@@ -177,38 +269,42 @@ def _exposed(communication: Array, compute: Array, prices: Prices) -> Array:
     return communication - hidden + stack.overlap_contention * hidden
 
 
-def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, compute: str) -> Array:
+def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Options) -> Array:
     """Additions into gradients that exist already, and DDP's copies into its buckets."""
     m = layouts.num_microbatches.astype(float)
-    shard = layouts.dp_shard.astype(float)
+    shard = layouts.shards.astype(float)
     local = np.where((layouts.zero >= 2) & (layouts.pp == 1), params / shard, params)
     seconds = (m - 1) * prices.operator("accumulate", [local], "fp32")[0]
-    copies = (layouts.dp > 1) & ~is_sharded(layouts, compute)
+    copies = (layouts.dp * layouts.cp > 1) & ~is_sharded(layouts, options)
     return seconds + np.where(copies, prices.operator("copy", [params], "fp32")[0], 0.0)
 
 
 def _wire(
-    all_params: Array,
-    rest_params: Array,
-    load: Load,
-    costs: Pieces,
-    layouts: Layouts,
-    compute: str,
+    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
 ) -> dict[str, Array]:
     m = layouts.num_microbatches.astype(float)
     alone, zero = layouts.pp == 1, layouts.zero
-    units = is_sharded(layouts, compute)
-    shard, replicate = layouts.dp_shard.astype(float), layouts.dp_replicate.astype(float)
-    layer_params = all_params - rest_params
+    units = is_sharded(layouts, options)
+    reduce_bytes = prices.pool.stack.reduce_bytes
     often = (zero == 3) & alone
-    gathered = np.where(often, m * (2 * layer_params + rest_params), all_params)
-    scattered = np.where((zero >= 2) & alone, m, 1.0) * all_params
-    many = units & (shard > 1)
-    reduced = np.where(units, all_params / shard, all_params)
-    return {
-        "all_gather@dp": np.where(many, gathered * DTYPE_BYTES[compute], 0.0),
-        "reduce_scatter@dp": np.where(many, scattered * REDUCE_BYTES, 0.0),
-        "all_reduce@dp": np.where(
-            np.where(units, replicate > 1, layouts.dp > 1), reduced * REDUCE_BYTES, 0.0
-        ),
-    }
+    scatters = np.where((zero >= 2) & alone, m, 1.0)
+    total = {"all_gather@dp": np.zeros(1), "reduce_scatter@dp": np.zeros(1),
+             "all_reduce@dp": np.zeros(1)}  # fmt: skip
+    dense, experts = load.params(costs), load.total(costs, "expert_params")
+    for params, rest, trained, group in (
+        (dense, load.rest_params(costs), load.trainable_params(costs), _Group.dense(layouts)),
+        (experts, 0.0 * experts, experts, _Group.experts(layouts)),
+    ):
+        gathered = np.where(often, m * (2 * (params - rest) + rest), params)
+        many = units & (group.shard > 1)
+        reduced = np.where(units, trained / group.shard, trained)
+        replicas = np.where(units, group.replicate, group.shard * group.replicate)
+        x = DTYPE_BYTES[options.tensor_dtype]
+        total["all_gather@dp"] = total["all_gather@dp"] + np.where(many, gathered * x, 0.0)
+        total["reduce_scatter@dp"] = total["reduce_scatter@dp"] + np.where(
+            many, scatters * trained * reduce_bytes, 0.0
+        )
+        total["all_reduce@dp"] = total["all_reduce@dp"] + np.where(
+            replicas > 1, reduced * reduce_bytes, 0.0
+        )
+    return total

@@ -44,6 +44,8 @@ class Tensor:
     name: str
     axes: Axes
     dtype: str = "compute"
+    trainable: bool = True
+    """Of a weight: whether it has a gradient and optimiser states."""
 
     def num_bytes(self, sizes: Sizes) -> Array:
         """Bytes of the local tensor; its dtype must have been settled by the precision rewrite."""
@@ -55,10 +57,12 @@ class Collective:
     """A collective over one mesh axis on a tensor: its full logical buffer."""
 
     kind: str
-    """all_reduce, all_gather, reduce_scatter"""
+    """all_reduce, all_gather, reduce_scatter, all_to_all"""
     axis: str
-    """Mesh axis: tp, dp, ..."""
+    """Mesh axis: tp, dp, ep, ...; ulysses and ring are the two parts of cp."""
     buffer: Tensor
+    overlaps: str | None = None
+    """Name of the operator that it runs beside; None = between dependent operators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,8 @@ class Operator:
     backward_collectives: tuple[Collective, ...] = ()
     recomputed: bool = False
     """Whether backward runs the forward again."""
+    compute: str | None = None
+    """Dtype that its matmul runs in where that is not its input's (fp8, fp4)."""
     grad_inputs: bool = True
     """Whether the inputs need a gradient (token ids do not)."""
 
@@ -103,9 +109,13 @@ class Graph:
             found = {w.name: w for op in self.operators for w in op.weights}
             object.__setattr__(self, "weights", tuple(found.values()))
 
-    def num_params(self, sizes: Sizes) -> Array:
-        """Local parameters before any data-parallel sharding."""
+    def num_params(self, sizes: Sizes, *, experts: bool = False, trainable: bool = False) -> Array:
+        """Local parameters before any data-parallel sharding: the experts', or all others.
+
+        With `trainable` those with gradients alone.
+        """
         total = np.zeros(1)
         for weight in self.weights:
-            total = total + volume(weight.axes, sizes)
+            if ("experts" in weight.axes) == experts and (weight.trainable or not trainable):
+                total = total + volume(weight.axes, sizes)
         return total

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model import Layer, Model
+from ..model import Experts, LatentAttention, Layer, Model
 from ..plan import SCHEDULES, Phase
 from .graph import Array, Sizes
+from .layers.stacks import stack_sizes
 
 Ints = NDArray[np.int64]
 
@@ -31,6 +32,9 @@ class Layouts:
     zero: Ints
     sequence_parallel: Ints
     schedule: Ints
+    cp: Ints
+    ulysses: Ints
+    ep: Ints
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -43,7 +47,22 @@ class Layouts:
     @property
     def world(self) -> Ints:
         """Ranks of each layout."""
-        return self.dp * self.tp * self.pp
+        return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def ring(self) -> Ints:
+        """Ranks of context parallelism that pass keys and values on: the part beside ulysses."""
+        return self.cp // self.ulysses
+
+    @property
+    def expert_tp(self) -> Ints:
+        """Ranks over which tp cuts an expert: none where ep lies over the ranks of tp as well."""
+        return np.where((self.dp * self.cp) % self.ep == 0, self.tp, 1)
+
+    @property
+    def shards(self) -> Ints:
+        """Ranks over which ZeRO divides states: cp ranks hold the same weights as dp ranks do."""
+        return self.dp_shard * self.cp
 
     def take(self, index: NDArray[np.intp] | slice) -> Layouts:
         """The layouts at the given positions."""
@@ -68,26 +87,43 @@ class Layouts:
             zero=one(phase.zero),
             sequence_parallel=one(int(phase.sequence_parallel)),
             schedule=one(SCHEDULES.index(phase.schedule)),
+            cp=one(mesh.cp),
+            ulysses=one(mesh.ulysses),
+            ep=one(mesh.ep),
         )
 
 
 def local_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
-    """Local size of every axis label under each layout.
+    """Local size of every axis label under each layout, at the workload's sequence length."""
+    own = _layer_sizes(model, layer, layouts, layer.tokens(seq_tokens))
+    if model.is_decoder:
+        return own
+    each = [_layer_sizes(model, x, layouts, x.tokens(seq_tokens)) for x in model.stacks]
+    compared = (layouts.micro_batch_seqs * layouts.dp).astype(float)
+    return {**own, **stack_sizes(model, layer, each), "compared": compared}
 
-    tp divides heads, kv_heads, ffn and vocab; `seq_part` is the sequence outside the matmuls, which
-    sequence parallelism divides by tp as well. "tp" is the degree itself.
+
+def _layer_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
+    """Local size of every axis label of a layer with `seq_tokens` tokens.
+
+    tp divides heads, kv_heads, ffn and vocab; cp divides the sequence; `seq_part` is the sequence
+    outside the matmuls, which sequence parallelism divides by tp as well; `seq_whole` is undivided.
+    "tp", "cp", "ulysses", "ring" and "ep" are the degrees themselves.
     """
 
     def const(value: float) -> Array:
         return np.full(len(layouts), float(value))
 
     tp = layouts.tp.astype(float)
+    cp, ep = layouts.cp.astype(float), layouts.ep.astype(float)
     part = np.where(layouts.sequence_parallel > 0, tp, 1.0)
     return {
         "batch": layouts.micro_batch_seqs.astype(float),
-        "seq": const(seq_tokens),
-        "seq_part": seq_tokens / part,
-        "hidden": const(model.hidden),
+        "seq": seq_tokens / cp,
+        "seq_part": seq_tokens / cp / part,
+        "seq_whole": const(seq_tokens),
+        "expert_seq": seq_tokens / cp / part * np.where(part > 1, layouts.expert_tp, 1),
+        "hidden": const(model.width(layer)),
         "heads": layer.heads / tp,
         "kv_heads": layer.kv_heads / tp,
         "head_dim": const(layer.head_dim),
@@ -96,4 +132,74 @@ def local_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) -
         "positions": const(model.max_positions or 0),
         "one": const(1),
         "tp": tp,
+        "cp": cp,
+        "ulysses": layouts.ulysses.astype(float),
+        "ring": layouts.ring.astype(float),
+        "ep": ep,
+        **_core_sizes(layer, layouts, seq_tokens),
+        **(_latent_sizes(layer.latent, len(layouts)) if layer.latent is not None else {}),
+        **(_expert_sizes(layer.experts, layouts) if layer.experts is not None else {}),
+    }
+
+
+def _core_sizes(layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
+    """Sizes in the attention core, behind ulysses' exchange: longer sequences of fewer heads.
+
+    "kv_heads_sent" are the heads of K and V before it, repeated where there are fewer than ulysses
+    ranks; "zigzag_squares" and "ring_squares" the causal squares of `seq_core` tokens that a ring
+    rank works through, balanced and on the slowest rank (see `costmodel/layers/attention.py`);
+    "core_dim" is the mean size of query and value heads, "kv_dims" a key's and a value's together;
+    "if_ulysses" is one where there is an exchange, else zero.
+    """
+    tp, ulysses = layouts.tp.astype(float), layouts.ulysses.astype(float)
+    ring = layouts.ring.astype(float)
+    both = 2.0 * layer.head_dim
+    if layer.latent is not None:
+        a = layer.latent
+        both = float(a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    sent = np.maximum(layer.kv_heads / tp, ulysses)
+    return {
+        "heads_core": layer.heads / tp / ulysses,
+        "kv_heads_sent": sent,
+        "kv_heads_core": sent / ulysses,
+        "seq_core": seq_tokens / ring,
+        "zigzag_squares": ring,
+        "ring_squares": 2 * ring - 1,
+        "core_dim": np.full(len(layouts), both / 2),
+        "kv_dims": np.full(len(layouts), both),
+        "if_ulysses": (ulysses > 1).astype(float),
+    }
+
+
+def _latent_sizes(latent: LatentAttention, length: int) -> Sizes:
+    """Ranks and head sizes of latent attention; none is divided."""
+    a = latent
+    sizes = {
+        "q_rank": a.q_lora_rank or 0,
+        "kv_rank": a.kv_lora_rank,
+        "kv_latent": a.kv_lora_rank + a.qk_rope_head_dim,
+        "nope_dim": a.qk_nope_head_dim,
+        "rope_dim": a.qk_rope_head_dim,
+        "qk_dim": a.qk_nope_head_dim + a.qk_rope_head_dim,
+        "v_dim": a.v_head_dim,
+        "nope_v_dim": a.qk_nope_head_dim + a.v_head_dim,
+    }
+    return {name: np.full(length, float(size)) for name, size in sizes.items()}
+
+
+def _expert_sizes(experts: Experts, layouts: Layouts) -> Sizes:
+    """Sizes of routed experts: ep divides them, tp their width.
+
+    "copies" are the rows that a token becomes: top_k, times the capacity factor where there is one.
+    """
+    tp, ep = layouts.tp.astype(float), layouts.ep.astype(float)
+    copies = experts.top_k * (experts.capacity_factor or 1.0)
+    return {
+        "experts": experts.num_experts / ep,
+        "all_experts": np.full(len(layouts), float(experts.num_experts)),
+        "top_k": np.full(len(layouts), float(experts.top_k)),
+        "copies": np.full(len(layouts), float(copies)),
+        "expert_ffn": experts.ffn_hidden / layouts.expert_tp,
+        "expert_tp": layouts.expert_tp.astype(float),
+        "shared_ffn": experts.shared_ffn_hidden / tp,
     }

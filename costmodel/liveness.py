@@ -2,8 +2,10 @@
 
 The walk plays the operators in order. Forward: outputs and saved internals appear, inputs go after
 their last use unless they are saved. Backward, in reverse: gradients of inputs appear, saved
-tensors go after the backward of the last operator that saved them. The maximum of the live bytes is
-the peak; everything is an array over layouts.
+tensors go after the backward of the last operator that saved them. Where some operators run again,
+what their consumers need is back when the backward of the graph starts, and goes after that of its
+producer; what an operator keeps inside of it is there during its own backward. The maximum of the
+live bytes is the peak; everything is an array over layouts.
 """
 
 from __future__ import annotations
@@ -12,8 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .graph import Array, Graph, Operator, Sizes, Tensor
+from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
 from .operators import transients
+
+NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise")
+"""Kinds whose backward reads none of their inputs."""
+INSIDE: dict[str, tuple[Axes, float]] = {
+    "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
+}
+"""What kinds keep that is neither input nor output: axes, and bytes per element. Unfused attention:
+softmax and dropout in 16 bits and the mask (Korthikanti et al. 2022, arXiv 2205.05198, section
+4.1)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +88,8 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
                 new[tensor.name] = tensor.num_bytes(sizes)
         before = sum(live.values(), np.zeros(1))
         added = sum(new.values(), np.zeros(1))
-        if op.kind == "edge":  # without tensor parallelism the edge hands the tensor on
-            peak = np.maximum(peak, before + np.where(sizes["tp"] > 1, added, 0.0))
+        if op.kind == "edge":  # where nothing is exchanged the edge hands the tensor on
+            peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
         else:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
             peak = np.maximum(peak, before + added + extra)
@@ -92,6 +103,52 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
                 live.pop(tensor.name, None)
     saved = sum((size for name, size in live.items() if name in keep), np.zeros(1))
     return peak, saved
+
+
+def _ranks(op: Operator, sizes: Sizes) -> Array:
+    """Ranks of the group that an edge's collectives run over."""
+    ranks = np.ones(1)
+    for c in (*op.forward_collectives, *op.backward_collectives):
+        ranks = np.maximum(ranks, sizes[c.axis])
+    return ranks
+
+
+def _moves(op: Operator, sizes: Sizes) -> Array:
+    """Whether an edge makes a new tensor: where a group of its collectives has several ranks."""
+    several = np.zeros(1, dtype=bool)
+    for c in (*op.forward_collectives, *op.backward_collectives):
+        several = several | (sizes[c.axis] > 1)
+    return several
+
+
+def _remade(graph: Graph, sizes: Sizes) -> dict[str, Array]:
+    """Outputs of operators that run again and that a consumer's backward needs, by name.
+
+    Through an edge within one rank a tensor stays the same.
+    """
+    kept = {t.name for op in graph.operators for t in op.saves}
+    again = {t.name: t for op in graph.operators if op.recomputed for t in op.outputs}
+    needed: dict[str, Array] = {}
+    for op in reversed(graph.operators):
+        for tensor in op.inputs:
+            if tensor.name not in again or tensor.name in kept:
+                continue
+            if op.kind == "edge":  # its output stands for both where it moves nothing
+                out, moves = op.outputs[0].name, _moves(op, sizes)
+                if out in needed and tensor.name not in needed:
+                    needed[tensor.name] = np.where(moves, 0.0, needed[out])
+                    needed[out] = np.where(moves, needed[out], 0.0)
+            elif op.kind not in NO_INPUT_NEEDED:
+                needed[tensor.name] = tensor.num_bytes(sizes)
+    return needed
+
+
+def _inside(op: Operator, sizes: Sizes) -> Array:
+    """Bytes that an operator which runs again keeps inside of it until its backward is done."""
+    if not op.recomputed or op.kind not in INSIDE:
+        return np.zeros(1)
+    axes, element_bytes = INSIDE[op.kind]
+    return volume(axes, sizes) * element_bytes
 
 
 def _names(op: Operator) -> set[str]:
@@ -113,23 +170,26 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
             saved[tensor.name] = tensor.num_bytes(sizes)
     last = graph.operators[-1]
     grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in last.outputs}
+    again = _remade(graph, sizes)
     peak, fresh, stayed = np.zeros(1), np.zeros(1), np.zeros(1)
     for op in reversed(graph.operators):
-        standing = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
-        weights = sum((t.num_bytes(sizes) for t in op.weights), np.zeros(1))
+        standing = sum((*saved.values(), *again.values(), *grads.values()), _inside(op, sizes))
+        trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
+        weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
         peak = np.maximum(peak, standing + making + weights)
         stayed = stayed + weights
         fresh = np.maximum(fresh, standing + making + stayed)
         for tensor in op.outputs:
             grads.pop(tensor.name, None)
+            again.pop(tensor.name, None)
         for tensor in op.saves:
             holders[tensor.name] -= 1
             if holders[tensor.name] == 0:
                 del saved[tensor.name]
         for name, size in made.items():
             if name in grads:  # two consumers: both gradients and their sum live for a moment
-                held = sum(saved.values(), np.zeros(1)) + sum(grads.values(), np.zeros(1))
+                held = sum((*saved.values(), *again.values(), *grads.values()), np.zeros(1))
                 peak = np.maximum(peak, held + 2 * size)
                 fresh = np.maximum(fresh, held + 2 * size + stayed)
             grads[name] = size
@@ -150,7 +210,7 @@ def _input_gradients(
     made = {t.name: t.num_bytes(sizes) for t in op.inputs}
     total = sum(made.values(), np.zeros(1))
     if op.kind == "edge":
-        return made, np.where(sizes["tp"] > 1, total, 0.0)
+        return made, np.where(_ranks(op, sizes) > 1, total, 0.0)
     extra = transients(op.kind, op.outputs[-1].dtype)[1] * _main(op).num_bytes(sizes)
     if op.kind == "cross_entropy":  # a cut vocabulary takes one pass over its gradient, not two
         extra = np.where(sizes["tp"] > 1, np.maximum(total, extra / 2), extra)

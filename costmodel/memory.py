@@ -1,13 +1,12 @@
 """Peak memory of one pipeline rank, by category: the moments at which it can occur, and the
 largest.
 
-States at rest are parameters, gradients and the two moments of AdamW, all fp32, divided by the
-shard group under ZeRO (1: moments, 2: + gradients, 3: + parameters; here every ZeRO stage keeps
-fp32 shards and gathers a working copy in the compute dtype). The moments of a step that can be the
-peak are
+What lies at rest is in `states.py`, what a micro-batch keeps in `liveness.py` and `kept.py`, copies
+of parameters in use in `working_copies.py`. The moments of a step that can be the peak are
 
     head      backward of the loss: everything saved, logits and their gradients
     last      backward of a rank's last layer: everything saved, that layer's working set
+    second    backward of the layer before it, with the last one's gradients on the wire
     first     backward of its first layer: nothing else saved, all gradients
     update    the optimiser step: all states, no activations
 
@@ -21,17 +20,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cluster import DTYPE_BYTES
+from ..cluster import Stack
 from ..estimate import MEMORY_TERMS
-from .data_parallel import is_sharded
 from .graph import Array
+from .kept import Kept
 from .layout import Layouts
+from .liveness import Liveness
+from .options import Options
 from .pieces import Pieces
 from .stages import Load
-
-STATE_BYTES = 4.0
-MOMENTS_BYTES = 8.0
-REDUCE_BYTES = 4.0
+from .states import AtRest, Counts, StateBytes
+from .working_copies import WorkingCopies, in_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +41,50 @@ class Peak:
     terms: dict[str, Array]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    """Everything about one rank that its moments need."""
+
+    load: Load
+    costs: Pieces
+    layouts: Layouts
+    options: Options
+    stack: Stack
+    kept: Kept
+    states: StateBytes
+    counts: Counts
+    rest: AtRest
+    copies: WorkingCopies
+
+    @staticmethod
+    def of(load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> _Rank:
+        states = StateBytes.of(stack, options)
+        counts = Counts.of(load, costs, options)
+        return _Rank(
+            load=load,
+            costs=costs,
+            layouts=layouts,
+            options=options,
+            stack=stack,
+            kept=Kept.of(costs, layouts, options, stack),
+            states=states,
+            counts=counts,
+            rest=AtRest.of(counts, states, layouts, stack),
+            copies=WorkingCopies.of(load, costs, layouts, options, stack),
+        )
+
+    def each_layer(self) -> list[tuple[Array, Liveness]]:
+        """The live bytes of each kind of layer with its count."""
+        return list(zip(self.load.layers, self.kept.layers, strict=True))
+
+
 def peak_memory(
     load: Load,
     costs: Pieces,
     layouts: Layouts,
     *,
-    compute: str,
+    options: Options,
+    stack: Stack,
     in_flight_first: Array,
     in_flight_later: Array,
     chunks: Array,
@@ -57,45 +94,34 @@ def peak_memory(
     `load` is all chunks of the rank; `in_flight_*` count live chunk activations at the first
     backward (no gradients yet) and at later ones.
     """
-    rest = _rest(load, costs, layouts, compute)
-    saved = _saved(load, costs, chunks)
-    per_chunk = saved / chunks
-    first, later = _gradients(load, costs, layouts, compute)
+    rank = _Rank.of(load, costs, layouts, options, stack)
+    rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
+    standing = rank.kept.sequence_buffers
+    per_chunk = _saved(rank, chunks) / chunks
+    first, later = _gradients(rank)
     moments: list[dict[str, Array]] = []
     for in_flight, grads in ((in_flight_first, first), (in_flight_later, later)):
         others = np.maximum(in_flight - 1.0, 0.0) * per_chunk
         exists = in_flight > 0
-        for moment in _moments(load, costs, layouts, compute, per_chunk, grads):
-            activations = moment["activations"] + others
-            moments.append(
-                {
-                    name: np.where(exists, value, 0.0)
-                    for name, value in {**rest, **moment, "activations": activations}.items()
-                }
-            )
-    moments.append({**rest, "gradients": later.after})
+        for moment in _moments(rank, per_chunk, grads):
+            moment["activations"] = moment["activations"] + others
+            moment["comm_buffers"] = moment["comm_buffers"] + standing
+            whole = {**rest, **moment}
+            moments.append({name: np.where(exists, value, 0.0) for name, value in whole.items()})
+    moments.append({**rest, "gradients": later.after, "comm_buffers": standing})
     return _largest(moments)
 
 
-def _rest(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> dict[str, Array]:
-    """Parameters and moments at rest."""
-    params = load.params(costs)
-    shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
-    return {
-        "parameters": params * STATE_BYTES / shard,
-        "optimizer": params * MOMENTS_BYTES / shard,
-    }
-
-
-def _saved(load: Load, costs: Pieces, chunks: Array) -> Array:
+def _saved(rank: _Rank, chunks: Array) -> Array:
     """Saved activations of one micro-batch through all chunks of the rank.
 
     A chunk whose output goes to another stage keeps it until its backward.
     """
-    sent = (chunks - load.head) * costs.layers[0].boundary_bytes
-    total = load.embedding * costs.embedding.live.saved + load.head * costs.head.live.saved
-    for count, piece in zip(load.layers, costs.layers, strict=True):
-        total = total + count * piece.live.saved
+    load, kept = rank.load, rank.kept
+    sent = (chunks - load.head) * rank.costs.layers[0].boundary_bytes
+    total = load.embedding * kept.embedding.saved + load.head * kept.head.saved
+    for count, live in rank.each_layer():
+        total = total + count * live.saved
     return total + sent
 
 
@@ -111,134 +137,117 @@ class _Gradients:
     """Whether what it makes stays as it is made, instead of being added or copied away."""
 
 
-def _gradients(
-    load: Load, costs: Pieces, layouts: Layouts, compute: str
-) -> tuple[_Gradients, _Gradients]:
+def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     """Gradients around the first backward of a step, and around later ones.
 
     DDP's buckets are always there, and with several micro-batches the gradients that accumulate
-    before the exchange stand beside them; FSDP holds sharded fp32 gradients, and unsharded ones
-    while micro-batches accumulate without a scatter.
+    before the exchange stand beside them; FSDP holds sharded gradients, and unsharded ones while
+    micro-batches accumulate without a scatter. Megatron-like stacks allocate one buffer for all
+    gradients before the first step.
     """
-    full = load.params(costs) * STATE_BYTES
+    layouts, full = rank.layouts, rank.rest.whole_gradients
+    if rank.stack.sharding == "megatron":
+        buffer = rank.rest.gradients
+        always = _Gradients(before=buffer, after=buffer, fresh=np.zeros(1, dtype=bool))
+        return always, always
     m = layouts.num_microbatches
-    units = is_sharded(layouts, compute)
-    shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
+    units = in_units(layouts, rank.options, rank.stack)
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
     buckets = np.where(~units & (layouts.dp > 1), full, 0.0)
-    waiting = np.where(units & ~scatter_each & (m > 1), full, full / shard)
+    waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
     after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
     streams = units & scatter_each
+    if rank.stack.keeps_gradients:
+        always = _Gradients(before=after, after=after, fresh=streams)
+        return always, always
     first = _Gradients(before=buckets, after=after, fresh=units | (layouts.dp == 1))
     return first, _Gradients(before=after, after=after, fresh=streams)
 
 
-def _moments(
-    load: Load,
-    costs: Pieces,
-    layouts: Layouts,
-    compute: str,
-    per_chunk: Array,
-    grads: _Gradients,
-) -> list[dict[str, Array]]:
+def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[dict[str, Array]]:
     """The candidate moments of one micro-batch's backward on this rank."""
-    copies = _WorkingCopies.of(load, costs, layouts, compute)
-    own_head = load.head * costs.head.params
+    result = [_head(rank, per_chunk, grads)]
+    for count, live in rank.each_layer():
+        result += _layer(rank, count, live, per_chunk, grads)
+    return [*result, _first_layer(rank, grads)]
+
+
+def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> dict[str, Array]:
+    """Backward of the loss."""
+    present, live = rank.load.head > 0, rank.kept.head
+    working = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
+    working = np.maximum(working, live.forward_peak)
+    below = np.maximum(per_chunk - live.saved * present, 0.0)
+    loss = rank.kept.loss_peak
+    if loss is None:
+        loss = live.loss + np.maximum(working - live.saved, 0.0)
+    moment = {
+        "activations": below + live.saved - live.loss,
+        "logits_loss": loss,
+        "gradients": grads.before,
+        "gathered_parameters": rank.copies.at_head,
+        "comm_buffers": rank.copies.fetched,
+    }
+    return {name: np.where(present, value, 0.0) for name, value in moment.items()}
+
+
+def _layer(
+    rank: _Rank, count: Array, live: Liveness, per_chunk: Array, grads: _Gradients
+) -> list[dict[str, Array]]:
+    """Backward of the rank's last layer, if it is of this kind, and of the one before it."""
+    copies, head = rank.copies, rank.load.head
+    present, own = count > 0, live.saved
+    working = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
+    # the head's own activations are gone when the layers' backward starts
+    below = np.maximum(per_chunk - own * present, 0.0)
+    below = np.maximum(below - head * rank.kept.head.saved, 0.0)
+    own_head = head * rank.costs.head.trainable_params
     made_head = np.where(grads.fresh, own_head * copies.gradient_bytes, 0.0)
-    result: list[dict[str, Array]] = []
-    for count, piece in load.each(costs):
-        if piece is costs.embedding:
-            continue
-        present, own, loss = count > 0, piece.live.saved, piece.live.loss
-        is_head = piece is costs.head
-        working = np.where(grads.fresh, piece.live.backward_peak_fresh, piece.live.backward_peak)
-        below = np.maximum(per_chunk - own * present, 0.0)
-        if is_head:
-            working = np.maximum(working, piece.live.forward_peak)
-        else:  # the head's own activations are gone when the layers' backward starts
-            below = np.maximum(below - load.head * costs.head.live.saved, 0.0)
-        made = np.maximum(working - own, 0.0)  # by the loss's backward where this is the head
-        moment = {
-            "activations": below + own - loss,
-            "logits_loss": loss + (made if is_head else 0.0),
-            "workspace": 0.0 * made if is_head else made,
-            "gradients": grads.before + (0.0 if is_head else made_head),
-            "gathered_parameters": copies.at_head if is_head else copies.at_layer,
-            "comm_buffers": copies.fetched if is_head else copies.fetched_at_layer,
-        }
-        result.append({name: np.where(present, value, 0.0) for name, value in moment.items()})
-    return [*result, _first_layer(load, costs, copies, grads)]
+    last = {
+        "activations": below + own,
+        "workspace": np.maximum(working - own, 0.0),
+        "gradients": grads.before + made_head,
+        "gathered_parameters": copies.at_layer,
+        "comm_buffers": copies.fetched_at_layer,
+    }
+    second = {
+        **last,
+        "activations": np.maximum(below - own, 0.0) + own,
+        "comm_buffers": copies.fetched_at_layer + copies.on_wire,
+    }
+    beside = present & (count > 1) & (copies.on_wire > 0)
+    return [
+        {name: np.where(where, value, 0.0) for name, value in moment.items()}
+        for where, moment in ((present, last), (beside, second))
+    ]
 
 
-def _first_layer(
-    load: Load, costs: Pieces, copies: _WorkingCopies, grads: _Gradients
-) -> dict[str, Array]:
+def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     """Backward of the rank's first layer: all other layers' gradients are there.
 
     Of activations that layer's alone are left; its own gradients and those of the embedding are
     still to be made when nothing is there to add them to.
     """
+    load, costs = rank.load, rank.costs
     saved, working, params = np.zeros(1), np.zeros(1), np.zeros(1)
-    for count, piece in zip(load.layers, costs.layers, strict=True):
-        live = piece.live
+    for (count, live), piece in zip(rank.each_layer(), costs.layers, strict=True):
         peak = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
+        own = Counts.of_layer(piece, rank.options).with_gradient
         saved = np.where(count > 0, np.maximum(saved, live.saved), saved)
         working = np.where(count > 0, np.maximum(working, peak), working)
-        params = np.where(count > 0, np.maximum(params, piece.params), params)
-    table = load.embedding * (costs.embedding.params - load.head * costs.tied_params)
-    unmade = np.where(grads.fresh, (params + table) * STATE_BYTES / copies.shard, 0.0)
+        params = np.where(count > 0, np.maximum(params, own), params)
+    table = load.embedding * (costs.embedding.trainable_params - load.head * costs.tied_params)
+    table = np.maximum(table, 0.0)
+    per_param = rank.states.gradient / rank.copies.shard
+    unmade = np.where(grads.fresh, (params + table) * per_param, 0.0)
     return {
         "activations": saved,
         "workspace": np.maximum(working - saved, 0.0),
         "gradients": np.maximum(grads.after - unmade, grads.before),
-        "gathered_parameters": copies.at_layer,
-        "comm_buffers": copies.scattered,
+        "gathered_parameters": rank.copies.at_layer,
+        "comm_buffers": rank.copies.scattered,
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _WorkingCopies:
-    """FSDP's copies in the compute dtype and its buffers, by moment (bytes).
-
-    ZeRO 3 without pipeline holds the rest of the piece for the whole step and streams the layers:
-    the current one and the one fetched ahead. Other FSDP modes hold every unit for the whole step.
-    """
-
-    at_head: Array
-    at_layer: Array
-    fetched: Array
-    """The flat buffer of the last layer, fetched ahead during the head's backward."""
-    fetched_at_layer: Array
-    scattered: Array
-    """A layer's gradients and the scatter's flat input."""
-    gradient_bytes: Array
-    """Of one gradient element as it is made."""
-    shard: Array
-    """Ranks over which gradients at rest are divided."""
-
-    @staticmethod
-    def of(load: Load, costs: Pieces, layouts: Layouts, compute: str) -> _WorkingCopies:
-        """The copies of one rank."""
-        x = DTYPE_BYTES[compute]
-        units = is_sharded(layouts, compute)
-        layer = np.zeros(1)
-        for count, piece in zip(load.layers, costs.layers, strict=True):
-            layer = np.maximum(layer, np.where(count > 0, piece.params, 0.0))
-        rest = load.rest_params(costs)
-        everything = load.params(costs)
-        streams = (layouts.zero == 3) & (layouts.pp == 1)
-        more = np.where(load.num_layers > 1, layer, 0.0)
-        at_layer = np.where(streams, np.minimum(rest + layer, everything), everything)
-        return _WorkingCopies(
-            at_head=np.where(units, np.where(streams, rest, everything) * x, 0.0),
-            at_layer=np.where(units, at_layer * x, 0.0),
-            fetched=np.where(units & streams, layer * x, 0.0),
-            fetched_at_layer=np.where(units & streams, more * x, 0.0),
-            scattered=np.where(units, layer * (x + REDUCE_BYTES), 0.0),
-            gradient_bytes=np.where(units, x, STATE_BYTES),
-            shard=np.where(units, layouts.dp_shard, 1).astype(float),
-        )
 
 
 def _largest(moments: Sequence[dict[str, Array]]) -> Peak:

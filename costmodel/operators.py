@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..cluster import DTYPE_BYTES
 from .graph import Array
 
 Sized = Callable[[Sequence[Array], float], Array]
@@ -71,7 +72,61 @@ def _streaming(
     )
 
 
+def _casting(forward_bytes: float, backward_bytes: float) -> Kind:
+    """A cast of the first tensor in forward and of the others in backward: bytes per element."""
+    return Kind(
+        work=lambda s: s[0],
+        backward_work=lambda s: sum(s[1:], 0.0 * s[0]),
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: forward_bytes * s[0],
+        backward_bytes=lambda s, x: backward_bytes * sum(s[1:], 0.0 * s[0]),
+        launches=2,
+        backward_transient=0.0,
+    )
+
+
+def _streaming_each(bytes_per_element: float) -> Kind:
+    """A conversion of some tensors in forward and again in backward."""
+    return Kind(
+        work=lambda s: sum(s, 0.0 * s[0]),
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
+        backward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
+        backward_transient=0.0,
+    )
+
+
 KINDS: dict[str, Kind] = {
+    # (output pixels, channels, inputs per output, values read): an implicit GEMM that reads its
+    # input once; the backward is the input's and the weights' gradient
+    "conv": Kind(
+        work=lambda s: s[0] * s[1] * s[2],
+        forward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        backward_flops=lambda s: 4 * s[0] * s[1] * s[2],
+        forward_bytes=lambda s, x: (s[3] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_bytes=lambda s, x: 2 * (s[3] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_transient=0.0,
+    ),
+    # the same on an image, which needs no gradient
+    "conv_stem": Kind(
+        work=lambda s: s[0] * s[1] * s[2],
+        forward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        backward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        forward_bytes=lambda s, x: (s[3] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_bytes=lambda s, x: (s[3] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_transient=0.0,
+    ),
+    # (rows, columns, width): the product of two activations, with the gradients of both
+    "linear_scores": Kind(
+        work=_product,
+        forward_flops=lambda s: 2 * _product(s),
+        backward_flops=lambda s: 4 * _product(s),
+        forward_bytes=lambda s, x: (s[0] * s[2] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_bytes=lambda s, x: 2 * (s[0] * s[2] + s[1] * s[2] + s[0] * s[1]) * x,
+        backward_transient=0.0,
+    ),
     # (tokens, out, in): the input gradient; the weight gradient is `linear_wgrad`
     "linear": Kind(
         work=_product,
@@ -88,6 +143,55 @@ KINDS: dict[str, Kind] = {
         forward_bytes=lambda s, x: (s[0] * s[2] + s[1] * s[2] + s[0] * s[1]) * x,
         backward_bytes=lambda s, x: 0.0 * s[0],
     ),
+    # (rows of all groups, out, in, groups): one matmul per group, such as the experts of a rank;
+    # the backward is the input's and the weights' gradient
+    "grouped_linear": Kind(
+        work=lambda s: s[0] * s[1] * s[2],
+        forward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        backward_flops=lambda s: 4 * s[0] * s[1] * s[2],
+        forward_bytes=lambda s, x: (s[0] * (s[1] + s[2]) + s[3] * s[1] * s[2]) * x,
+        backward_bytes=lambda s, x: 2 * (s[0] * (s[1] + s[2]) + s[3] * s[1] * s[2]) * x,
+        backward_transient=0.0,
+    ),
+    # the same with frozen weights: the input's gradient alone
+    "grouped_linear_frozen": Kind(
+        work=lambda s: s[0] * s[1] * s[2],
+        forward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        backward_flops=lambda s: 2 * s[0] * s[1] * s[2],
+        forward_bytes=lambda s, x: (s[0] * (s[1] + s[2]) + s[3] * s[1] * s[2]) * x,
+        backward_bytes=lambda s, x: (s[0] * (s[1] + s[2]) + s[3] * s[1] * s[2]) * x,
+        backward_transient=0.0,
+    ),
+    # (tokens, experts): softmax of the router's logits in fp32 and its top k
+    "routing": Kind(
+        work=_product,
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: _product(s) * (x + 8),
+        backward_bytes=lambda s, x: _product(s) * (x + 8),
+        launches=4,
+        backward_transient=0.0,
+    ),
+    # (tokens x hidden, copies): each token to the rows of its experts; backward adds them up
+    "permute": Kind(
+        work=_product,
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: s[0] * (1 + s[1]) * x,
+        backward_bytes=lambda s, x: s[0] * (1 + s[1]) * x,
+        launches=3,
+        backward_transient=0.0,
+    ),
+    # the same, rows to the weighted sum per token; backward reads the rows again for the weights
+    "unpermute": Kind(
+        work=_product,
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: s[0] * (1 + s[1]) * x,
+        backward_bytes=lambda s, x: s[0] * (1 + 2 * s[1]) * x,
+        launches=2,
+        backward_transient=0.0,
+    ),
     # (batch x heads, seq, head size), causal: half of the square; the flash backward does 5 matmuls
     # for the forward's 2
     "attention": Kind(
@@ -99,13 +203,58 @@ KINDS: dict[str, Kind] = {
         launches=2,
         backward_transient=0.0,
     ),
+    # (batch x heads, queries, head size, keys), the whole rectangle of scores: encoders, and
+    # attention over an encoder's output
+    "attention_full": Kind(
+        work=_product,
+        forward_flops=lambda s: 4 * _product(s),
+        backward_flops=lambda s: 10 * _product(s),
+        forward_bytes=lambda s, x: 2 * s[0] * s[2] * (s[1] + s[3]) * x,
+        backward_bytes=lambda s, x: 4 * s[0] * s[2] * (s[1] + s[3]) * x,
+        launches=2,
+        backward_transient=0.0,
+    ),
+    # (batch x heads, seq, head size), scores in memory: the whole square, masked afterwards; per
+    # score 8 B and 12 B of 16-bit scores, probabilities and dropout
+    "attention_unfused": Kind(
+        work=lambda s: s[0] * s[1] * s[1] * s[2],
+        forward_flops=lambda s: 4 * s[0] * s[1] * s[1] * s[2],
+        backward_flops=lambda s: 8 * s[0] * s[1] * s[1] * s[2],
+        forward_bytes=lambda s, x: 4 * s[0] * s[1] * s[1] * x,
+        backward_bytes=lambda s, x: 6 * s[0] * s[1] * s[1] * x,
+        launches=5,
+        backward_transient=0.0,
+    ),
+    # (matmul input, its matmuls' outputs ...), from 16 to 8 bits and below: the input in forward,
+    # in two reads and a write; the outputs' gradients in backward, and their transposed copies
+    "quantize": _casting(5, 7),
+    # the same with scales by row: one more read each way
+    "quantize_rowwise": _casting(7, 9),
+    # (stored tensors ...): 16-bit activations to fp8 with scales by group, and back in backward
+    "quantize_store": _streaming_each(2 + DTYPE_BYTES["fp8_g16"]),
+    # (weight): nf4 to 16 bits before its matmuls of forward and backward
+    "dequantize": _streaming_each(2 + DTYPE_BYTES["nf4"]),
     "rmsnorm": _streaming(
         2, 4, launches=2, backward_transient=4.0,
         forward_transient_16bit=2.0, backward_transient_16bit=8.0,
     ),
     "layernorm": _streaming(2, 4, launches=2),
     "swiglu": _streaming(3, 6, launches=2, backward_transient=2.0),
+    "geglu": _streaming(3, 6, launches=2, backward_transient=2.0),
     "gelu": _streaming(2, 3),
+    "relu": _streaming(2, 3),
+    "silu": _streaming(2, 3),
+    # scale and shift of a whole tensor by a vector per sample; backward sums over tokens
+    "modulate": _streaming(4, 6, launches=2),
+    "gate": _streaming(2, 4),
+    # statistics, then the normalised output: training reads its input twice in forward, and input
+    # and gradient twice in backward
+    "batchnorm": _streaming(3, 5),
+    # by input: read once, the output of a stride of two and its places are half of that
+    "max_pool": _streaming(1.5, 1.5, backward_transient=0.0),
+    # by input: read (the mean) or picked from; its gradient is written whole
+    "pool": _streaming(1, 1, backward_transient=0.0),
+    "squared_error": _streaming(2, 3, launches=2),
     "squared_relu": _streaming(2, 3, launches=2, backward_transient=3.0),
     "rope": _streaming(2, 2, launches=4, forward_transient=2.0, backward_transient=3.5),
     "add": _streaming(3, 0, backward_transient=0.0),
@@ -120,6 +269,15 @@ KINDS: dict[str, Kind] = {
         forward_bytes=lambda s, x: 2 * s[0] * s[1] * x,
         backward_bytes=lambda s, x: (2 * s[0] + s[2]) * s[1] * x,
         backward_work=lambda s: (2 * s[0] + s[2]) * s[1],
+        backward_transient=0.0,
+    ),
+    # the same with a frozen table: nothing to do in backward
+    "embedding_frozen": Kind(
+        work=lambda s: s[0] * s[1],
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: 2 * s[0] * s[1] * x,
+        backward_bytes=lambda s, x: 0.0 * s[0],
         backward_transient=0.0,
     ),
     # (tokens, vocab): fp32 softmax over logits of the compute dtype: forward reads the logits and

@@ -14,6 +14,7 @@ Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forwa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from . import collectives
 from .curves import affine_time, interpolate_rate, interpolate_time
 from .graph import Array
 from .operators import KINDS
+from .rates import is_matmul, rates
 
 
 class Prices:
@@ -72,6 +74,12 @@ class Prices:
         measured = self.profile.host_s if self.profile is not None else {}
         return measured.get("launch", self.pool.stack.host_s_per_op)
 
+    @property
+    def drift(self) -> float:
+        """Slow-down of a step by jitter and slow nodes, which grows with the devices."""
+        doublings = max(0.0, math.log2(self.pool.num_devices / 8))
+        return 1.0 + self.pool.stack.drift_per_doubling * doublings
+
     def scale(self, term: str) -> float:
         """Correction of a time term that calibration found (1 without one)."""
         return self.profile.scale.get(term, 1.0) if self.profile is not None else 1.0
@@ -113,24 +121,13 @@ class Prices:
         return max(1.0, self.busy / max(level, cores))
 
     def _roofline(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
-        """max(FLOPs / rate, bytes / bandwidth), smoothed where the two are close.
-
-        A GEMM reaches `gemm_efficiency` of the peak times K / (K + K0) with inner dimension K.
-        """
-        entry, stack, device = KINDS[kind], self.pool.stack, self.pool.device
-        peak = device.peak_flops_per_s.get(dtype) or max(device.peak_flops_per_s.values())
-        bandwidth = device.memory_bytes_per_s * stack.memory_efficiency
+        """Forward and backward seconds from the stack's constants: FLOPs over rate, bytes over
+        bandwidth, and the larger of the two, smoothed where they are close."""
+        entry = KINDS[kind]
+        bandwidth = self.pool.device.memory_bytes_per_s * self.pool.stack.memory_efficiency
         x = DTYPE_BYTES[dtype]
-        if kind.startswith("linear"):
-            efficiency = stack.gemm_efficiency.get(dtype, 0.7)
-            inner_forward = sizes[0] if kind == "linear_wgrad" else sizes[2]
-            forward_rate = peak * efficiency * inner_forward / (inner_forward + stack.gemm_half_k)
-            backward_rate = peak * efficiency * sizes[1] / (sizes[1] + stack.gemm_half_k)
-        else:
-            forward_rate = peak * stack.attention_forward_efficiency + 0.0 * sizes[0]
-            backward_rate = peak * stack.attention_backward_efficiency + 0.0 * sizes[0]
-        streams = not kind.startswith("linear") and kind not in ("attention", "adamw")
-        factor = stack.elementwise_multiplier if streams else 1.0
+        factor = self._traffic(kind)
+        forward_rate, backward_rate = rates(kind, sizes, dtype, self.pool)
         return (
             _smooth_max(
                 entry.forward_flops(sizes) / forward_rate,
@@ -141,6 +138,17 @@ class Prices:
                 factor * entry.backward_bytes(sizes, x) / bandwidth,
             ),
         )
+
+    def _traffic(self, kind: str) -> float:
+        """Bytes that an operator really moves relative to one pass over its tensors."""
+        stack = self.pool.stack
+        if is_matmul(kind) or kind.startswith("attention"):
+            return 1.0
+        if kind.startswith("quantize"):
+            return stack.cast_multiplier
+        if kind == "adamw":
+            return stack.optimizer_multiplier
+        return stack.elementwise_multiplier
 
     def collective(
         self, kind: str, num_bytes: Array, ranks: Array, stride: Array, groups: Array

@@ -13,9 +13,13 @@ from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .layout import Layouts
 from .memory import Peak, peak_memory
+from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
+
+IN_LAYER_AXES = ("tp", "cp", "ep")
+"""Mesh axes whose collectives stand between the operators of a layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +32,15 @@ class StageTimes:
 
 def stage_times(load: Load, costs: Pieces, prices: Prices) -> StageTimes:
     """Forward and backward of a load, communication and host time on the critical path included."""
-    return StageTimes(
-        forward_s=sum(
-            (load.total(costs, n) for n in ("forward_s", "tp_forward_s", "host_forward_s")),
-            np.zeros(1),
-        ),
-        backward_s=sum(
-            (
-                load.total(costs, n)
-                for n in ("backward_s", "recompute_s", "tp_backward_s", "host_backward_s")
-            ),
-            np.zeros(1),
-        ),
+    forward = load.total(costs, "forward_s") + load.total(costs, "host_forward_s")
+    backward = sum(
+        (load.total(costs, n) for n in ("backward_s", "recompute_s", "host_backward_s")),
+        np.zeros(1),
     )
+    for axis in IN_LAYER_AXES:
+        there, back = load.communication(costs, axis)
+        forward, backward = forward + there, backward + back
+    return StageTimes(forward_s=forward, backward_s=backward)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +59,19 @@ class Update:
         )
 
 
-def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, compute: str) -> Update:
+def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
-    params = load.params(costs)
-    shard = np.where(layouts.zero > 0, layouts.dp_shard, 1).astype(float)
+    sharded = layouts.zero > 0
+    owned = load.trainable_params(costs) / np.where(sharded, layouts.shards, 1)
+    experts = np.maximum(1.0, np.where(sharded, layouts.shards / layouts.ep, 1.0))
+    owned = owned + load.total(costs, "expert_params") / experts
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
-    seconds = prices.operator("adamw", [params / shard, np.maximum(tensors, 1.0)], "fp32")[0]
+    seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
     return Update(
-        dp=data_parallel(load, costs, layouts, prices, compute),
+        dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
@@ -81,7 +83,7 @@ def rank_memory(
     costs: Pieces,
     layouts: Layouts,
     prices: Prices,
-    compute: str,
+    options: Options,
     in_flight: tuple[Array, Array],
 ) -> Peak:
     """Peak memory of one rank, with the device context and allocator waste."""
@@ -89,7 +91,8 @@ def rank_memory(
         load,
         costs,
         layouts,
-        compute=compute,
+        options=options,
+        stack=prices.pool.stack,
         in_flight_first=in_flight[0],
         in_flight_later=in_flight[1],
         chunks=layouts.vpp.astype(float),

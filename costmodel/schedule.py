@@ -37,18 +37,20 @@ def orders(schedule: str, p: int, v: int, m: int) -> Orders:
     >>> orders("1f1b", 2, 1, 2)[0]
     [('F', 0, 0), ('F', 0, 1), ('B', 0, 0), ('B', 0, 1)]
     """
+    return [order_of(schedule, p, v, m, rank) for rank in range(p)]
+
+
+def order_of(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
+    """The actions of one rank in order."""
     if schedule == "interleaved" and v > 1:
-        return [_interleaved(rank, p, v, m) for rank in range(p)]
-    result: Orders = []
-    for rank in range(p):
-        warm_up = m if schedule == "gpipe" else min(m, p - rank)
-        actions: list[Action] = [("F", rank, j) for j in range(warm_up)]
-        for j in range(m):
-            actions.append(("B", rank, j))
-            if warm_up + j < m:
-                actions.append(("F", rank, warm_up + j))
-        result.append(actions)
-    return result
+        return _interleaved(rank, p, v, m)
+    warm_up = m if schedule == "gpipe" else min(m, p - rank)
+    actions: list[Action] = [("F", rank, j) for j in range(warm_up)]
+    for j in range(m):
+        actions.append(("B", rank, j))
+        if warm_up + j < m:
+            actions.append(("F", rank, warm_up + j))
+    return actions
 
 
 def _interleaved(rank: int, p: int, v: int, m: int) -> list[Action]:
@@ -122,6 +124,81 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
         if not progress:
             raise ValueError("the orders deadlock: an action waits for one behind it")
     return Played(makespan_s=max(clock), busy_s=tuple(busy))
+
+
+def play_long(
+    schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float], p2p_s: float
+) -> Played:
+    """`play` of a schedule with any number of micro-batches, in time that does not grow with it.
+
+    After fill every p further micro-batches add the same time (durations do not depend on the
+    micro-batch), so that two short plays tell a long one. Where a stage a little slower than the
+    others takes longer to become the bottleneck, its own chain of actions does.
+    """
+    fill = 2 * p + m % p
+    if m <= fill + p or _must_play(schedule, p, v, m, duration):
+        return play(orders(schedule, p, v, m), duration, p2p_s)
+    short = play(orders(schedule, p, v, fill), duration, p2p_s)
+    longer = play(orders(schedule, p, v, fill + p), duration, p2p_s)
+    rounds = (m - fill) // p
+
+    def extend(a: float, b: float) -> float:
+        return a + rounds * (b - a)
+
+    makespan_s = extend(short.makespan_s, longer.makespan_s)
+    return Played(
+        makespan_s=max(makespan_s, slowest_chain_s(schedule, p, v, m, duration, p2p_s)),
+        busy_s=tuple(map(extend, short.busy_s, longer.busy_s)),
+    )
+
+
+LONGEST_PLAY = 400_000
+"""Actions of an interleaved schedule of unlike chunks up to which it is played in full."""
+
+
+def _must_play(schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float]) -> bool:
+    """Whether two short plays would miss a long one: interleaved rounds of chunks that differ."""
+    if schedule != "interleaved" or v == 1:
+        return False
+    inner = {(duration(("F", i, 0)), duration(("B", i, 0))) for i in range(1, p * v - 1)}
+    return bool(m % p) or (len(inner) > 1 and 2 * p * v * m <= LONGEST_PLAY)
+
+
+def slowest_chain_s(
+    schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float], p2p_s: float
+) -> float:
+    """The longest chain through all actions of one rank: what leads to its first one, its work, the
+    gaps in which it must wait for its first and for its last backward, what follows its last one.
+
+    The formulas are those of `bounds.py`, for every rank.
+    """
+    forward = [duration(("F", stage, 0)) for stage in range(p * v)]
+    backward = [duration(("B", stage, 0)) for stage in range(p * v)]
+    if schedule == "interleaved" and v > 1:
+        own = sum(forward[p - 1 :: p]) + sum(backward[p - 1 :: p])
+        lead = sum(forward[: p - 1]) + sum(backward[: p - 1]) + 2 * (p - 1) * p2p_s
+        return lead + m * own
+    longest = 0.0
+    for rank in range(p):
+        f, b = forward[rank], backward[rank]
+        lead = sum(forward[:rank]) + sum(backward[:rank]) + 2 * rank * p2p_s
+        behind = sum(forward[rank + 1 :]) + sum(backward[rank + 1 :])
+        behind += 2 * (p - 1 - rank) * p2p_s
+        warm = m if schedule == "gpipe" else min(m, p - rank)
+        gaps = max(0.0, behind - (warm - 1) * f), max(0.0, behind - (warm - 1) * b)
+        idle = sum(gaps) if m > warm else max(gaps)
+        longest = max(longest, lead + m * (f + b) + idle)
+    return longest
+
+
+def live_chunks(schedule: str, p: int, v: int, m: int, rank: int) -> tuple[int, int]:
+    """`in_flight` of one rank of a schedule."""
+    if schedule == "gpipe":
+        return m * v, m * v - 1
+    short = min(m, 2 * p + m % p)
+    if schedule == "interleaved" and v > 1 and m % p:
+        short = m
+    return in_flight(order_of(schedule, p, v, short, rank))
 
 
 def play_shared(

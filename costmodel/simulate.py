@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,15 +16,14 @@ from ..plan import Phase, Plan
 from .graph import Array
 from .layout import Layouts
 from .memory import Peak
+from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
-from .ranks import StageTimes, Update, rank_memory, stage_times, update
-from .schedule import Action, Orders, Played, in_flight, orders, play, play_shared
-from .stages import Load, merge, plan_loads
+from .ranks import IN_LAYER_AXES, StageTimes, Update, rank_memory, stage_times, update
+from .schedule import Action, Played, live_chunks, orders, play_long, play_shared
+from .stages import Load, for_each, merge, plan_loads
 
 Z90 = 1.645
-MEMORY_SPREAD = 0.04
-"""Relative standard deviation of predicted memory: assumed."""
 LINK_SPREAD = 0.25
 """Of measured collectives between processes, whose tails are heavy: assumed."""
 
@@ -31,10 +31,10 @@ LINK_SPREAD = 0.25
 def check_covered(model: Model) -> None:
     """Raise InputError for models whose cost is not modelled yet."""
     for layer in model.layers:
-        if layer.experts is not None or layer.latent is not None:
-            what = "experts are" if layer.experts is not None else "latent attention is"
-            raise InputError("model", model.name, f"{what} not modelled yet",
-                             "choose a dense decoder")  # fmt: skip
+        if layer.bias and (layer.experts is not None or layer.latent is not None):
+            what = "experts" if layer.experts is not None else "latent attention"
+            raise InputError("layers.bias", True, f"biases of {what} are not modelled yet "
+                             f"({model.name})", "set bias = false; qkv_bias may stay")  # fmt: skip
 
 
 class Simulation:
@@ -45,9 +45,9 @@ class Simulation:
         self.plan, self.phase, self.mesh = plan, phase, phase.mesh
         self.pool: Pool = plan.cluster.pool(phase.stages[0].pool)
         self.layouts = Layouts.of(phase)
-        self.compute, self.recompute = phase.compute_dtype, phase.recompute
+        self.options = Options.of(phase, plan.workload)
         mesh = self.mesh
-        self.replicas = mesh.dp * mesh.tp
+        self.replicas = mesh.dp * mesh.cp * mesh.tp
         """Ranks that do the same work as one pipeline rank."""
         self.node_ranks = min(mesh.world, self.pool.devices_per_node)
         self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
@@ -57,11 +57,10 @@ class Simulation:
             merge([self.stage_loads[r + c * mesh.pp] for c in range(mesh.vpp)])
             for r in range(mesh.pp)
         ]
-        self.orders: Orders = orders(phase.schedule, mesh.pp, mesh.vpp, phase.num_microbatches)
-        self.updates: list[Update] = [
-            update(load, self.costs, self.layouts, self.prices, self.compute)
-            for load in self.rank_loads
-        ]
+        self.updates: list[Update] = for_each(
+            self.rank_loads,
+            lambda load: update(load, self.costs, self.layouts, self.prices, self.options),
+        )
 
     def _pieces(self, prices: Prices) -> Pieces:
         return pieces(
@@ -69,12 +68,11 @@ class Simulation:
             self.layouts,
             self.phase.seq_tokens,
             prices,
-            compute=self.compute,
-            recompute=self.recompute,
+            self.options,
         )
 
     def _times(self, prices: Prices, costs: Pieces) -> list[StageTimes]:
-        return [stage_times(load, costs, prices) for load in self.stage_loads]
+        return for_each(self.stage_loads, lambda load: stage_times(load, costs, prices))
 
     @property
     def shares_cores(self) -> bool:
@@ -86,13 +84,17 @@ class Simulation:
         prices = self.prices
         hop = self.hop_s()
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
+        shape = (self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         if not self.shares_cores:
-            times = self._times(prices, self.costs)
-            return play(self.orders, self._durations(times, action_s), hop)
+            durations = self._durations(self._times(prices, self.costs), action_s)
+            if not self.pool.stack.can_overlap:
+                return play_long(*shape, durations, hop)
+            played = play_long(*shape, durations, 0.0)
+            return replace(played, makespan_s=played.makespan_s + self.fill_hops_s())
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
         base = self._times(alone, self._pieces(alone))
         speeds = self.speeds(base)
-        return play_shared(self.orders, self._durations(base, action_s), hop, speeds)
+        return play_shared(orders(*shape), self._durations(base, action_s), hop, speeds)
 
     def _durations(self, times: list[StageTimes], action_s: float) -> Callable[[Action], float]:
         """Seconds of each action, with what neighbours lose when they meet after it."""
@@ -131,18 +133,24 @@ class Simulation:
         groups = np.array([float(self.replicas)])
         return float(self.prices.collective("p2p", boundary, two, stride, groups)[0])
 
+    def fill_hops_s(self) -> float:
+        """Transfers of fill and drain; where transfers run beside compute the others are hidden."""
+        return 2 * (self.mesh.pp - 1) * self.hop_s()
+
     def memory(self) -> Peak:
         """Peak memory of the fullest rank."""
         peaks: list[Peak] = []
         for rank in sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1}):
-            counts = in_flight(self.orders[rank])
+            counts = live_chunks(
+                self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches, rank
+            )
             peaks.append(
                 rank_memory(
                     self.rank_loads[rank],
                     self.costs,
                     self.layouts,
                     self.prices,
-                    self.compute,
+                    self.options,
                     (np.array([float(counts[0])]), np.array([float(counts[1])])),
                 )
             )
@@ -197,17 +205,22 @@ class Simulation:
                 + micro("host_backward_s")
                 + float(upd.dp.backward_s[0]),
                 "recompute": micro("recompute_s"),
-                "exposed.tp": micro("tp_forward_s") + micro("tp_backward_s"),
+                **{
+                    f"exposed.{axis}": m
+                    * shared
+                    * float(sum(load.communication(self.costs, axis))[0])
+                    for axis in IN_LAYER_AXES
+                },
                 "exposed.dp": float(upd.dp.exposed_s[0]),
                 "optimizer": float(upd.optimizer_s[0]),
                 "host": float(upd.host_s[0] + upd.dp.host_s[0])
                 + (2 * m * self.mesh.vpp * self.prices.host("pp_action") if p > 1 else 0.0),
             }
             for name, value in rank.items():
-                terms[name] += value / p
+                terms[name] += value / p * self.prices.drift
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
-        terms["exposed.pp"] = min(idle, 2 * (p - 1) * self.hop_s())
+        terms["exposed.pp"] = min(idle, self.fill_hops_s())
         terms["bubble"] = idle - terms["exposed.pp"]
         excess = sum(terms.values()) / step
         return {name: value / excess for name, value in terms.items()}
@@ -225,7 +238,8 @@ class Simulation:
 
     def step_s(self, played: Played) -> float:
         """Makespan, then the longest exchange and update of any rank."""
-        return played.makespan_s + max(float(u.total_s[0]) for u in self.updates)
+        once = max(float(u.total_s[0]) for u in self.updates)
+        return (played.makespan_s + once) * self.prices.drift
 
 
 def _sum(times: list[StageTimes]) -> float:
@@ -245,11 +259,12 @@ def estimate(plan: Plan) -> Estimate:
     memory_terms = {name: float(value[0]) for name, value in peak.terms.items()}
     total = float(sum(memory_terms.values()))
     capacity = sim.pool.device.memory_bytes
-    probability = _normal_cdf((capacity - total) / (MEMORY_SPREAD * total))
+    memory_spread = sim.pool.stack.memory_spread
+    probability = _normal_cdf((capacity - total) / (memory_spread * total))
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
     flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
     per_device = flops / step / sim.mesh.world
-    peak_flops = sim.pool.device.peak_flops_per_s.get(sim.compute) or max(
+    peak_flops = sim.pool.device.peak_flops_per_s.get(sim.options.compute) or max(
         sim.pool.device.peak_flops_per_s.values()
     )
     spread = _step_spread(sim, terms, step)
@@ -258,7 +273,7 @@ def estimate(plan: Plan) -> Estimate:
         tokens_per_s=tokens / step,
         model_flops_per_s_per_device=per_device,
         mfu=per_device / peak_flops,
-        peak_memory_bytes=_interval(total, MEMORY_SPREAD),
+        peak_memory_bytes=_interval(total, memory_spread),
         fits="yes" if probability >= 0.95 else "no" if probability < 0.05 else "marginal",
         fit_probability=probability,
         capacity_bytes=capacity,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from .graph import Array
 from .layout import Layouts
 from .pieces import Piece, Pieces
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -20,6 +24,11 @@ class Load:
     layers: tuple[Array, ...]
     embedding: Array
     head: Array
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal loads."""
+        return b"".join(np.asarray(a).tobytes() for a in (*self.layers, self.embedding, self.head))
 
     @property
     def num_layers(self) -> Array:
@@ -34,9 +43,22 @@ class Load:
             value = value + count * getattr(piece, name)
         return value
 
+    def communication(self, costs: Pieces, axis: str) -> tuple[Array, Array]:
+        """Exposed communication of one mesh axis, forward and backward, per micro-batch."""
+        forward, backward = np.zeros(1), np.zeros(1)
+        for count, piece in self.each(costs):
+            forward = forward + count * piece.comm_forward_s.get(axis, 0.0)
+            backward = backward + count * piece.comm_backward_s.get(axis, 0.0)
+        return forward, backward
+
     def params(self, costs: Pieces) -> Array:
         """Local parameters; a table that embedding and head share on one rank counts once."""
         return self.total(costs, "params") - self.embedding * self.head * costs.tied_params
+
+    def trainable_params(self, costs: Pieces) -> Array:
+        """Those of `params` with gradients and optimiser states."""
+        shared = self.embedding * self.head * costs.tied_params
+        return np.maximum(0.0, self.total(costs, "trainable_params") - shared)
 
     def rest_params(self, costs: Pieces) -> Array:
         """Those outside the layers."""
@@ -47,6 +69,15 @@ class Load:
         """Every piece with its count."""
         layers = list(zip(self.layers, costs.layers, strict=True))
         return [(self.embedding, costs.embedding), *layers, (self.head, costs.head)]
+
+
+def for_each(loads: Sequence[Load], compute: Callable[[Load], Result]) -> list[Result]:
+    """`compute` of every load, done once for equal ones: most stages of a pipeline are alike."""
+    done: dict[bytes, Result] = {}
+    for load in loads:
+        if load.key not in done:
+            done[load.key] = compute(load)
+    return [done[load.key] for load in loads]
 
 
 def _group_counts(model: Model, first: Array, last: Array) -> tuple[Array, ...]:

@@ -1,6 +1,7 @@
 """Starts the ranks of one machine by torch's elastic launch, without restarts.
 
-`python -m forerun.executors.agent FOLDER NUM_RANKS`. It is what torchrun does, from Python, so that
+`python -m forerun.executors.agent FOLDER NUM_RANKS [MODULE]`, where MODULE names the function that
+makes a user's module. It is what torchrun does, from Python, so that
 the way each process ended can be told to the parent as data. When one rank ends badly, the others
 are ended too. On Linux the kernel ends the agent when the parent is gone, and the ranks when the
 agent is.
@@ -20,7 +21,7 @@ from . import job
 from .processes import die_with_parent
 
 
-def main(folder: Path, num_ranks: int) -> int:
+def main(folder: Path, num_ranks: int, *module: str) -> int:
     """Run the ranks to their end; 0, or 1 with their exit codes written into the folder."""
     die_with_parent()
     config = LaunchConfig(
@@ -35,7 +36,7 @@ def main(folder: Path, num_ranks: int) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL),
     )
-    worker = ("-u", "-m", "forerun.executors.worker", str(folder))
+    worker = ("-u", "-m", "forerun.executors.worker", str(folder), *module)
     try:
         elastic_launch(config, sys.executable)(*worker)
     except ChildFailedError as error:
@@ -49,4 +50,4 @@ def main(folder: Path, num_ranks: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

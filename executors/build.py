@@ -15,11 +15,12 @@ from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..plan import SCHEDULES, Phase, Plan
-from . import data_parallel, init, tensor_parallel
+from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .marks import Marks
-from .optimizer import make_adamw
+from .optimizer import check_optimizer, make_adamw
 from .pipeline import Pipeline, local_stages
+from .support import check_model_kind
 from .techniques import precision, recompute
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
@@ -35,7 +36,11 @@ def check_supported(plan: Plan) -> None:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
     _check_phase(plan.phase)
-    _check_model(plan.model, plan.phase.seq_tokens)
+    if plan.model.traced is not None:
+        traced.check_supported(plan)
+    else:
+        _check_model(plan.model, plan.phase.seq_tokens)
+    check_optimizer(plan.workload.optimizer)
 
 
 def _check_phase(phase: Phase) -> None:
@@ -61,6 +66,7 @@ def _check_phase(phase: Phase) -> None:
 
 
 def _check_model(model: Model, seq_tokens: int) -> None:
+    check_model_kind(model)
     for layer in model.layers:
         if layer.experts is not None:
             raise InputError("layers.experts", layer.experts.num_experts,
@@ -128,12 +134,17 @@ def build_piece(
     return piece, piece, tp_dims
 
 
-def build(plan: Plan, *, device: torch.device) -> Trainer:
-    """This rank's trainer; the process group is initialised and has `mesh.world` ranks."""
+def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Trainer:
+    """This rank's trainer; the process group is initialised and has `mesh.world` ranks.
+
+    `module` names the function that makes a user's module, for a plan that was traced from it.
+    """
     check_supported(plan)
     phase = plan.phase
     phase.mesh.check_world(dist.get_world_size())
     mesh = make_mesh(phase.mesh, device)
+    if module is not None:
+        return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
     built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]

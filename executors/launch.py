@@ -28,11 +28,14 @@ from ..units import format_bytes
 from . import corpus, failures, job
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
+from .support import check_model_kind
 
 OnProgress = Callable[[int, int, float], None]
 """Hears (step, steps, loss) after every step, warm-up included."""
 
 POLL_S = 0.05
+NO_TEXT = b"\n"
+"""The corpus of a module that makes its own batches: an empty file cannot be mapped."""
 
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -51,24 +54,30 @@ def run(
     data: str | None = None,
     on_progress: OnProgress | None = None,
     log_dir: Path | None = None,
+    module: str | None = None,
 ) -> Measurement:
     """What a plan really does on this machine.
 
     `steps` timed steps (default: the phase's) follow `warmup_steps`; a few more are counted and
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
-    the ranks' own output kept in `log_dir`, when given.
+    the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
+    traced plan's module: it is imported because the caller asks for it, never because of the plan.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges; Ctrl-C and SIGTERM end all ranks and pass on.
     """
     plan = plan_file.plan
     plan.check()
+    check_module(plan, module)
+    check_model_kind(plan.model)
     _check_counts(steps, warmup_steps)
     device = check_machine(plan)
     check_memory(plan_file, device)
     data = data or plan.workload.data
-    text = corpus.load(data)
-    corpus.check_fits(text, plan.model, plan.phase.seq_tokens, data)
+    text = NO_TEXT
+    if plan.model.traced is None or plan.model.traced.tokens:
+        text = corpus.load(data)
+        corpus.check_fits(text, plan.model, plan.phase.seq_tokens, data)
     work = job.Job(
         plan=plan,
         device=device,
@@ -80,7 +89,7 @@ def run(
         document.write_bytes(folder / job.CORPUS, text)
         document.write(folder / job.JOB, work)
         try:
-            run_ranks(folder, plan_file, device, on_progress)
+            run_ranks(folder, plan_file, device, on_progress, module)
             results = [
                 document.read(report.RankResult, folder / job.result_name(rank))
                 for rank in range(plan.phase.mesh.world)
@@ -99,6 +108,25 @@ def _check_counts(steps: int | None, warmup_steps: int) -> None:
         raise InputError("steps", steps, "not positive", "give 1 or more")
     if warmup_steps < 0:
         raise InputError("warmup", warmup_steps, "negative", "give 0 or more")
+
+
+def check_module(plan: Plan, module: str | None) -> None:
+    """Raise InputError unless `module` is what a traced plan was made from, unchanged."""
+    traced = plan.model.traced
+    if traced is None and module is not None:
+        raise InputError("model", module, f"the plan trains {plan.model.name}, no module of yours",
+                         "drop --model")  # fmt: skip
+    if traced is None:
+        return
+    if module is None:
+        raise InputError("model", "(missing)",
+                         f"the plan trains {traced.target}, and a plan never runs code by itself",
+                         f"add --model {traced.target}")  # fmt: skip
+    from .trace_module import trace
+
+    if trace(module, traced.seq_tokens) != plan.model:
+        raise InputError("model", module, f"is not {traced.target} as it was when it was planned",
+                         f"give --model {traced.target}, or plan again")  # fmt: skip
 
 
 def check_machine(plan: Plan) -> Literal["cpu", "cuda"]:
@@ -141,11 +169,16 @@ def check_memory(plan_file: PlanFile, device: str) -> None:
 
 
 def run_ranks(
-    folder: Path, plan_file: PlanFile, device: str, on_progress: OnProgress | None
+    folder: Path,
+    plan_file: PlanFile,
+    device: str,
+    on_progress: OnProgress | None,
+    module: str | None = None,
 ) -> None:
     """Run all ranks to their end; raises what ended them when that was not well."""
     num_ranks = plan_file.plan.phase.mesh.world
     command = [sys.executable, "-m", "forerun.executors.agent", str(folder), str(num_ranks)]
+    command += [module] if module is not None else []
     oom_kills = failures.num_oom_kills()
     with (folder / "agent.log").open("wb") as log:
         process = subprocess.Popen(

@@ -175,3 +175,21 @@ def is_fake(kind: type) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return issubclass(kind, FakeTensor)
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node of this thread will get."""
+    names: Any = torch.autograd
+    return names._get_sequence_nr()
+
+
+def backward_node() -> Any:
+    """The autograd node whose backward runs now; None outside of a backward."""
+    return torch._C._current_autograd_node()
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have shapes and no memory; real ones may meet them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m forerun.executors.worker FOLDER`, started by the agent.
+"""One rank of a run: `python -m forerun.executors.worker FOLDER [MODULE]`, started by the agent.
 
 Order: warm-up steps, timed steps with nothing attached, one counted step (memory and collectives),
 profiled steps. The rank writes its result, or why it failed, into the folder.
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,26 +29,28 @@ from ..errors import RunFailed
 from ..measurement import REFERENCE_MATMUL
 from . import data, job
 from .build import build
+from .decoder import Decoder
 from .measure import pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
 from .measure.memory import LiveTensors
 from .measure.report import RankResult
 from .processes import die_with_parent
+from .traced import TracedTrainer
 from .trainer import Trainer
 
 PROFILED_STEPS = 3
 """Their mean is less at the mercy of a busy machine than one."""
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, module: str | None = None) -> int:
     """Run this rank; 0, or 1 with the reason written into the folder."""
     die_with_parent()
     rank = int(os.environ["RANK"])
     progress = job.Progress(folder, rank)
     try:
         work = document.read(job.Job, folder / job.JOB)
-        result = Run(work, data.open_corpus(folder / job.CORPUS), progress).measure()
+        result = Run(work, data.open_corpus(folder / job.CORPUS), progress, module).measure()
         document.write(folder / job.result_name(rank), result)
     except Exception as error:
         traceback.print_exc()
@@ -59,11 +62,17 @@ def main(folder: Path) -> int:
 class Run:
     """The steps of one rank."""
 
-    def __init__(self, work: job.Job, corpus: np.ndarray, progress: job.Progress) -> None:
+    def __init__(
+        self,
+        work: job.Job,
+        corpus: np.ndarray,
+        progress: job.Progress,
+        module: str | None = None,
+    ) -> None:
         self.work, self.corpus, self.progress = work, corpus, progress
         self.device = _start_process_group(work.device)
         self.context_bytes = _resident_bytes() if self.device.type == "cpu" else 0
-        self.trainer: Trainer = build(work.plan, device=self.device)
+        self.trainer: Trainer = build(work.plan, device=self.device, module=module)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
         self.next_step = 0
@@ -108,10 +117,15 @@ class Run:
         dist.destroy_process_group()
         return result
 
-    def tokens(self) -> Tensor:
-        """This replica's sequences of the next step."""
+    def tokens(self) -> Any:
+        """This replica's sequences of the next step, or the batches that a user's module takes."""
         self.progress.step = self.next_step
         work = self.work
+        if isinstance(self.trainer, TracedTrainer):
+            own = self.trainer.own_batch(self.next_step, self.dp_rank)
+            if own is not None:
+                self.next_step += 1
+                return own
         batch = data.batch(
             self.corpus, work.plan.workload.seed, self.next_step, work.plan.phase, self.dp_rank
         )
@@ -158,7 +172,8 @@ class Run:
         ]
         live = LiveTensors(logits_shape=self.logits_shape())
         counter = CollectiveCounter(self.trainer.mesh)
-        hooks = [live.watch_head(piece.norm) for piece in self.trainer.pieces if piece.is_last]
+        heads = [p for p in self.trainer.pieces if isinstance(p, Decoder) and p.is_last]
+        hooks = [live.watch_head(piece.norm) for piece in heads]
         self.trainer.observer = live
         dist.barrier()
         with counter, live:
@@ -261,4 +276,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

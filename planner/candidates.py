@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..cluster import Cluster
 from ..costmodel.layout import Layouts
+from ..costmodel.options import Options
 from ..document import Value
 from ..estimate import Estimate
 from ..model import Model
@@ -42,7 +43,7 @@ class CostModel(Protocol):
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        *, compute: str, recompute: str,
+        options: Options,
     ) -> LowerBounds:  # fmt: skip
         """Lower bounds of `estimate` for every row."""
         ...
@@ -108,11 +109,10 @@ def bound_all(request: Request) -> Candidates:
     memory_bytes: list[Floats] = []
     capacity_bytes = 0.0
     for compute, recompute in settings:
+        options = Options(compute=compute, recompute=recompute, optimizer=workload.optimizer)
         for start in range(0, len(grid), BLOCK_ROWS):
             block = grid.take(slice(start, start + BLOCK_ROWS))
-            bounds = request.cost.bound_layouts(
-                model, cluster, workload, block, compute=compute, recompute=recompute
-            )
+            bounds = request.cost.bound_layouts(model, cluster, workload, block, options)
             time_s.append(bounds.time_s)
             memory_bytes.append(bounds.memory_bytes)
             capacity_bytes = bounds.capacity_bytes

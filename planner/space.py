@@ -27,7 +27,6 @@ from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..plan import (
-    RECOMPUTE_MODES,
     SCHEDULES,
     Phase,
     Plan,
@@ -61,9 +60,13 @@ def compute_dtypes(pool: Pool, pins: Pins) -> tuple[str, ...]:
     return ("bf16",) if has_bf16 else ("fp32",)
 
 
+SEARCHED_MODES = ("none", "selective", "full")
+"""Recompute modes that every executor runs; others are predicted when pinned."""
+
+
 def recompute_modes(pins: Pins) -> tuple[str, ...]:
     """The recompute modes of the search."""
-    return RECOMPUTE_MODES if pins.recompute is None else (pins.recompute,)
+    return SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
 
 
 def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Layouts:
@@ -112,6 +115,9 @@ def _block(model: Model, workload: Workload, pins: Pins, tp: int, pp: int, dp: i
         zero=zero,
         sequence_parallel=sp,
         schedule=schedule,
+        cp=np.ones_like(micro),
+        ulysses=np.ones_like(micro),
+        ep=np.ones_like(micro),
     )
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
@@ -159,13 +165,17 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     """True where a row breaks no rule of `forerun.plan.layout_problems` (cp = ep = 1)."""
     widths = {model.vocab}
     for layer in model.layers:
-        widths |= {layer.heads, layer.kv_heads, layer.ffn_hidden}
+        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
     ok = np.ones(len(grid), dtype=bool)
     for width in sorted(widths):
         ok &= width % grid.tp == 0
     sp, pipeline = grid.sequence_parallel == 1, grid.pp > 1
     interleaved = grid.schedule == INTERLEAVED
-    ok &= ~sp | ((grid.tp > 1) & (seq_tokens % grid.tp == 0))
+    ok &= ~sp | (grid.tp > 1)
+    for tokens in model.lengths(seq_tokens):
+        ok &= ~sp | (tokens % grid.tp == 0)
+    if any(layer.kind == "conv" for layer in model.layers):
+        ok &= grid.tp == 1
     ok &= grid.pp * grid.vpp <= model.num_layers
     ok &= (grid.vpp == 1) | (pipeline & interleaved)
     ok &= ~(interleaved & pipeline) | ((grid.vpp > 1) & (grid.num_microbatches % grid.pp == 0))

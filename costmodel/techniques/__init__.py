@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from ..graph import Graph
-from . import precision, recompute
+import numpy as np
+
+from ..graph import Graph, Sizes
+from ..options import Options
+from . import attention, lora, offload, precision, recompute, storage
 
 
-def apply(graph: Graph, *, compute: str, recompute_mode: str) -> Graph:
-    """The graph of a layer under its technique settings: precision first, then recompute."""
-    return recompute.rewrite(precision.rewrite(graph, compute), recompute_mode)
+def apply(graph: Graph, options: Options) -> Graph:
+    """The graph of a piece under its options.
+
+    Trainable set, attention kernel, compute dtype, storage dtype, recompute; offload comes last and
+    acts on the ledger of the result (`costmodel/kept.py`).
+    """
+    offload.check(options.offload)
+    graph = lora.rewrite(graph, options.lora_rank, options.base_dtype)
+    graph = attention.rewrite(graph, options.attention)
+    graph = precision.rewrite(graph, options)
+    graph = storage.rewrite(graph, options.activations, options.recompute)
+    return recompute.rewrite(graph, options.recompute)
+
+
+def local_axes(sizes: Sizes, options: Options) -> Sizes:
+    """Local axis sizes with those of the axes that techniques add."""
+    if options.lora_rank is None:
+        return sizes
+    rank = np.full(len(sizes["tp"]), float(options.lora_rank))
+    return {**sizes, lora.RANK: rank}

@@ -2,20 +2,54 @@
 
 Parameters at rest, gradients at rest and optimiser states stay fp32; matmuls, attention and the
 tensors between them use the compute dtype; norms and the loss work in fp32 inside.
+
+Below 16 bits (fp8, mxfp8, nvfp4) only the linears of layers use the compute dtype, and tensors stay
+bf16: not the head, attention, the embedding, routers or adapters. The input of those linears is
+quantised once, however many of them read it, and the gradient of each output in backward.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from ...errors import InputError
 from ..graph import Collective, Graph, Operator, Tensor
+from ..options import Options
+from .lora import is_adapter
+
+LOW_PRECISION = {"fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
+"""Compute dtypes below 16 bits, and the dtype whose matmul rate they run at."""
+WIDE = ("fp32", "fp16", "bf16")
+QUANTIZE = {"tensorwise": "quantize", "rowwise": "quantize_rowwise", "coat": "quantize"}
+"""Operator kind of a recipe's casts. coat takes the maximum in the producer's kernel and writes a
+transposed copy instead: the same traffic as tensorwise."""
 
 
-def rewrite(graph: Graph, compute: str) -> Graph:
-    """The graph with the compute dtype (fp32, bf16, fp16) in place of the open ones."""
+def rewrite(graph: Graph, options: Options) -> Graph:
+    """The graph with dtypes in place of the open ones, and casts around low-precision matmuls."""
+    if options.compute not in (*WIDE, *LOW_PRECISION):
+        raise InputError("precision", options.compute, "unknown dtype of matmuls",
+                         f"use {', '.join((*WIDE, *LOW_PRECISION))}")  # fmt: skip
+    if options.recipe not in QUANTIZE:
+        raise InputError("precision.recipe", options.recipe, "unknown scaling of matmuls",
+                         f"use {', '.join(QUANTIZE)}")  # fmt: skip
+    settled = _settle(graph, options.tensor_dtype)
+    if options.compute in LOW_PRECISION and graph.name == "layer":
+        return _lower(settled, options)
+    return settled
+
+
+def is_low_precision(op: Operator) -> bool:
+    """Whether an operator of a layer may run below 16 bits."""
+    is_linear = op.kind == "linear" or op.kind.startswith("grouped")
+    return is_linear and "router" not in op.name and not is_adapter(op)
+
+
+def _settle(graph: Graph, dtype: str) -> Graph:
+    """The graph with `dtype` (fp32, bf16, fp16) in place of the open ones."""
 
     def tensor(t: Tensor) -> Tensor:
-        return replace(t, dtype=compute) if t.dtype in ("compute", "param") else t
+        return replace(t, dtype=dtype) if t.dtype in ("compute", "param") else t
 
     def collective(c: Collective) -> Collective:
         return replace(c, buffer=tensor(c.buffer))
@@ -25,7 +59,7 @@ def rewrite(graph: Graph, compute: str) -> Graph:
             op,
             inputs=tuple(map(tensor, op.inputs)),
             outputs=tuple(map(tensor, op.outputs)),
-            saves=_saves(op, compute, tuple(map(tensor, op.saves))),
+            saves=_saves(op, dtype, tuple(map(tensor, op.saves))),
             weights=tuple(map(tensor, op.weights)),
             forward_collectives=tuple(map(collective, op.forward_collectives)),
             backward_collectives=tuple(map(collective, op.backward_collectives)),
@@ -39,13 +73,43 @@ def rewrite(graph: Graph, compute: str) -> Graph:
     )
 
 
-def _saves(op: Operator, compute: str, saves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _saves(op: Operator, dtype: str, saves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Composed norms keep an fp32 copy of a 16-bit input instead of the input itself."""
     upcast = [t for t in saves if t.dtype == "upcast"]
     if not upcast:
         return saves
     kept = [t for t in saves if t.dtype != "upcast"]
-    if compute == "fp32":
+    if dtype == "fp32":
         return tuple(kept)
     copies = [replace(t, dtype="fp32") for t in upcast]
     return tuple(copies + [t for t in kept if t.name != op.inputs[0].name])
+
+
+def _lower(graph: Graph, options: Options) -> Graph:
+    """Linears in low precision, with one cast before the first reader of each distinct input."""
+    readers: dict[str, list[Operator]] = {}
+    for op in graph.operators:
+        if is_low_precision(op):
+            readers.setdefault(op.inputs[0].name, []).append(op)
+    operators: list[Operator] = []
+    for op in graph.operators:
+        if not is_low_precision(op):
+            operators.append(op)
+            continue
+        group = readers[op.inputs[0].name]
+        if group[0] is op:
+            operators.append(_quantize(op.inputs[0], group, options))
+        operators.append(replace(op, compute=LOW_PRECISION[options.compute]))
+    return replace(graph, operators=tuple(operators))
+
+
+def _quantize(x: Tensor, readers: list[Operator], options: Options) -> Operator:
+    """The cast of `x` in forward and of its readers' output gradients in backward."""
+    return Operator(
+        name=f"{x.name}.quantize",
+        kind=QUANTIZE[options.recipe],
+        price_axes=(x.axes, *(op.outputs[0].axes for op in readers)),
+        inputs=(x,),
+        outputs=(replace(x, name=f"{x.name}.quantized", dtype=options.compute),),
+        grad_inputs=False,
+    )

@@ -4,24 +4,89 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...errors import InputError
+from ...plan import RECOMPUTE_MODES
 from ..graph import Graph, Operator
+from ..rates import is_matmul
 
 
 def rewrite(graph: Graph, mode: str) -> Graph:
     """The graph of a layer under a recompute mode.
 
     none: everything autograd saves is kept. selective: the attention core runs again in backward,
-    so its statistics (or, unfused, its scores) are not kept. full: only the layer's input is kept.
-    Embedding and head are never recomputed.
+    so its statistics (or, unfused, its scores) are not kept. elementwise: norms, activation
+    functions and rotary positions run again, so that matmuls' inputs that they make are not kept
+    (Megatron-Core's recompute modules). per_op: of the layer's tensors only
+    its input, the attention's output and the output of every second matmul are kept, and all other
+    operators run again. full: only the layer's input is kept. Embedding and head are never
+    recomputed.
     """
+    if mode not in RECOMPUTE_MODES:
+        raise InputError("recompute", mode, "unknown mode", f"use {', '.join(RECOMPUTE_MODES)}")
     if graph.name != "layer" or mode == "none":
         return graph
     if mode == "full":
         return replace(graph, checkpointed=True)
+    if mode == "per_op":
+        return _per_op(graph)
+    if mode == "elementwise":
+        return _elementwise(graph)
+    return replace(graph, operators=tuple(map(_selective, graph.operators)))
 
-    def operator(op: Operator) -> Operator:
-        if op.kind != "attention":
-            return op
-        return replace(op, saves=op.inputs, recomputed=True)
 
-    return replace(graph, operators=tuple(map(operator, graph.operators)))
+def _selective(op: Operator) -> Operator:
+    if not op.kind.startswith("attention"):
+        return op
+    return replace(op, saves=op.inputs, recomputed=True)
+
+
+CHEAP = ("rmsnorm", "layernorm", "swiglu", "geglu", "gelu", "squared_relu", "relu", "rope")
+"""Kinds that cost little time and leave large outputs."""
+
+
+def _elementwise(graph: Graph) -> Graph:
+    """Cheap operators keep their inputs alone, and nothing keeps what they make.
+
+    Edges behind them run again too: a sequence gathered for a matmul is gathered again.
+    """
+    made: set[str] = set()
+    operators: list[Operator] = []
+    for op in graph.operators:
+        again = op.kind in CHEAP
+        if op.kind == "edge" and any(t.name in made for t in op.inputs):
+            again = True
+        if again:
+            made.update(t.name for t in op.outputs)
+            saves = () if op.kind == "edge" else op.inputs
+            op = replace(op, saves=saves, recomputed=True)
+        operators.append(replace(op, saves=tuple(t for t in op.saves if t.name not in made)))
+    return replace(graph, operators=tuple(operators))
+
+
+def _per_op(graph: Graph) -> Graph:
+    """Torch's selective checkpointing of a block with every second matmul saved.
+
+    Matmuls count in forward order, the first kept. A kept output stays until the block's backward
+    even where no gradient needs it. Operators behind the last that saves anything do not run
+    again: everything is back by then.
+    """
+    last = max(index for index, op in enumerate(graph.operators) if op.saves)
+    operators: list[Operator] = []
+    matmuls = 0
+    for index, op in enumerate(graph.operators):
+        again = index < last
+        if is_matmul(op.kind):
+            matmuls += 1
+        if is_matmul(op.kind) and matmuls % 2 == 1:
+            operators.append(replace(op, saves=op.outputs))
+        elif op.kind == "attention_unfused":  # its scores are not kept
+            operators.append(replace(op, saves=op.outputs, recomputed=True))
+        elif op.kind.startswith("attention"):  # a fused kernel's statistics are an output too
+            inputs = {t.name for t in op.inputs}
+            kept = tuple(t for t in op.saves if t.name not in inputs)
+            operators.append(replace(op, saves=kept))
+        else:
+            operators.append(replace(op, saves=(), recomputed=again))
+    first = operators[0]
+    operators[0] = replace(first, saves=(graph.boundary, *first.saves))
+    return replace(graph, operators=tuple(operators))

@@ -13,6 +13,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def compute_dtype(phase: Phase) -> torch.dtype:
     """Dtype of matmuls and of hidden states."""
+    for setting in phase.settings:
+        for key in ("recipe", "activations"):
+            if key in setting.techniques.get("precision", {}):
+                raise InputError(f"precision.{key}", setting.techniques["precision"][key],
+                                 "not executed yet", "leave it out")  # fmt: skip
     name = phase.compute_dtype
     if name not in DTYPES:
         raise InputError("precision", name, "the executor has no such compute dtype",

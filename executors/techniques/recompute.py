@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import InputError
 from ...plan import Phase
 from ..decoder import Block, Decoder
 from ..marks import Marks
@@ -42,3 +43,6 @@ def apply(piece: Decoder, phase: Phase, marks: Marks) -> None:
             block.forward = recomputed(block.forward, marks)
         elif mode == "selective":
             block.attention.core = recomputed(block.attention.core, marks)
+        elif mode != "none":
+            raise InputError("recompute", mode, "not executed yet",
+                             "use none, selective or full")  # fmt: skip

@@ -15,7 +15,12 @@ from .errors import InputError
 Dtype = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8"]
 DTYPE_BYTES: dict[str, float] = {
     "int64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5, "int8": 1,
+    "fp8_g16": 1 + 2 / 16, "mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16,
+    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
 }  # fmt: skip
+"""Bytes per element, scales included. fp8_g16: a 16-bit scale per 16 elements (COAT, arXiv
+2410.19313). mxfp8: an 8-bit scale per 32 (OCP Microscaling 1.0). nvfp4: an 8-bit scale per 16. nf4:
+an 8-bit scale per 64, and an fp32 one per 256 of those (QLoRA, arXiv 2305.14314)."""
 
 
 class Link(Value, frozen=True, kw_only=True):
@@ -38,6 +43,8 @@ class Device(Value, frozen=True, kw_only=True):
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None for other makes."""
     num_sms: int | None = None
+    sustained_fraction: float = 1.0
+    """Rate that matmuls hold at the device's power limit, relative to others of its family."""
     power_watts: float | None = None
     source: str = ""
 
@@ -68,12 +75,88 @@ class Stack(Value, frozen=True, kw_only=True):
     Sequence-major stacks need none."""
     can_overlap: bool = True
     """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
+    tile_quantisation: float = 0.0
+    """Exponent of the tile and wave efficiency of GEMMs: 1 = fully felt, 0 = not at all."""
+    low_precision_half_k: float | None = None
+    """K0 of matmuls below 16 bits; None = `gemm_half_k`."""
+    cast_multiplier: float = 1.0
+    """Traffic of quantising matmul inputs and gradients relative to reading and writing them."""
+    attention_head_exponent: float = 0.25
+    """Exponent of head_dim/128 in the attention rate below 128."""
+    unfused_attention_efficiency: float = 0.35
+    """Rate of the batched matmuls of attention with scores in memory, at head_dim 128."""
+    host_smoothness: float = 2.5
+    """q in (gpu^q + host^q)^(1/q), the time of a layer whose host and device work overlap."""
+    host_s_per_collective: float = 0.0
+    """Host time per collective inside a layer."""
+    collective_latency_s: float = 0.0
+    """Per collective of data parallelism, times log2 of the ranks: launch, protocol, skew."""
+    rowwise_fraction: float = 0.8
+    """Rate of matmuls with a scale per row relative to one scale per tensor: assumed."""
+    low_precision_gather: bool = False
+    """Whether weights and split sequences are gathered in the dtype of fp8 matmuls."""
+    recompute_stops_early: bool = True
+    """Whether recomputation ends once all saved tensors are back (PyTorch since 2.1), or runs the
+    whole forward again."""
+    distributed_optimizer_multiplier: float | None = None
+    """`data_parallel_multiplier` under ZeRO 1 and 2; None = the same."""
+    data_parallel_multiplier: float = 1.0
+    """Exposed gradient exchange relative to its time (many small buckets: above 1)."""
+    tensor_parallel_exposed: float = 1.0
+    """Fraction of tensor-parallel communication that is not hidden."""
+    optimizer_multiplier: float = 1.0
+    """Traffic of the optimiser step relative to one pass over its states."""
+    drift_per_doubling: float = 0.0
+    """Relative slow-down per doubling of the devices beyond eight: jitter, slow nodes."""
+    expert_efficiency: float = 1.0
+    """Grouped matmuls of experts relative to a plain matmul of the same total size."""
+    expert_imbalance: float = 1.0
+    """Tokens of the busiest expert rank relative to the mean."""
+    sharding: Literal["fsdp", "megatron"] = "fsdp"
+    """fsdp: parameters gathered and gradients scattered by units (FSDP2, ZeRO-3 style); megatron:
+    16-bit parameters whole on the rank, gradients reduced once per step, states beside them."""
+    reduce_bytes: float = 4.0
+    """Per element of a gradient on the wire."""
+    sources: tuple[str, ...] = ()
+    """Words in a published table's `source` or `source_ref` that name this stack."""
+    fitted: dict[str, str] = {}
+    """Constants that were fitted: to which rows, with which residual; others are held."""
+    # Memory. States per trained element (see `costmodel/states.py`):
+    parameter_bytes: float | None = None
+    """Per trained parameter at rest; None = 4 (fsdp) or 16 bits (megatron)."""
+    gradient_bytes: float | None = None
+    """Per element of a gradient at rest; None = 4."""
+    master_bytes: float | None = None
+    """Of an fp32 copy beside the parameter; None = 4 for megatron's 16-bit parameters, else 0."""
+    moment_bytes: float = 8.0
+    """Both moments of AdamW; low-bit optimisers have their own."""
+    # what it keeps otherwise than the ledger of our executors (see `costmodel/kept.py`):
+    logit_bytes: float | None = None
+    """Per logit at the peak of the loss, copies and gradient included; None = as our loss does."""
+    norm_input_bytes: float | None = None
+    """Kept per element of a norm's input: 2 by a fused kernel, more where it is composed in fp32;
+    None = as the operator graph says."""
+    regathers_sequence: bool = False
+    """Whether backward gathers a split sequence again instead of keeping it whole."""
+    sequence_buffers: float = 0.0
+    """Whole-sequence hidden tensors that the collectives of sequence parallelism keep allocated."""
+    activation_multiplier: float = 1.0
+    """What layers keep relative to the ledger: copies that it does not know of."""
+    keeps_gradients: bool = False
+    """Whether gradients stay allocated from step to step, zeroed instead of freed."""
+    reshards: bool = True
+    """Whether ZeRO 3 frees a gathered unit after use; else it stays to the end of backward."""
+    # and what comes on top of tensors:
     context_bytes: int = 0
     """Memory of the device context and communicators before the first tensor."""
     runtime_bytes: int = 0
     """Memory that training takes besides context and tensors: libraries' own, allocator arenas."""
     fragmentation: float = 0.0
     """Allocator waste as a fraction of the peak of live tensors."""
+    memory_source: str = ""
+    """Where the constants of memory come from."""
+    memory_spread: float = 0.08
+    """Relative standard deviation of a predicted peak of memory."""
     spread: float = 0.15
     """Relative standard deviation of a predicted operator time."""
     source: str = ""

@@ -11,8 +11,10 @@ class Mesh(Value, frozen=True, kw_only=True):
 
     The dense mesh is (pp, dp_replicate, dp_shard, cp, tp), outermost first: ranks that differ only
     in tp are neighbours. Its product is the world. `vpp` is the model chunks per pipeline rank,
-    `ulysses` the part of `cp` done by all-to-all, `ep` is laid over dp_shard and cp and does not
-    multiply.
+    `ulysses` the part of `cp` done by all-to-all. `ep` does not multiply: expert-parallel groups
+    are neighbours on (dp_replicate, dp_shard, cp), each tp rank in its own group with its cut of
+    the experts, and the same experts lie on every ep-th of those ranks; where ep does not divide
+    them, groups lie over tp as well and experts are whole.
     """
 
     dp_replicate: int = 1
@@ -32,8 +34,8 @@ class Mesh(Value, frozen=True, kw_only=True):
         if self.cp % self.ulysses:
             raise InputError("ulysses", self.ulysses, f"does not divide cp={self.cp}",
                              "give a divisor of cp")  # fmt: skip
-        if (self.dp_shard * self.cp) % self.ep:
-            problem = f"does not divide dp_shard*cp={self.dp_shard * self.cp}"
+        if (self.dp * self.cp) % self.ep and (self.dp * self.cp * self.tp) % self.ep:
+            problem = f"does not divide dp*cp={self.dp * self.cp}, nor that times tp={self.tp}"
             raise InputError("ep", self.ep, problem, "give a divisor")
 
     AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

@@ -10,12 +10,22 @@ from .document import Document, Value
 from .errors import InputError
 from .estimate import Estimate
 from .mesh import Mesh
-from .model import Model
+from .model import Layer, Model
 from .workload import Workload
 
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
 SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved")
-RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full")
+RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
+CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
+"""How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
+COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
+
+
+UNDIVIDED = (
+    ("conv", "convolutions", ("tp", "cp")),
+    ("cross_decoder", "attention over an encoder's output", ("cp",)),
+)
+"""Layer kinds, in words, and the axes that cannot divide them."""
 
 
 class Stage(Value, frozen=True, kw_only=True):
@@ -72,7 +82,7 @@ class Phase(Value, frozen=True, kw_only=True):
 
     @property
     def recompute(self) -> str:
-        """Recompute mode: none, selective or full."""
+        """Recompute mode: one of `RECOMPUTE_MODES`."""
         return str(self.technique("recompute").get("mode", "none"))
 
     @property
@@ -88,7 +98,9 @@ class Phase(Value, frozen=True, kw_only=True):
             else:
                 parts.append(f"{kind}{mesh.dp}")
         if mesh.cp > 1:
-            parts.append(f"cp{mesh.cp}")
+            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else ""))
+        if mesh.ep > 1:
+            parts.append(f"ep{mesh.ep}")
         if mesh.tp > 1:
             parts.append(f"tp{mesh.tp}" + ("-sp" if self.sequence_parallel else ""))
         if mesh.pp > 1:
@@ -184,8 +196,16 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if phase.recompute not in RECOMPUTE_MODES:
         raise _refuse("recompute", phase.recompute, "unknown mode",
                       f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
-    if phase.compute_dtype not in ("fp32", "bf16"):
-        raise _refuse("precision", phase.compute_dtype, "not executed yet", "use fp32 or bf16")
+    if phase.compute_dtype not in COMPUTE_DTYPES:
+        raise _refuse("precision", phase.compute_dtype, "unknown dtype of matmuls",
+                      f"use {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+    kind = str(phase.technique("context-parallel").get("kind", CP_KINDS[0]))
+    if kind not in CP_KINDS:
+        raise _refuse("cp-kind", kind, "unknown kind of context parallelism",
+                      f"use {', '.join(CP_KINDS)}")  # fmt: skip
+    if kind == "ulysses" and mesh.ulysses != mesh.cp:
+        raise _refuse("cp-kind", kind, f"is all of cp={mesh.cp}, not ulysses={mesh.ulysses} of it",
+                      f"set ulysses to {mesh.cp}, or use zigzag")  # fmt: skip
 
 
 def layout_problems(
@@ -204,7 +224,7 @@ def layout_problems(
         for what, size in (
             ("attention heads", layer.heads),
             ("key-value heads", layer.kv_heads),
-            ("ffn width", layer.ffn_hidden),
+            *(("ffn width", width) for width in layer.mlp_widths),
         ):
             if size % tp:
                 allowed = ", ".join(str(n) for n in _divisors(size)[:8])
@@ -215,12 +235,18 @@ def layout_problems(
                       "pad the vocabulary or lower tp")  # fmt: skip
     if sequence_parallel and tp == 1:
         yield _refuse("sp", "on", "needs tp > 1", "drop --sp or raise --tp")
-    if sequence_parallel and (seq_tokens // mesh.cp) % tp:
-        yield _refuse("sp", "on", f"tp={tp} does not divide the sequence {seq_tokens}",
-                      "use --no-sp or another length")  # fmt: skip
-    if seq_tokens % (2 * mesh.cp if mesh.cp > 1 else 1):
-        yield _refuse("cp", mesh.cp, f"2*cp does not divide the sequence {seq_tokens}",
-                      "use another length or cp")  # fmt: skip
+    for tokens in model.lengths(seq_tokens):
+        if sequence_parallel and (tokens // mesh.cp) % tp:
+            yield _refuse("sp", "on", f"tp={tp} does not divide the sequence {tokens}",
+                          "use --no-sp or another length")  # fmt: skip
+        if tokens % (2 * mesh.cp if mesh.cp > 1 else 1):
+            yield _refuse("cp", mesh.cp, f"2*cp does not divide the sequence {tokens}",
+                          "use another length or cp")  # fmt: skip
+    for kind, what, axes in UNDIVIDED:
+        for axis in axes if any(layer.kind == kind for layer in model.layers) else ():
+            if getattr(mesh, axis) > 1:
+                problem = f"{model.name} has {what}, which {axis} does not divide"
+                yield _refuse(axis, getattr(mesh, axis), problem, f"drop --{axis}")
     if mesh.num_stages > model.num_layers:
         yield _refuse("pp", f"{mesh.pp} x vpp {mesh.vpp}",
                       f"more stages than the {model.num_layers} layers of {model.name}",
@@ -244,6 +270,24 @@ def layout_problems(
                       "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
     if mesh.ep > 1 and not any(layer.experts for layer in model.layers):
         yield _refuse("ep", mesh.ep, f"{model.name} has no experts", "drop --ep")
+    for layer in model.layers:
+        if layer.experts is not None and layer.experts.num_experts % mesh.ep:
+            yield _refuse("ep", mesh.ep,
+                          f"does not divide {layer.experts.num_experts} experts of {model.name}",
+                          "give a divisor")  # fmt: skip
+        if mesh.ulysses > 1:
+            yield from _ulysses_problems(model, layer, mesh)
+
+
+def _ulysses_problems(model: Model, layer: Layer, mesh: Mesh) -> Iterator[InputError]:
+    """Each ulysses rank gets whole heads; those of K and V are repeated where they are fewer."""
+    if layer.heads % (mesh.tp * mesh.ulysses):
+        problem = f"tp*ulysses does not divide {layer.heads} attention heads of {model.name}"
+        yield _refuse("ulysses", mesh.ulysses, problem, "lower ulysses or tp")
+    groups = layer.kv_heads // mesh.tp
+    if groups and groups % mesh.ulysses and mesh.ulysses % groups:
+        problem = f"neither divides nor repeats {groups} key-value heads per tp rank"
+        yield _refuse("ulysses", mesh.ulysses, problem, "give a divisor or a multiple")
 
 
 def _divisors(number: int) -> list[int]:

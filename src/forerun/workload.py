@@ -9,6 +9,7 @@ from .errors import InputError
 
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
 Objective = Literal["throughput", "cost", "memory"]
+Optimizer = Literal["adamw", "adamw8bit", "adamw_fp8", "sgd"]
 
 
 class Workload(Document, frozen=True, kw_only=True):
@@ -18,9 +19,11 @@ class Workload(Document, frozen=True, kw_only=True):
 
     schema: str = "forerun.workload/1"
     seq_tokens: int
+    """Tokens per sequence; images and towers of fixed length keep their own (docs/models.md)."""
     global_batch_seqs: int
     steps: int = 10
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Optimizer = "adamw"
+    """AdamW with fp32, 8-bit or fp8 moments, or plain SGD."""
     learning_rate: float = 3e-4
     seed: int = 0
     data: str | None = None

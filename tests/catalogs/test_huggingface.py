@@ -152,7 +152,7 @@ def test_a_file_and_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "field", "problem"),
     [
-        ({"model_type": "bert"}, "model_type", "not one a model document can describe"),
+        ({"model_type": "mamba"}, "model_type", "not one a model document can describe"),
         ({"model_type": None, "architectures": None}, "model_type", "does not name an"),
         ({"model_type": ["llama"]}, "model_type", "not one a model document can describe"),
         ({"hidden_size": None}, "hidden_size", "missing"),

@@ -27,6 +27,22 @@ EXACT = {  # parameters of the published weights
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
+    "bert-base": 109_514_298,
+    "bert-large": 335_174_458,
+    "vit-b-16": 86_567_656,
+    "vit-l-16": 304_326_632,
+    "vit-h-14": 632_045_800,
+    "clip-vit-l-14": 427_616_513,
+    "resnet-50": 25_557_032,
+    "resnet-101": 44_549_160,
+    "resnet-152": 60_192_808,
 }
 
 ROUNDED = {  # 1e9 parameters as their papers or tables print them, and how far rounding goes
@@ -74,6 +90,9 @@ ROUNDED = {  # 1e9 parameters as their papers or tables print them, and how far 
     "nemotron4-15b": (15.63, 0.005),
     "nemotron4-340b": (341.0, 0.001),
     "phi-1.5": (1.418, 0.001),
+    "dit-b-2": (0.130, 0.005),
+    "dit-l-2": (0.458, 0.001),
+    "dit-xl-2": (0.675, 0.001),
     "stablelm-alpha": (3.64, 0.005),
 }
 

@@ -144,7 +144,7 @@ def test_a_sequence_beyond_the_positions_is_warned_about(invoke: Any) -> None:
         ({"--tp": "3", "--gpus": "3xcpu", "--global-batch": "3"}, "tp=3"),
         ({"--dp": "5"}, "dp"),
         ({"--cp": "2"}, "not available yet"),
-        ({"--model": "package.module:function"}, "not available yet"),
+        ({"--model": "package.module:function"}, "no module package"),
         ({"--model": "/nonexistent/config.json"}, "/nonexistent/config.json"),
     ],
 )

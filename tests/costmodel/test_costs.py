@@ -19,8 +19,8 @@ from forerun.costmodel.layers import decoder_layer
 from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operators import KINDS
+from forerun.costmodel.options import Options
 from forerun.costmodel.techniques import apply
-from forerun.errors import InputError
 from forerun.estimate import MEMORY_TERMS, TIME_TERMS
 from forerun.plan import Plan
 
@@ -33,10 +33,12 @@ def _layer_graph(name: str, tp: int, seq: int, *, recompute: str = "none", sp: b
     layouts = Layouts(
         micro_batch_seqs=one, num_microbatches=one, dp_replicate=one, dp_shard=one, tp=one * tp,
         pp=one, vpp=one, zero=one * 0, sequence_parallel=one * int(sp), schedule=one,
+        cp=one, ulysses=one, ep=one,
     )  # fmt: skip
-    graph = decoder_layer(model, model.layers[0], sequence_parallel=sp, fused=True)
+    options = Options(compute="bf16", recompute=recompute)
+    graph = decoder_layer(model, model.layers[0], sequence_parallel=sp, fused=True, options=options)
     sizes = local_sizes(model, model.layers[0], layouts, seq)
-    return apply(graph, compute="bf16", recompute_mode=recompute), sizes
+    return apply(graph, options), sizes
 
 
 def test_matmul_flops_of_a_llama_8b_layer() -> None:
@@ -164,7 +166,7 @@ def test_bound_never_exceeds_the_simulator(
     result, phase = estimate(plan), plan.phase
     bound = bound_layouts(
         plan.model, plan.cluster, plan.workload, Layouts.of(phase),
-        compute="bf16", recompute=phase.recompute,
+        Options(compute="bf16", recompute=phase.recompute),
     )  # fmt: skip
     assert bound.time_s[0] <= result.step_s.median * (1 + 1e-9)
     assert bound.memory_bytes[0] <= result.peak_memory_bytes.median * (1 + 1e-9)
@@ -181,7 +183,7 @@ def test_bound_is_close_for_equal_stages(make_plan: MakePlan, schedule: str, vpp
     result = estimate(plan)
     bound = bound_layouts(
         plan.model, plan.cluster, plan.workload, Layouts.of(plan.phase),
-        compute="bf16", recompute="full",
+        Options(compute="bf16", recompute="full"),
     )  # fmt: skip
     assert bound.time_s[0] >= 0.99 * result.step_s.median
 
@@ -201,7 +203,7 @@ def test_a_grid_gives_what_each_plan_gives(make_plan: MakePlan) -> None:
 
     def bound(layouts: Layouts):
         return bound_layouts(
-            plan.model, plan.cluster, plan.workload, layouts, compute="bf16", recompute="none"
+            plan.model, plan.cluster, plan.workload, layouts, Options(compute="bf16")
         )
 
     together = bound(grid)
@@ -209,8 +211,3 @@ def test_a_grid_gives_what_each_plan_gives(make_plan: MakePlan) -> None:
         one = bound(single)
         assert together.time_s[index] == pytest.approx(one.time_s[0], rel=1e-12)
         assert together.memory_bytes[index] == pytest.approx(one.memory_bytes[0], rel=1e-12)
-
-
-def test_models_that_are_not_covered_are_refused(make_plan: MakePlan) -> None:
-    with pytest.raises(InputError, match="experts are not modelled yet"):
-        estimate(make_plan("mixtral-8x7b", dp_shard=8, zero=3))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forerun.costmodel.schedule import Action, in_flight, orders, play, play_shared
+from forerun.costmodel.schedule import (
+    Action,
+    in_flight,
+    live_chunks,
+    orders,
+    play,
+    play_long,
+    play_shared,
+    slowest_chain_s,
+)
 
 
 def _unit(v: int):
@@ -71,3 +81,53 @@ def test_two_ranks_on_one_core_take_the_sum_of_their_work() -> None:
     order = orders("gpipe", 2, 1, 4)
     played = play_shared(order, _unit(1), 0.0, [1.0, 0.5])
     assert played.makespan_s == pytest.approx(2 * 4 * 3.0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
+    p=st.sampled_from([2, 3, 4, 8]),
+    v=st.sampled_from([2, 3]),
+    rounds=st.integers(3, 12),
+    head=st.floats(1.0, 3.0),
+    hop=st.sampled_from([0.0, 0.05]),
+)
+def test_two_short_plays_tell_a_long_one(
+    schedule: str, p: int, v: int, rounds: int, head: float, hop: float
+) -> None:
+    """Exactly with equal stages but the last."""
+    v = v if schedule == "interleaved" else 1
+    m, last = rounds * p, p * v - 1
+
+    def duration(action: Action) -> float:
+        return (1.0 if action[0] == "F" else 2.0) * (head if action[1] == last else 1.0)
+
+    whole = play(orders(schedule, p, v, m), duration, hop)
+    short = play_long(schedule, p, v, m, duration, hop)
+    assert short.makespan_s == pytest.approx(whole.makespan_s, rel=1e-9)
+    assert short.busy_s == pytest.approx(whole.busy_s, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
+    p=st.sampled_from([2, 3, 4]),
+    v=st.sampled_from([2, 3]),
+    m=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_long_plays_of_unlike_stages(schedule: str, p: int, v: int, m: int, seed: int) -> None:
+    """Within half a percent, never below the chain of the slowest rank; live chunks exactly."""
+    if schedule == "interleaved":
+        m = -(-m // p) * p
+    v = v if schedule == "interleaved" else 1
+    random = np.random.default_rng(seed).uniform(1.0, 1.3, size=(2, p * v))
+
+    def duration(action: Action) -> float:
+        return float(random[0 if action[0] == "F" else 1, action[1]])
+
+    whole = play(orders(schedule, p, v, m), duration, 0.0).makespan_s
+    assert slowest_chain_s(schedule, p, v, m, duration, 0.0) <= whole * (1 + 1e-12)
+    assert play_long(schedule, p, v, m, duration, 0.0).makespan_s == pytest.approx(whole, rel=5e-3)
+    for rank in range(p):
+        assert live_chunks(schedule, p, v, m, rank) == in_flight(orders(schedule, p, v, m)[rank])

@@ -13,10 +13,10 @@ from forerun.costmodel.curves import affine_time
 from forerun.plan import Plan
 
 
-def _with(plan: Plan, *, profile: Profile | None = None, **mesh: int) -> Plan:
+def _with(plan: Plan, mesh: Mesh, profile: Profile | None = None) -> Plan:
     cluster = msgspec.structs.replace(plan.cluster, profile=profile or plan.cluster.profile)
-    phase = msgspec.structs.replace(plan.phase, mesh=Mesh(**mesh))
-    if "tp" in mesh:
+    phase = msgspec.structs.replace(plan.phase, mesh=mesh)
+    if mesh.tp > 1:
         phase = msgspec.structs.replace(phase, num_microbatches=2)
     return msgspec.structs.replace(plan, cluster=cluster, phases=(phase,))
 
@@ -26,17 +26,17 @@ def test_noisy_points_give_a_line_that_never_falls() -> None:
     assert 0 <= line[0] <= line[1] <= line[2]
 
 
-@pytest.mark.parametrize("mesh", [{"dp_replicate": 2}, {"tp": 2}], ids=["ddp", "tp"])
-def test_each_meeting_costs_its_wait(plan_file: PlanFile, mesh: dict[str, int]) -> None:
+@pytest.mark.parametrize("mesh", [Mesh(dp_replicate=2), Mesh(tp=2)], ids=["ddp", "tp"])
+def test_each_meeting_costs_its_wait(plan_file: PlanFile, mesh: Mesh) -> None:
     """DDP meets once a step; tp 4 times per layer, once in the embedding, 4 times in the head."""
     base = plan_file.plan.cluster.profile
     assert base is not None
     wait_s = 1e-3
     curve = WaitCurve(group=2, compute_s=(1e-3, 1e-2), seconds=(wait_s, wait_s))
     waiting = msgspec.structs.replace(base, waits=(curve,))
-    without = estimate(_with(plan_file.plan, **mesh))
-    with_waits = estimate(_with(plan_file.plan, profile=waiting, **mesh))
-    axis = "exposed.dp" if "dp_replicate" in mesh else "exposed.tp"
+    without = estimate(_with(plan_file.plan, mesh))
+    with_waits = estimate(_with(plan_file.plan, mesh, waiting))
+    axis = "exposed.tp" if mesh.tp > 1 else "exposed.dp"
     meetings = 1 if axis == "exposed.dp" else 2 * (4 * 2 + 1 + 4)
     more = with_waits.time_terms_s[axis] - without.time_terms_s[axis]
     assert more == pytest.approx(meetings * wait_s, rel=1e-6)
@@ -47,7 +47,7 @@ def test_a_split_sequence_is_copied_around_its_collectives(plan_file: PlanFile) 
     """Only where the stack is batch-major and there is more than one sequence."""
 
     def forward_s(copies: bool, micro_batch_seqs: int) -> float:
-        plan = _with(plan_file.plan, tp=2)
+        plan = _with(plan_file.plan, Mesh(tp=2))
         pool = plan.cluster.pools[0]
         stack = msgspec.structs.replace(pool.stack, sequence_copies=copies)
         pools = (msgspec.structs.replace(pool, stack=stack),)

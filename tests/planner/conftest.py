@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from forerun.cluster import Cluster, Device, Link, Pool, Stack
 from forerun.costmodel.layout import Layouts
+from forerun.costmodel.options import Options
 from forerun.estimate import Estimate, Interval
 from forerun.model import Layer, Model
 from forerun.plan import RECOMPUTE_MODES, Plan
@@ -73,9 +74,10 @@ class RandomCost:
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        *, compute: str, recompute: str,
+        options: Options,
     ) -> RandomBounds:  # fmt: skip
         """Times and peaks, lowered at random."""
+        recompute = options.recompute
         time_s, memory_bytes = self.exact(layouts, recompute)
         return RandomBounds(
             time_s * (1 - self.slack * self.draw(layouts, recompute, 3)),

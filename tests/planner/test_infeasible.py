@@ -31,9 +31,9 @@ class ShareCost:
         return GIB * (self.model_gib / shards + activations + in_flight)
 
     def bound_layouts(
-        self, model: Any, cluster: Any, workload: Any, layouts: Any, *, compute: str, recompute: str
+        self, model: Any, cluster: Any, workload: Any, layouts: Any, options: Any
     ) -> Any:
-        time_s, _ = self.random.exact(layouts, recompute)
+        time_s, _ = self.random.exact(layouts, options.recompute)
         peak_bytes = self.peak_bytes(layouts, workload.seq_tokens)
         return Bounds(time_s, peak_bytes, self.capacity_gib * GIB)
 

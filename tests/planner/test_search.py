@@ -19,13 +19,13 @@ from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
 from forerun.plan import (
-    RECOMPUTE_MODES,
     SCHEDULES,
     Phase,
     Plan,
     even_stages,
 )
 from forerun.planner import Pins, search, why
+from forerun.planner.space import SEARCHED_MODES
 from forerun.workload import Workload
 
 
@@ -79,7 +79,7 @@ def join(plans: list[Plan]) -> Layouts:
 def brute_force(cost: Any, layouts: Layouts, objective: str) -> float | None:
     """The best value over all layouts and recompute modes that fit."""
     best: list[float] = []
-    for recompute in RECOMPUTE_MODES:
+    for recompute in SEARCHED_MODES:
         time_s, memory_bytes = cost.exact(layouts, recompute)
         value = memory_bytes if objective == "memory" else time_s
         best += [float(v) for v in value[memory_bytes <= cost.capacity_bytes]]
@@ -190,7 +190,7 @@ def test_why_names_the_layout_that_memory_ruled_out(random_cost, cluster_of, mod
 PIN_VALUES: dict[str, list[Any]] = {
     "tp": [1, 2, 4], "sp": [False, True], "pp": [1, 2, 4], "vpp": [1, 2],
     "schedule": list(SCHEDULES), "dp": [1, 2, 4, 8], "dp_shard": [1, 2, 4], "zero": [0, 1, 2, 3],
-    "micro_batch": [1, 2, 4], "recompute": list(RECOMPUTE_MODES), "precision": ["fp32", "bf16"],
+    "micro_batch": [1, 2, 4], "recompute": list(SEARCHED_MODES), "precision": ["fp32", "bf16"],
 }  # fmt: skip
 PINS = st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in PIN_VALUES.items()})
 

@@ -132,11 +132,18 @@ def test_wrong_fields_are_named(change: dict[str, object], field: str, problem: 
     assert problem in one_line(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["name", "hidden", "vocab", "layers"])
+@pytest.mark.parametrize("missing", ["name", "hidden", "layers"])
 def test_missing_fields_are_named(missing: str) -> None:
     raw = document.to_raw(MODEL)
     del raw[missing]
     with pytest.raises(InputError, match=f"missing required field `{missing}`"):
+        document.from_raw(Model, raw, "m.json")
+
+
+def test_an_lm_head_needs_a_vocabulary() -> None:
+    raw = document.to_raw(MODEL)
+    del raw["vocab"]
+    with pytest.raises(InputError, match=r"vocab.*needs 1 or more"):
         document.from_raw(Model, raw, "m.json")
 
 

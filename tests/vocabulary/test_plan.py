@@ -108,8 +108,8 @@ def test_a_sound_plan_passes_and_reads_back(tmp_path: Path) -> None:
             "^recompute=some",
         ),
         (
-            {"settings": (Setting(layers=(0, 7), techniques=techniques("fp8", "none")),)},
-            "^precision=fp8",
+            {"settings": (Setting(layers=(0, 7), techniques=techniques("fp12", "none")),)},
+            "^precision=fp12",
         ),
     ],
 )
@@ -170,7 +170,7 @@ def test_no_problem_means_everything_divides(
     divides = model.vocab % mesh.tp == 0 and all(
         size % mesh.tp == 0
         for layer in model.layers
-        for size in (layer.heads, layer.kv_heads, layer.ffn_hidden)
+        for size in (layer.heads, layer.kv_heads, *layer.mlp_widths)
     )
     if not found:
         assert divides

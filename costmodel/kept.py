@@ -1,0 +1,85 @@
+"""What a software stack keeps otherwise than the ledger of our executors, which `liveness` counts.
+
+    norms       composed in fp32 they keep copies of their input, fused ones the input alone; a
+                layer has two
+    sequence    under sequence parallelism the input of a layer's two groups of column-parallel
+                matmuls is gathered; a stack may keep its own part alone and gather it again
+    logits      upcast, kept and differentiated at once, or in chunks
+    offload     a fraction of what layers keep lies on the host until their backward comes near
+
+All in bytes of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..cluster import DTYPE_BYTES, Stack
+from .graph import Array
+from .layout import Layouts
+from .liveness import Liveness
+from .options import Options
+from .pieces import Piece, Pieces
+
+NORMS = 2
+"""Of one layer; as many as it has entries into column-parallel matmuls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The live bytes of every piece as the stack has them; the layers in the model's order."""
+
+    embedding: Liveness
+    layers: tuple[Liveness, ...]
+    head: Liveness
+    loss_peak: Array | None
+    """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
+    sequence_buffers: Array
+    """Allocated for the collectives of sequence parallelism throughout the step."""
+
+    @staticmethod
+    def of(costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> Kept:
+        """The adjusted ledger."""
+        peak = None
+        if stack.logit_bytes is not None:
+            # the ledger's share of the loss is the log-softmax, 4 bytes per logit
+            peak = costs.head.live.loss / DTYPE_BYTES["fp32"] * stack.logit_bytes
+        return Kept(
+            embedding=costs.embedding.live,
+            layers=tuple(_layer(piece, layouts, options, stack) for piece in costs.layers),
+            head=costs.head.live,
+            loss_peak=peak,
+            sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
+        )
+
+
+def _whole_sequence(piece: Piece, layouts: Layouts) -> Array:
+    """A layer's input with the sequence gathered over tp; zero where it is not split."""
+    split = (layouts.sequence_parallel > 0) & (layouts.tp > 1)
+    return np.where(split, layouts.tp * piece.boundary_bytes, 0.0)
+
+
+def _layer(piece: Piece, layouts: Layouts, options: Options, stack: Stack) -> Liveness:
+    """One layer; what full recompute drops is there during its own backward alone."""
+    width = DTYPE_BYTES[options.tensor_dtype]
+    norms = np.zeros(1)
+    if stack.norm_input_bytes is not None and options.activations is None:
+        norms = NORMS * (stack.norm_input_bytes - width) / width * piece.boundary_bytes
+    whole = np.zeros(1)
+    if stack.regathers_sequence:
+        gathered = _whole_sequence(piece, layouts)
+        whole = np.maximum(gathered - piece.boundary_bytes, 0.0)
+    live = piece.live
+    saved = live.saved
+    if options.recompute in ("none", "selective"):
+        saved = (saved + norms - NORMS * whole) * stack.activation_multiplier
+    grown = norms - whole  # one of the gathered inputs is back while its matmuls run
+    return replace(
+        live,
+        saved=saved * (1.0 - options.offload),
+        forward_peak=live.forward_peak + grown,
+        backward_peak=np.maximum(live.backward_peak + grown, saved),
+        backward_peak_fresh=np.maximum(live.backward_peak_fresh + grown, saved),
+    )

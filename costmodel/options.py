@@ -1,0 +1,70 @@
+"""What a phase does besides its layout: the technique settings that change costs, as one value.
+
+A layout is arrays (`Layouts`); an `Options` is what all layouts of one array share. Graphs are
+rewritten once per `Options`, never per layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..cluster import Stack
+from ..plan import Phase
+from ..workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Settings that rewrite the graph or choose its prices."""
+
+    compute: str
+    """Dtype of the matmuls: fp32, fp16, bf16, fp8, mxfp8, nvfp4."""
+    recipe: str = "tensorwise"
+    """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
+    recompute: str = "none"
+    """none, selective (attention core), full, per_op (every second matmul, as torchtitan)."""
+    attention: str = "flash"
+    """flash, or unfused (scores in memory)."""
+    cp_kind: str = "zigzag"
+    """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
+    ulysses."""
+    activations: str | None = None
+    """Storage dtype of saved activations where it differs from compute (coat: fp8)."""
+    lora_rank: int | None = None
+    """Rank of adapters on all linear layers; None = every weight trains."""
+    base_dtype: str | None = None
+    """Storage of frozen weights (nf4); None = 16-bit."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit, adamw_fp8, sgd."""
+    offload: float = 0.0
+    """Fraction of saved activations kept on the host."""
+    runtime: str = "eager"
+    """eager, compiled, graphs: how the host launches operators."""
+
+    @staticmethod
+    def of(phase: Phase, workload: Workload | None = None) -> Options:
+        """The options of a phase."""
+        precision = phase.technique("precision")
+        lora = phase.technique("lora")
+        return Options(
+            compute=phase.compute_dtype,
+            recipe=str(precision.get("recipe", "tensorwise")),
+            recompute=phase.recompute,
+            attention=str(phase.technique("attention").get("kernel", "flash")),
+            cp_kind=str(phase.technique("context-parallel").get("kind", "zigzag")),
+            activations=precision.get("activations"),
+            lora_rank=lora.get("rank"),
+            base_dtype=lora.get("base"),
+            optimizer=workload.optimizer if workload is not None else "adamw",
+            offload=float(phase.technique("offload").get("activations", 0.0)),
+            runtime=str(phase.technique("runtime").get("mode", "eager")),
+        )
+
+    def gathers_low(self, stack: Stack) -> bool:
+        """Whether gathers of what matmuls read move fp8: one scale per tensor, stack willing."""
+        return stack.low_precision_gather and self.compute == "fp8" and self.recipe == "tensorwise"
+
+    @property
+    def tensor_dtype(self) -> str:
+        """Dtype of the tensors between matmuls: 16-bit where matmuls are below that."""
+        return self.compute if self.compute in ("fp32", "fp16", "bf16") else "bf16"

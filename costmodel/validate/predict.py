@@ -1,0 +1,228 @@
+"""Prices the plans of a case and settles on one: the fastest that fits, where cells were empty.
+
+Building cases and pricing them are apart, so that a fit can price the same cases many times with
+other constants of a software stack (`evaluate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import msgspec
+
+from ...cluster import Stack
+from ...document import to_json
+from ...errors import ForerunError, InputError
+from ...estimate import Estimate, Interval
+from ...plan import Plan
+from ..simulate import estimate
+from .build import Candidate, Case, PublishedPlan, unread
+from .conventions import memory_unit_bytes, to_seconds, work
+from .table import Unread
+
+LIKELY = 0.5
+"""Least probability of fitting in memory for a searched cell."""
+LARGEST_PLAY = 2_000_000
+"""Actions of one simulation: beyond it a row is refused rather than played for minutes."""
+Overrides = Mapping[str, Mapping[str, Any]]
+"""Stack name -> constant -> value; `gemm_efficiency.bf16` names one entry of a table."""
+MISTAKES = (ArithmeticError, LookupError, ValueError, TypeError)
+"""What a mistake in the cost model raises: it must not stop the other rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """The predicted step and memory of the plan that a case settled on."""
+
+    candidate: Candidate
+    step_s: Interval
+    peak_memory_bytes: Interval
+    fit_probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A case with its prediction."""
+
+    case: Case
+    prediction: Prediction
+
+
+def predict(plan: Plan) -> Estimate:
+    """The estimate of a published plan: the one way from here into the simulator."""
+    phase = plan.phase
+    actions = 2 * phase.num_microbatches * phase.mesh.num_stages
+    if actions > LARGEST_PLAY:
+        raise InputError("num_microbatches", phase.num_microbatches,
+                         f"{actions} pipeline actions are too many to play",
+                         "check batch, micro-batch and dp")  # fmt: skip
+    return estimate(plan)
+
+
+def price(candidate: Candidate, predicted: Callable[[Plan], Estimate] = predict) -> Prediction:
+    """One plan's prediction; a last micro-batch that is there in part costs that part.
+
+    The step is linear in the number of micro-batches, so it lies on the line through the plan with
+    the number rounded up and one with fewer (or, where there is none, more) of them.
+    """
+    found = predicted(candidate.plan)
+    phase, step = candidate.plan.phase, found.step_s
+    missing = phase.num_microbatches - candidate.micro_batches
+    if missing > 0:
+        # An interleaved schedule runs whole rounds of pp micro-batches.
+        stride = phase.mesh.pp if phase.mesh.vpp > 1 else 1
+        fewer = stride if phase.num_microbatches > stride else -stride
+        other = predicted(_with_microbatches(candidate.plan, phase.num_microbatches - fewer))
+        slope_s = (step.median - other.step_s.median) / fewer
+        step = _scaled(step, 1.0 - missing * slope_s / step.median)
+    return Prediction(
+        candidate=candidate,
+        step_s=step,
+        peak_memory_bytes=found.peak_memory_bytes,
+        fit_probability=found.fit_probability,
+    )
+
+
+def _with_microbatches(plan: PublishedPlan, number: int) -> PublishedPlan:
+    phase = msgspec.structs.replace(plan.phase, num_microbatches=number)
+    return msgspec.structs.replace(plan, phases=(phase,))
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    return Interval(
+        median=interval.median * factor, low=interval.low * factor, high=interval.high * factor
+    )
+
+
+def settle(case: Case, predicted: Callable[[Plan], Estimate] = predict) -> Prediction:
+    """The prediction of the case's fastest plan that fits; of the leanest when none does.
+
+    Fastest means least time per sequence, since the batch itself may be open. A ladder of
+    recomputation is climbed only until a plan fits: more recomputation is never faster.
+    """
+    priced: list[Prediction] = []
+    refused: Exception | None = None
+    for ladder in case.ladders:
+        for candidate in ladder:
+            try:
+                prediction = price(candidate, predicted)
+            except InputError as error:
+                refused = error
+                continue
+            priced.append(prediction)
+            if prediction.fit_probability >= LIKELY:
+                break
+    if not priced:
+        assert refused is not None
+        raise refused
+    fitting = [p for p in priced if p.fit_probability >= LIKELY]
+    if fitting:
+        return min(fitting, key=_seconds_per_sequence)
+    return min(priced, key=lambda p: p.peak_memory_bytes.median)
+
+
+def _seconds_per_sequence(prediction: Prediction) -> float:
+    return prediction.step_s.median / prediction.candidate.plan.workload.global_batch_seqs
+
+
+class _Memory:
+    """Estimates by plan: rows of one run differ in metric alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Estimate] = {}
+
+    def __call__(self, plan: Plan) -> Estimate:
+        key = to_json(plan, indent=0)
+        if key not in self._known:
+            self._known[key] = predict(plan)
+        return self._known[key]
+
+
+def outcomes(cases: Sequence[Case | Unread]) -> tuple[Outcome | Unread, ...]:
+    """Every case predicted; an `Unread` with the reason where the cost model refuses."""
+    memory = _Memory()
+    result: list[Outcome | Unread] = []
+    for case in cases:
+        if isinstance(case, Unread):
+            result.append(case)
+            continue
+        try:
+            prediction = settle(case, memory)
+        except (ForerunError, *MISTAKES) as error:
+            result.append(unread(case.row, error))
+        else:
+            result.append(Outcome(case=case, prediction=prediction))
+    return tuple(result)
+
+
+def settled(found: Sequence[Outcome | Unread]) -> tuple[Case, ...]:
+    """The predicted cases, each with the one plan that it settled on: what a fit prices again."""
+    return tuple(
+        replace(outcome.case, ladders=((outcome.prediction.candidate,),))
+        for outcome in found
+        if isinstance(outcome, Outcome)
+    )
+
+
+def error_of(case: Case, prediction: Prediction) -> float:
+    """Signed relative error: predicted / measured - 1, of the step time or of the peak memory."""
+    row, plan = case.row, prediction.candidate.plan
+    if not row.is_time:
+        return prediction.peak_memory_bytes.median / (row.value * memory_unit_bytes(row)) - 1.0
+    device = plan.cluster.pools[0].device
+    rate_work = work(row, case.model, device, plan.workload.global_batch_seqs)
+    return prediction.step_s.median / to_seconds(row, row.value, rate_work) - 1.0
+
+
+def evaluate(cases: Sequence[Case], overrides: Overrides | None = None) -> list[float]:
+    """Signed errors of cases priced with changed stack constants, in their order.
+
+    >>> evaluate([], {"megatron-h100": {"gemm_efficiency.bf16": 0.7}})
+    []
+    """
+    errors: list[float] = []
+    for case in cases:
+        changed = with_overrides(case, overrides or {})
+        errors.append(error_of(changed, settle(changed)))
+    return errors
+
+
+def with_overrides(case: Case, overrides: Overrides) -> Case:
+    """The case with the named constants of its stacks replaced."""
+    return replace(
+        case,
+        ladders=tuple(
+            tuple(replace(c, plan=_overridden(c.plan, overrides)) for c in ladder)
+            for ladder in case.ladders
+        ),
+    )
+
+
+def _overridden(plan: PublishedPlan, overrides: Overrides) -> PublishedPlan:
+    pools = plan.cluster.pools
+    if not any(pool.stack.name in overrides for pool in pools):
+        return plan
+    pools = tuple(
+        msgspec.structs.replace(
+            pool, stack=_changed(pool.stack, overrides.get(pool.stack.name, {}))
+        )
+        for pool in pools
+    )
+    cluster = msgspec.structs.replace(plan.cluster, pools=pools)
+    return msgspec.structs.replace(plan, cluster=cluster)
+
+
+def _changed(stack: Stack, values: Mapping[str, Any]) -> Stack:
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        field, dot, entry = name.partition(".")
+        if field not in stack.__struct_fields__:
+            raise InputError("overrides", name, f"{stack.name} has no such constant",
+                             f"known: {', '.join(stack.__struct_fields__)}")  # fmt: skip
+        if dot:
+            table = cast("dict[str, Any]", changes.get(field) or getattr(stack, field))
+            value = {**table, entry: value}
+        changes[field] = value
+    return msgspec.structs.replace(stack, **changes)

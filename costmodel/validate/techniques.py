@@ -1,0 +1,127 @@
+"""The techniques of a row, in the form `Setting.techniques` holds, and its optimiser."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ...errors import InputError, unknown_name
+from ...model import Model
+from ...workload import Optimizer
+from .table import Row
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"compute": "fp32"},
+    "fp16": {"compute": "fp16"},
+    "bf16": {"compute": "bf16"},
+    "fp8": {"compute": "fp8"},
+    "mxfp8": {"compute": "mxfp8"},
+    "nvfp4": {"compute": "nvfp4"},
+    "fp8_coat": {"compute": "fp8", "recipe": "coat", "activations": "fp8"},
+    "bf16+nf4": {"compute": "bf16"},
+    "bf16+nf4-dq": {"compute": "bf16"},
+}
+OPTIMIZERS: dict[str, Optimizer] = {
+    "": "adamw", "adam": "adamw", "adamw": "adamw", "adamw8bit": "adamw8bit",
+    "adamw_fp8": "adamw_fp8", "adamw_fp8_states": "adamw_fp8", "sgd": "sgd",
+}  # fmt: skip
+LORA_RANK = 16
+"""Of adapters whose rank is not stated: assumed."""
+UNFUSED_KERNELS = ("unfused", "none(pytorch)")
+
+
+def optimizer_of(row: Row) -> Optimizer:
+    """The optimiser of a row; AdamW where the cell is empty."""
+    if row.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer", row.optimizer, filter(None, OPTIMIZERS))
+    return OPTIMIZERS[row.optimizer]
+
+
+def techniques_of(row: Row, model: Model, recompute: str) -> dict[str, dict[str, Any]]:
+    """Every technique that a row uses, with this mode of recomputation."""
+    chosen: dict[str, dict[str, Any]] = {"precision": _precision(row)}
+    if recompute != "none":
+        chosen["recompute"] = {"mode": recompute}
+    if row.attention_kernel in UNFUSED_KERNELS:
+        chosen["attention"] = {"kernel": "unfused"}
+    lora = _lora(row, model)
+    if lora:
+        chosen["lora"] = lora
+    kind = _cp_kind(row)
+    if kind:
+        chosen["context-parallel"] = {"kind": kind}
+    runtime = _runtime(row)
+    if runtime:
+        chosen["runtime"] = {"mode": runtime}
+    offload = _offload(row, model)
+    if offload:
+        chosen["offload"] = {"activations": offload}
+    return chosen
+
+
+def is_per_op(row: Row) -> bool:
+    """Whether selective recomputation means every second matmul, as in torchtitan."""
+    return row.says("selective per-op")
+
+
+def _precision(row: Row) -> dict[str, Any]:
+    if row.precision not in PRECISIONS:
+        if not row.precision:
+            return dict(PRECISIONS["bf16"])
+        raise unknown_name("precision", row.precision, PRECISIONS)
+    chosen = dict(PRECISIONS[row.precision])
+    if row.says("rowwise") and chosen["compute"] == "fp8":
+        chosen["recipe"] = "rowwise"
+    return chosen
+
+
+def _lora(row: Row, model: Model) -> dict[str, Any]:
+    """Adapters on every linear layer, of the stated rank or with the stated parameters."""
+    if row.note("task") not in ("lora", "qlora"):
+        return {}
+    chosen: dict[str, Any] = {"rank": _rank(row, model)}
+    if "nf4" in row.precision or row.note("task") == "qlora":
+        chosen["base"] = "nf4"
+    return chosen
+
+
+def _rank(row: Row, model: Model) -> int:
+    rank, trainable = row.note("lora_rank"), row.note("trainable_params")
+    for name, text in (("lora_rank", rank), ("trainable_params", trainable)):
+        if text is not None and not re.fullmatch(r"[1-9]\d{0,11}", text):
+            raise InputError(name, text, "not a positive whole number", "correct the note")
+    if rank is not None:
+        return int(rank)
+    if trainable is None:
+        return LORA_RANK
+    per_rank = 0
+    for layer in model.layers:
+        width = layer.heads * layer.head_dim
+        kv_width = layer.kv_heads * layer.head_dim
+        matrices = 3 if layer.mlp == "swiglu" else 2
+        attention = 2 * (model.hidden + width) + 2 * (model.hidden + kv_width)
+        per_rank += layer.repeat * (attention + matrices * (model.hidden + layer.ffn_hidden))
+    return max(1, round(int(trainable) / per_rank))
+
+
+def _cp_kind(row: Row) -> str | None:
+    """How cp cuts the sequence where the notes say so; zigzag otherwise."""
+    if (row.cp or 1) == 1:
+        return None
+    return "ulysses" if row.says("ulysses") else "ring" if row.says("ring CP") else None
+
+
+def _runtime(row: Row) -> str | None:
+    if row.says("cuda graph"):
+        return "graphs"
+    return "compiled" if row.says("torch.compile") else None
+
+
+def _offload(row: Row, model: Model) -> float | None:
+    """The fraction of saved activations kept on the host."""
+    if row.offload in ("", "none"):
+        return None
+    if row.offload != "activations":
+        raise InputError("offload", row.offload, "not modelled", "use none or activations")
+    layers = re.search(r"offloads activations of (\d+) layers", row.notes)
+    return 1.0 if layers is None else min(1.0, int(layers[1]) / model.num_layers)

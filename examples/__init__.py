@@ -1,0 +1,1 @@
+"""Modules of one's own to plan and run: `forerun plan --model examples.mixer:build ...`."""

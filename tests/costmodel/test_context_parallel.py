@@ -1,0 +1,181 @@
+"""Context parallelism: the attention core's work, what is sent, and what of it is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forerun.catalogs import load_cluster, load_model
+from forerun.cluster import Cluster
+from forerun.costmodel import Layouts, bound_layouts, estimate
+from forerun.costmodel.graph import volume
+from forerun.costmodel.liveness import liveness
+from forerun.costmodel.operators import KINDS
+from forerun.costmodel.options import Options
+from forerun.costmodel.pieces import HIDDEN_SHARE, pieces
+from forerun.costmodel.prices import Prices
+from forerun.errors import InputError
+from forerun.mesh import Mesh
+from forerun.plan import Plan, Setting, layout_problems
+
+from .graphs import layer_graph, layouts_of, moved, num_bytes
+
+MakePlan = Callable[..., Plan]
+
+SEQ, MODEL = 8192, "llama-3.1-8b"
+
+
+def _core_work(cp_kind: str = "zigzag", **degrees: int) -> float:
+    graph, sizes = layer_graph(MODEL, SEQ, cp_kind=cp_kind, **degrees)
+    op = next(op for op in graph.operators if op.kind == "attention")
+    return float(KINDS["attention"].work([volume(axes, sizes) for axes in op.price_axes])[0])
+
+
+def test_one_rank_is_priced_by_heads_sequence_and_head_size() -> None:
+    graph, sizes = layer_graph(MODEL, SEQ, tp=2, micro_batch_seqs=3)
+    op = next(op for op in graph.operators if op.kind == "attention")
+    shape = [float(volume(axes, sizes)[0]) for axes in op.price_axes]
+    assert shape == [3 * 32 / 2, SEQ, 128]
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_balanced_ranks_share_the_causal_square(cp: int) -> None:
+    assert _core_work(cp=cp) == _core_work() / cp
+    assert _core_work("ulysses", cp=cp, ulysses=cp) == _core_work() / cp
+    assert _core_work(cp=cp, ulysses=2) == _core_work() / cp
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_contiguous_blocks_leave_the_last_rank_the_most(cp: int) -> None:
+    """2 - 1/cp times the balanced share: its own block, and a full square with all others."""
+    assert _core_work("ring", cp=cp) == pytest.approx((2 - 1 / cp) * _core_work(cp=cp))
+    assert _core_work("ring") == _core_work()
+
+
+def test_bytes_sent_by_ulysses() -> None:
+    """7/8 of Q, K, V and O of 1,024 local tokens: 18,350,080 per layer and direction."""
+    graph, sizes = layer_graph(MODEL, SEQ, cp=8, ulysses=8, cp_kind="ulysses")
+    for direction in ("forward", "backward"):
+        exchanged = moved(graph, "ulysses", direction)
+        assert [c.kind for c in exchanged] == ["all_to_all"] * 4
+        assert num_bytes(exchanged, sizes) * 7 / 8 == 18_350_080
+
+
+def test_ulysses_repeats_keys_and_values_where_heads_are_few() -> None:
+    graph, sizes = layer_graph(MODEL, SEQ, cp=16, ulysses=16)
+    sent = num_bytes(moved(graph, "ulysses"), sizes)
+    assert sent == (SEQ / 16) * 128 * 2 * (2 * 32 + 2 * 16)
+
+
+def test_bytes_sent_around_the_ring() -> None:
+    """Seven eighths of K and V of the whole sequence: 29,360,128 per layer, forward."""
+    graph, sizes = layer_graph(MODEL, SEQ, cp=8)
+    assert num_bytes(moved(graph, "ring"), sizes) * 7 / 8 == 29_360_128
+    back = moved(graph, "ring", "backward")
+    assert [c.kind for c in back] == ["all_gather", "reduce_scatter"]
+    assert num_bytes(back, sizes) == 2 * num_bytes(moved(graph, "ring"), sizes)
+
+
+def test_saved_activations_shrink_with_cp() -> None:
+    whole = float(liveness(*layer_graph(MODEL, SEQ)).saved[0])
+    assert float(liveness(*layer_graph(MODEL, SEQ, cp=8)).saved[0]) == whole / 8
+    # ulysses keeps the core's output twice: in its own layout and as the projection's input
+    twice = whole + SEQ * 4096 * 2
+    assert float(liveness(*layer_graph(MODEL, SEQ, cp=8, ulysses=8)).saved[0]) == twice / 8
+
+
+def _slowed(cluster: Cluster, factor: float) -> Cluster:
+    pool = cluster.pools[0]
+    link = msgspec.structs.replace(
+        pool.intra_node, bytes_per_s=pool.intra_node.bytes_per_s / factor
+    )
+    return msgspec.structs.replace(cluster, pools=(msgspec.structs.replace(pool, intra_node=link),))
+
+
+def _exposed(slower: float) -> tuple[float, float, float]:
+    """Exposed time of one layer's forward, its ring's time, and its core's time."""
+    model, cluster = load_model(MODEL), _slowed(load_cluster("8xH100"), slower)
+    prices, layouts = Prices(cluster.pools[0], None), layouts_of(cp=8)
+    options = Options(compute="bf16")
+    piece = pieces(model, layouts, SEQ, prices, options).layers[0]
+    graph, sizes = layer_graph(model, SEQ, cp=8)
+    core = next(op for op in graph.operators if op.kind == "attention")
+    core_s = prices.operator("attention", [volume(a, sizes) for a in core.price_axes], "bf16")[0]
+    (kv,) = moved(graph, "ring")
+    ranks, one = np.array([8.0]), np.ones(1)
+    ring_s = prices.collective(kv.kind, kv.buffer.num_bytes(sizes), ranks, one, one)
+    return float(piece.comm_forward_s["cp"][0]), float(ring_s[0]), float(core_s[0])
+
+
+def test_the_ring_hides_behind_a_part_of_the_core() -> None:
+    exposed, ring_s, core_s = _exposed(slower=100)
+    assert exposed == pytest.approx(ring_s - HIDDEN_SHARE * core_s) and exposed > 0
+    exposed, ring_s, core_s = _exposed(slower=0.001)
+    assert ring_s > 0 and (exposed == 0) == (ring_s <= HIDDEN_SHARE * core_s)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields"),
+    [
+        (Mesh(cp=8), []),
+        (Mesh(cp=8, ulysses=8), []),
+        (Mesh(cp=16, ulysses=16), []),  # eight key-value heads, each twice
+        (Mesh(cp=12, ulysses=12), ["cp", "ulysses", "ulysses"]),
+        (Mesh(cp=16, ulysses=8, tp=8), ["ulysses"]),  # 64 ranks want a head, there are 32
+    ],
+)
+def test_layout_rules(mesh: Mesh, fields: list[str]) -> None:
+    problems = layout_problems(
+        load_model(MODEL), mesh, seq_tokens=SEQ, zero=0, sequence_parallel=False,
+        schedule="1f1b", num_microbatches=1,
+    )  # fmt: skip
+    assert [problem.field for problem in problems] == fields
+
+
+def _with_kind(plan: Plan, kind: str) -> Plan:
+    phase, setting = plan.phase, plan.phase.settings[0]
+    named = {**setting.techniques, "context-parallel": {"kind": kind}}
+    settings = (Setting(layers=setting.layers, techniques=named),)
+    return msgspec.structs.replace(
+        plan, phases=(msgspec.structs.replace(phase, settings=settings),)
+    )
+
+
+def test_kinds_are_checked_and_change_the_time(make_plan: MakePlan) -> None:
+    plan = make_plan(cp=8, seq_tokens=65536, global_batch_seqs=1)
+    balanced, blocks = estimate(plan), estimate(_with_kind(plan, "ring"))
+    assert balanced.step_s.median < blocks.step_s.median
+    with pytest.raises(InputError, match=r"^cp-kind=spiral"):
+        estimate(_with_kind(plan, "spiral"))
+    with pytest.raises(InputError, match=r"^cp-kind=ulysses"):
+        estimate(_with_kind(plan, "ulysses"))
+    exchanged = make_plan(cp=8, ulysses=8, seq_tokens=65536, global_batch_seqs=1)
+    result = estimate(_with_kind(exchanged, "ulysses"))
+    assert "all_to_all@cp" in result.bytes_on_wire and "all_gather@cp" not in result.bytes_on_wire
+    assert result.time_terms_s["exposed.cp"] > 0
+
+
+@given(
+    cp=st.sampled_from([1, 2, 4]), ulysses=st.sampled_from([1, 2, 4]), tp=st.sampled_from([1, 2]),
+    zero=st.sampled_from([0, 3]), kind=st.sampled_from(["zigzag", "ring"]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=20)
+def test_bound_never_exceeds_the_simulator(
+    make_plan: MakePlan, cp: int, ulysses: int, tp: int, zero: int, kind: str
+) -> None:
+    dp = 8 // (cp * tp)
+    plan = make_plan(
+        seq_tokens=SEQ, global_batch_seqs=8, cp=cp, ulysses=min(ulysses, cp), tp=tp, zero=zero,
+        dp_replicate=1 if zero else dp, dp_shard=dp if zero else 1,
+    )  # fmt: skip
+    plan = _with_kind(plan, kind)
+    result = estimate(plan)
+    options = Options.of(plan.phase, plan.workload)
+    bound = bound_layouts(plan.model, plan.cluster, plan.workload, Layouts.of(plan.phase), options)
+    assert bound.time_s[0] <= result.step_s.median * (1 + 1e-9)
+    assert bound.memory_bytes[0] <= result.peak_memory_bytes.median * (1 + 1e-9)

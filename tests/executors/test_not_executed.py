@@ -1,0 +1,48 @@
+"""Technique settings that the cost model knows and the executor does not: refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from forerun.catalogs import load_cluster
+from forerun.errors import InputError
+from forerun.executors.build import build
+from forerun.mesh import Mesh
+from forerun.model import Layer, Model
+from forerun.plan import Phase, Plan, Setting, even_stages
+from forerun.workload import Workload
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.mark.parametrize(
+    ("field", "techniques"),
+    [
+        ("recompute", {"precision": {"compute": "fp32"}, "recompute": {"mode": "per_op"}}),
+        ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}),
+        ("precision.recipe", {"precision": {"compute": "bf16", "recipe": "rowwise"}}),
+        ("precision", {"precision": {"compute": "fp8"}}),
+        ("settings.techniques", {"lora": {"rank": 8}}),
+    ],
+)
+def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
+    layer = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
+    cluster = load_cluster("1xcpu")
+    phase = Phase(
+        steps=1, seq_tokens=8, micro_batch_seqs=2, num_microbatches=2, mesh=Mesh(),
+        stages=even_stages(2, 1, cluster.pools[0].name),
+        settings=(Setting(layers=(0, 1), techniques=techniques),),
+    )  # fmt: skip
+    plan = Plan(
+        model=Model(name="tiny", hidden=16, vocab=32, layers=(layer,)),
+        cluster=cluster,
+        workload=Workload(seq_tokens=8, global_batch_seqs=4),
+        phases=(phase,),
+    )
+    with pytest.raises(InputError) as caught:
+        build(plan, device=torch.device("cpu"))
+    assert caught.value.field == field
+    assert caught.value.remedy
