@@ -4,12 +4,13 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 
-.PHONY: help demo test test-all docs clean
+.PHONY: help demo test test-all accuracy docs clean
 
 help:
 	@echo "make demo      install, then plan, run and diff a tiny training run on this machine"
 	@echo "make test      install, then lint, type-check and test"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make accuracy  regenerate docs/accuracy.md: about 40 minutes on an idle machine"
 	@echo "make docs      regenerate docs/commands.md and the output in README.md"
 
 demo: $(STAMP)
@@ -20,6 +21,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@scripts/check -m "not gpu"
+
+accuracy: $(STAMP)
+	@$(VENV)/bin/forerun profile
+	@$(VENV)/bin/python benchmarks/bench_cpu_families.py --model tiny-1m --rounds 2 --steps 5
+	@$(VENV)/bin/python benchmarks/fit_stacks.py tests/validation/published_dev.csv --report docs/accuracy.md
 
 docs: $(STAMP)
 	@scripts/docs --demo

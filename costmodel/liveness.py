@@ -21,6 +21,7 @@ NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute", "quantize", "quanti
 """Kinds whose backward reads none of their inputs."""
 INSIDE: dict[str, tuple[Axes, float]] = {
     "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
+    "attention_unfused_eager": (("batch", "heads", "seq", "seq_whole"), 5.0),
 }
 """What kinds keep that is neither input nor output: axes, and bytes per element. Unfused attention:
 softmax and dropout in 16 bits and the mask (Korthikanti et al. 2022, arXiv 2205.05198, section

@@ -24,20 +24,25 @@ class Options:
     recompute: str = "none"
     """none, selective (attention core), full, per_op (every second matmul, as torchtitan)."""
     attention: str = "flash"
-    """flash, or unfused (scores in memory)."""
+    """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
+    normalised by one kernel), eager (by several)."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
     ulysses."""
     activations: str | None = None
     """Storage dtype of saved activations where it differs from compute (coat: fp8)."""
     lora_rank: int | None = None
-    """Rank of adapters on all linear layers; None = every weight trains."""
+    """Rank of adapters; None = every weight trains."""
+    lora_targets: str = "all"
+    """Linears of a layer that get adapters: all, qkv, qv."""
     base_dtype: str | None = None
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
     """adamw, adamw8bit, adamw_fp8, sgd."""
     offload: float = 0.0
     """Fraction of saved activations kept on the host."""
+    async_tp: bool = False
+    """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
 
@@ -54,6 +59,8 @@ class Options:
             cp_kind=str(phase.technique("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
             lora_rank=lora.get("rank"),
+            lora_targets=str(lora.get("targets", "all")),
+            async_tp=bool(phase.technique("tensor-parallel").get("async", False)),
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
             offload=float(phase.technique("offload").get("activations", 0.0)),

@@ -17,15 +17,23 @@ from numpy.typing import NDArray
 from ..model import Layer, Model
 from ..traced import TracedOperator
 from . import traced
-from .graph import Array, Axes, Collective, Graph, Operator, Sizes, volume
+from .exposed import (
+    backward_collectives,
+    copies_s,
+    exposed_s,
+    forward_collectives,
+    ranks_of,
+    wire_bytes,
+)
+from .graph import Array, Collective, Graph, Sizes, volume
 from .layers import decoder_layer, embedding, head
 from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
-from .operators import KINDS
+from .operator_times import operator_times
 from .options import Options
 from .prices import Prices
-from .techniques import apply, local_axes
+from .techniques import apply, local_axes, precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +90,14 @@ def pieces(
     if model.traced is not None:
         return _traced_pieces(model, layouts, prices, options)
     fused = prices.pool.device.kind == "gpu"
+    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sp_values = np.unique(layouts.sequence_parallel)
 
     def both(build: str, layer: Layer) -> Piece:
         sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
         variants: list[Piece] = []
         for sp in sp_values:
-            graph = _graph(build, model, layer, bool(sp), fused, options)
+            graph = _graph(build, model, layer, bool(sp), fused, options, keeps)
             variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
         if len(variants) == 1:
             return variants[0]
@@ -130,10 +139,17 @@ def _traced_pieces(model: Model, layouts: Layouts, prices: Prices, options: Opti
 
 @functools.lru_cache(maxsize=512)
 def _graph(
-    build: str, model: Model, layer: Layer, sp: bool, fused: bool, options: Options
+    build: str,
+    model: Model,
+    layer: Layer,
+    sp: bool,
+    fused: bool,
+    options: Options,
+    keeps_operands: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
-    return apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
 def _plain_graph(
@@ -157,80 +173,35 @@ def _piece(
     graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options, sp: bool
 ) -> Piece:
     zero = np.zeros(len(layouts))
-    forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
-    launches_forward = launches_backward = 0
-    beside_forward: dict[str, Array] = {}
-    beside_backward: dict[str, Array] = {}
-    again = _runs_again(graph, prices.pool.stack.recompute_stops_early)
-    for op in graph.operators:
-        if op.kind == "edge":
-            copies = _edge_copies(op, sizes, prices)
-            forward, backward = forward + copies[0], backward + copies[1]
-            if op.name in again:
-                recompute = recompute + copies[0]
-            continue
-        dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
-        shape = [volume(axes, sizes) for axes in op.price_axes]
-        seconds_forward, seconds_backward = prices.operator(op.kind, shape, dtype)
-        if dtype == "fp8" and options.recipe == "rowwise":
-            seconds_forward = seconds_forward / prices.pool.stack.rowwise_fraction
-            seconds_backward = seconds_backward / prices.pool.stack.rowwise_fraction
-        if op.kind.startswith("grouped"):
-            busiest = prices.pool.stack.expert_imbalance
-            seconds_forward, seconds_backward = (
-                seconds_forward * busiest, seconds_backward * busiest
-            )  # fmt: skip
-        forward = forward + seconds_forward
-        backward = backward + seconds_backward
-        if op.kind == "linear" and op.weights[0].trainable:
-            backward = backward + prices.operator("linear_wgrad", shape, dtype)[0]
-        launches_forward += KINDS[op.kind].launches
-        launches_backward += 2 * KINDS[op.kind].launches
-        beside_forward[op.name], beside_backward[op.name] = seconds_forward, seconds_backward
-        if op.name in again:
-            beside_backward[op.name] = seconds_backward + seconds_forward
-            recompute = recompute + seconds_forward
-            launches_backward += KINDS[op.kind].launches
-    backward = backward + _joins(graph, sizes, prices)
-    low = options.gathers_low(prices.pool.stack)
-    collectives_forward = [
-        _low_precision(c) if low else c for op in graph.operators for c in op.forward_collectives
-    ]
-    collectives_backward = [c for op in graph.operators for c in op.backward_collectives]
-    collectives_backward += [
-        c for op in graph.operators if op.name in again for c in op.forward_collectives
-    ]
-    tp = layouts.tp.astype(float)
+    times = operator_times(graph, sizes, layouts, prices, options)
+    live = liveness(graph, sizes)
+    there = forward_collectives(graph, options, prices)
+    back = backward_collectives(graph, times.again)
     host_forward, host_backward = _host(graph, layouts, prices, sp)
-    wire: dict[str, Array] = {}
-    for c in [*collectives_forward, *collectives_backward]:
-        key = f"{c.kind}@{_mesh_axis(c.axis)}"
-        moved = np.where(_ranks(c.axis, layouts) > 1, c.buffer.num_bytes(sizes), 0.0)
-        wire[key] = wire.get(key, zero) + moved
-    comm_forward = _communication(
-        collectives_forward, sizes, layouts, prices, forward + host_forward, beside_forward
-    )
-    busy_backward = backward + recompute + host_backward
-    comm_backward = _communication(
-        collectives_backward, sizes, layouts, prices, busy_backward, beside_backward
-    )
+    busy_backward = times.backward_s + times.recompute_s
+    comm_forward = exposed_s(
+        there, sizes, layouts, prices, options, times.forward_s + host_forward,
+        times.beside_forward,
+    )  # fmt: skip
+    comm_backward = exposed_s(
+        back, sizes, layouts, prices, options, busy_backward + host_backward,
+        times.beside_backward,
+    )  # fmt: skip
+    if options.offload and graph.name == "layer":
+        comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
+        comm_backward["copy"] = copies_s(live.saved, options, prices, busy_backward)
     host_scale = prices.scale("host")
     launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
     floor_forward = _floor(
-        forward, comm_forward, launches_forward * launch_s, collectives_forward, layouts, prices
+        times.forward_s, comm_forward, times.forward_launches * launch_s, there, layouts, prices
     )
     floor_backward = _floor(
-        backward + recompute,
-        comm_backward,
-        launches_backward * launch_s,
-        collectives_backward,
-        layouts,
-        prices,
+        busy_backward, comm_backward, times.backward_launches * launch_s, back, layouts, prices
     )
     return Piece(
-        forward_s=forward * prices.scale("forward"),
-        backward_s=backward * prices.scale("backward"),
-        recompute_s=recompute * prices.scale("recompute"),
+        forward_s=times.forward_s * prices.scale("forward"),
+        backward_s=times.backward_s * prices.scale("backward"),
+        recompute_s=times.recompute_s * prices.scale("recompute"),
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
@@ -239,10 +210,10 @@ def _piece(
         expert_params=graph.num_params(sizes, experts=True) + zero,
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         tensors=len(graph.weights),
-        live=liveness(graph, sizes),
+        live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
-        wire_bytes=wire,
-        uncut_gradient_bytes=_uncut_gradient_bytes(graph, sizes, tp, sp),
+        wire_bytes=wire_bytes([*there, *back], sizes, layouts),
+        uncut_gradient_bytes=_uncut_gradient_bytes(graph, sizes, layouts.tp.astype(float), sp),
     )
 
 
@@ -264,125 +235,9 @@ def _floor(
     device_s = sum(comm_s.values(), compute_s)
     host_s = np.zeros(1) + launch_s
     for c in collectives:
-        host_s = host_s + np.where(_ranks(c.axis, layouts) > 1, stack.host_s_per_collective, 0.0)
+        host_s = host_s + np.where(ranks_of(c.axis, layouts) > 1, stack.host_s_per_collective, 0.0)
     q = stack.host_smoothness
     return (device_s**q + host_s**q) ** (1 / q) - device_s
-
-
-def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
-    """Backward additions where a tensor has several consumers: their gradients are summed."""
-    uses: dict[str, int] = {}
-    tensors = {}
-    for op in graph.operators:
-        if not op.grad_inputs:
-            continue
-        for tensor in op.inputs:
-            uses[tensor.name] = uses.get(tensor.name, 0) + 1
-            tensors[tensor.name] = tensor
-    seconds = np.zeros(1)
-    for name, count in uses.items():
-        if count > 1:
-            shape = [volume(tensors[name].axes, sizes)]
-            seconds = seconds + (count - 1) * prices.operator("add", shape, tensors[name].dtype)[0]
-    return seconds
-
-
-def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
-    """Copies around the collectives of an edge, forward and backward, where the stack makes them.
-
-    A gathered sequence is made contiguous afterwards, one to be scattered before.
-    """
-
-    def copies(group: Sequence[Collective]) -> Array:
-        seconds = np.zeros(1)
-        for c in group:
-            if c.axis == "tp" and c.kind != "all_reduce":
-                shape = [volume(c.buffer.axes, sizes)]
-                seconds = seconds + prices.operator("copy", shape, c.buffer.dtype)[0]
-        return np.where((sizes["tp"] > 1) & (sizes["batch"] > 1), seconds, 0.0)
-
-    if not prices.pool.stack.sequence_copies:
-        return np.zeros(1), np.zeros(1)
-    return copies(op.forward_collectives), copies(op.backward_collectives)
-
-
-def _communication(
-    group: Sequence[Collective],
-    sizes: Sizes,
-    layouts: Layouts,
-    prices: Prices,
-    compute_s: Array,
-    beside: dict[str, Array],
-) -> dict[str, Array]:
-    """Exposed time by mesh axis: collectives stand between dependent operators, or run beside one.
-
-    At each of the former the ranks, which computed for `compute_s` in all, wait for the slowest.
-    Of the latter those of one operator are hidden together, up to a part of its time (`beside`).
-    """
-    seconds: dict[str, Array] = {}
-    hidden: dict[tuple[str, str], Array] = {}
-    known: dict[tuple[str, str, Axes, str], Array] = {}
-    meetings = np.zeros(1)
-    for c in group:
-        meetings = meetings + ((_ranks(c.axis, layouts) > 1) & (c.overlaps is None))
-    for c in group:
-        ranks, stride = _ranks(c.axis, layouts), _stride(c.axis, layouts)
-        groups = layouts.world / ranks
-        key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype)
-        if key not in known:
-            moved = c.buffer.num_bytes(sizes)
-            known[key] = prices.collective(c.kind, moved, ranks, stride, groups)
-        one, axis = known[key], _mesh_axis(c.axis)
-        if c.overlaps is not None:
-            key = (axis, c.overlaps)
-            hidden[key] = hidden.get(key, 0.0) + np.where(ranks > 1, one, 0.0)
-            continue
-        lost = prices.wait(compute_s / np.maximum(meetings, 1.0), ranks, groups)
-        if axis == "tp":
-            one = one * prices.pool.stack.tensor_parallel_exposed
-        here = np.where(ranks > 1, (one + lost) * prices.scale(f"exposed.{axis}"), 0.0)
-        seconds[axis] = seconds.get(axis, 0.0) + here
-    share = HIDDEN_SHARE if prices.pool.stack.can_overlap else 0.0
-    for (axis, name), total in hidden.items():
-        left = np.maximum(0.0, total - share * beside[name])
-        seconds[axis] = seconds.get(axis, 0.0) + left * prices.scale(f"exposed.{axis}")
-    return seconds
-
-
-HIDDEN_SHARE = 0.5
-"""Part of an operator's time that communication beside it can hide behind: a ring's first and last
-steps have nothing to hide behind, and both want the device. Assumed."""
-
-
-def _mesh_axis(axis: str) -> str:
-    """The mesh axis that a group lies on: ulysses and ring are the two parts of cp, expert_tp what
-    tp is for experts."""
-    return {"ulysses": "cp", "ring": "cp", "expert_tp": "tp"}.get(axis, axis)
-
-
-def _low_precision(c: Collective) -> Collective:
-    """A gather of what fp8 matmuls read moves fp8."""
-    if c.kind != "all_gather" or c.axis != "tp":
-        return c
-    return replace(c, buffer=replace(c.buffer, dtype="fp8"))
-
-
-def _ranks(axis: str, layouts: Layouts) -> Array:
-    """Ranks of a group along a mesh axis."""
-    return getattr(layouts, axis).astype(float)
-
-
-def _stride(axis: str, layouts: Layouts) -> Array:
-    """Distance of neighbours along it: tp is innermost, then cp with ulysses inside the ring.
-
-    ep lies over cp and dp, and over tp where experts are not cut by it.
-    """
-    if axis in ("tp", "expert_tp"):
-        return np.ones(1)
-    if axis == "ep":
-        return layouts.expert_tp.astype(float)
-    inside = layouts.tp * layouts.ulysses if axis == "ring" else layouts.tp
-    return inside.astype(float)
 
 
 def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Array, Array]:
@@ -415,20 +270,6 @@ def _uncut_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Ar
             if weight.trainable and not CUT_AXES & set(weight.axes):
                 total = total + volume(weight.axes, sizes) * 4
     return np.where(tp > 1, total, 0.0)
-
-
-def _runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
-    """Operators that run again in backward: of a checkpointed graph all of them.
-
-    Or, where recomputation stops once everything saved is back, those before the last that saves
-    something, which saves its inputs alone.
-    """
-    if not graph.checkpointed:
-        return frozenset(op.name for op in graph.operators if op.recomputed)
-    if not stops_early:
-        return frozenset(op.name for op in graph.operators)
-    last = max(index for index, op in enumerate(graph.operators) if op.saves)
-    return frozenset(op.name for op in graph.operators[:last])
 
 
 def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:

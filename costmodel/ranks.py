@@ -18,8 +18,8 @@ from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
 
-IN_LAYER_AXES = ("tp", "cp", "ep")
-"""Mesh axes whose collectives stand between the operators of a layer."""
+IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
+"""Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

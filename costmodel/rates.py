@@ -51,7 +51,7 @@ def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Ar
         forward = gemm_factor(tokens, out, inner, half, stack, device, groups)
         backward = gemm_factor(tokens, inner, out, half, stack, device, groups)
         return rate * forward, rate * backward
-    if kind == "attention_unfused":
+    if kind.startswith("attention_unfused"):
         shape = np.minimum(1.0, sizes[-1] / HEAD_REFERENCE) ** 0.3
         rate = peak * device.sustained_fraction * stack.unfused_attention_efficiency * shape
         return rate, rate

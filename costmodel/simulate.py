@@ -24,6 +24,10 @@ from .schedule import Action, Played, live_chunks, orders, play_long, play_share
 from .stages import Load, for_each, merge, plan_loads
 
 Z90 = 1.645
+UNCERTAIN = 2.0
+"""Spread of terms of links and host relative to that of device work: assumed."""
+RUN_TO_RUN = 0.02
+"""Of repeated runs of one plan: releases and repeats in the published tables differ by 2 to 5 %."""
 LINK_SPREAD = 0.25
 """Of measured collectives between processes, whose tails are heavy: assumed."""
 
@@ -188,34 +192,15 @@ class Simulation:
         Host time inside a forward or backward is part of it, as in the measurement; `host` is the
         rest: per step, micro-batch, exchange and pipeline action.
         """
-        m, p = self.phase.num_microbatches, self.mesh.pp
+        p = self.mesh.pp
         terms = dict.fromkeys(TIME_TERMS, 0.0)
         step = self.step_s(played)
         shared = self._busy_stretch(played)
-        for load, upd in zip(self.rank_loads, self.updates, strict=True):
-
-            def micro(name: str, load: Load = load) -> float:
-                return m * float(load.total(self.costs, name)[0]) * shared
-
-            rank = {
-                "forward": micro("forward_s")
-                + micro("host_forward_s")
-                + float(upd.dp.forward_s[0]),
-                "backward": micro("backward_s")
-                + micro("host_backward_s")
-                + float(upd.dp.backward_s[0]),
-                "recompute": micro("recompute_s"),
-                **{
-                    f"exposed.{axis}": m
-                    * shared
-                    * float(sum(load.communication(self.costs, axis))[0])
-                    for axis in IN_LAYER_AXES
-                },
-                "exposed.dp": float(upd.dp.exposed_s[0]),
-                "optimizer": float(upd.optimizer_s[0]),
-                "host": float(upd.host_s[0] + upd.dp.host_s[0])
-                + (2 * m * self.mesh.vpp * self.prices.host("pp_action") if p > 1 else 0.0),
-            }
+        known: dict[bytes, dict[str, float]] = {}
+        for load, once in zip(self.rank_loads, self.updates, strict=True):
+            rank = known.setdefault(load.key, {})
+            if not rank:
+                rank.update(self._rank_terms(load, once, shared))
             for name, value in rank.items():
                 terms[name] += value / p * self.prices.drift
         idle = max(0.0, step - sum(terms.values()))
@@ -224,6 +209,30 @@ class Simulation:
         terms["bubble"] = idle - terms["exposed.pp"]
         excess = sum(terms.values()) / step
         return {name: value / excess for name, value in terms.items()}
+
+    def _rank_terms(self, load: Load, once: Update, shared: float) -> dict[str, float]:
+        """Busy terms of one pipeline rank per step; `shared` stretches its micro-batches."""
+        m = self.phase.num_microbatches
+
+        def micro(name: str) -> float:
+            return m * float(load.total(self.costs, name)[0]) * shared
+
+        def exposed(axis: str) -> float:
+            return m * shared * float(sum(load.communication(self.costs, axis))[0])
+
+        actions = 2 * m * self.mesh.vpp if self.mesh.pp > 1 else 0
+        return {
+            "forward": micro("forward_s") + micro("host_forward_s") + float(once.dp.forward_s[0]),
+            "backward": micro("backward_s")
+            + micro("host_backward_s")
+            + float(once.dp.backward_s[0]),
+            "recompute": micro("recompute_s"),
+            **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
+            "exposed.dp": float(once.dp.exposed_s[0]),
+            "optimizer": float(once.optimizer_s[0]),
+            "host": float(once.host_s[0] + once.dp.host_s[0])
+            + actions * self.prices.host("pp_action"),
+        }
 
     def _busy_stretch(self, played: Played) -> float:
         """Played busy time over the busy time at full load: cores shared by fewer run faster."""
@@ -294,16 +303,23 @@ def _normal_cdf(x: float) -> float:
 
 
 def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float:
-    """Relative standard deviation of the step: one per class of term, added in squares."""
+    """Relative standard deviation of the step: one per class of term, added in squares.
+
+    The stack's (or profile's) spread is that of device work; links and the host's launches are less
+    certain by `UNCERTAIN`, and runs of one plan differ by `RUN_TO_RUN`.
+    """
     profile = sim.prices.profile
     compute_spread = profile.spread if profile is not None else sim.pool.stack.spread
-    link_spread = LINK_SPREAD if sim.prices.link_evidence == "measured" else sim.pool.stack.spread
+    measured_links = sim.prices.link_evidence == "measured"
+    link_spread = LINK_SPREAD if measured_links else UNCERTAIN * sim.pool.stack.spread
     links = sum(value for name, value in terms.items() if name.startswith("exposed."))
-    compute = step - links
-    run_to_run = 0.02
-    return math.sqrt(
-        (compute * compute_spread / step) ** 2 + (links * link_spread / step) ** 2 + run_to_run**2
+    host = terms["host"]
+    classes = (
+        (step - links - host) * compute_spread,
+        links * link_spread,
+        host * UNCERTAIN * compute_spread,
     )
+    return math.sqrt(sum((part / step) ** 2 for part in classes) + RUN_TO_RUN**2)
 
 
 def _evidence(sim: Simulation, terms: dict[str, float]) -> dict[str, Evidence]:

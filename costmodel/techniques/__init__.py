@@ -16,7 +16,7 @@ def apply(graph: Graph, options: Options) -> Graph:
     acts on the ledger of the result (`costmodel/kept.py`).
     """
     offload.check(options.offload)
-    graph = lora.rewrite(graph, options.lora_rank, options.base_dtype)
+    graph = lora.rewrite(graph, options.lora_rank, options.base_dtype, options.lora_targets)
     graph = attention.rewrite(graph, options.attention)
     graph = precision.rewrite(graph, options)
     graph = storage.rewrite(graph, options.activations, options.recompute)

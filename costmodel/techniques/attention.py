@@ -13,20 +13,23 @@ from dataclasses import replace
 from ...errors import InputError
 from ..graph import Axes, Graph, Operator, Tensor
 
-KERNELS = ("flash", "unfused")
+KERNELS = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
+IN_MEMORY = {"unfused": "attention_unfused", "eager": "attention_unfused_eager"}
+"""Kernels with scores in memory, and their operator kinds."""
 SCORES: Axes = ("batch", "heads", "seq", "seq_whole")
 
 
 def rewrite(graph: Graph, kernel: str) -> Graph:
     """The graph with the attention kernel of that name; layers come with flash attention."""
     if kernel not in KERNELS:
-        raise InputError("attention", kernel, "unknown kernel", f"use {' or '.join(KERNELS)}")
-    if kernel == "flash":
+        raise InputError("attention", kernel, "unknown kernel", f"use {', '.join(KERNELS)}")
+    if kernel not in IN_MEMORY:
         return graph
-    return replace(graph, operators=tuple(map(_unfused, graph.operators)))
+    kind = IN_MEMORY[kernel]
+    return replace(graph, operators=tuple(_unfused(op, kind) for op in graph.operators))
 
 
-def _unfused(op: Operator) -> Operator:
+def _unfused(op: Operator, kind: str) -> Operator:
     if op.kind == "attention_full":
         raise InputError("attention", "unfused", "only causal attention is modelled unfused",
                          "use flash")  # fmt: skip
@@ -37,4 +40,4 @@ def _unfused(op: Operator) -> Operator:
         Tensor(name="attention_dropout.out", axes=SCORES),
         Tensor(name="attention_dropout.mask", axes=SCORES, dtype="int8"),
     )
-    return replace(op, kind="attention_unfused", saves=(*op.inputs, *scores))
+    return replace(op, kind=kind, saves=(*op.inputs, *scores))

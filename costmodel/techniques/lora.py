@@ -26,14 +26,18 @@ RANK = "lora_rank"
 RANK_AXES: Axes = (RANK,)
 
 
-def rewrite(graph: Graph, rank: int | None, base_dtype: str | None) -> Graph:
-    """The graph with adapters on the linears of layers and all other weights frozen."""
-    _check(rank, base_dtype)
+TARGETS: dict[str, tuple[str, ...]] = {"qkv": ("wq", "wk", "wv"), "qv": ("wq", "wv")}
+"""Linears by the name of the choice; `all` stands for every linear of a layer."""
+
+
+def rewrite(graph: Graph, rank: int | None, base_dtype: str | None, targets: str = "all") -> Graph:
+    """The graph with adapters on linears of layers and all other weights frozen."""
+    _check(rank, base_dtype, targets)
     if rank is None:
         return graph
     operators: list[Operator] = []
     for op in map(_freeze, graph.operators):
-        if graph.name == "layer" and is_adapted(op):
+        if graph.name == "layer" and is_adapted(op, targets):
             operators += _adapted(op, base_dtype)
         else:
             operators.append(op)
@@ -42,8 +46,10 @@ def rewrite(graph: Graph, rank: int | None, base_dtype: str | None) -> Graph:
     return replace(graph, operators=tuple(operators), weights=())
 
 
-def is_adapted(op: Operator) -> bool:
+def is_adapted(op: Operator, targets: str = "all") -> bool:
     """Whether an operator of a layer gets adapters: linears, but no router."""
+    if targets in TARGETS and op.name not in TARGETS[targets]:
+        return False
     return op.kind == "linear" and "router" not in op.name
 
 
@@ -52,7 +58,10 @@ def is_adapter(op: Operator) -> bool:
     return op.kind == "linear" and any(RANK in weight.axes for weight in op.weights)
 
 
-def _check(rank: int | None, base_dtype: str | None) -> None:
+def _check(rank: int | None, base_dtype: str | None, targets: str) -> None:
+    if targets not in ("all", *TARGETS):
+        raise InputError("lora.targets", targets, "unknown choice",
+                         f"use all, {', '.join(TARGETS)}")  # fmt: skip
     if rank is not None and rank < 1:
         raise InputError("lora.rank", rank, "not positive", "give 1 or more")
     if base_dtype is None:

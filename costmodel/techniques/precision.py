@@ -45,6 +45,25 @@ def is_low_precision(op: Operator) -> bool:
     return is_linear and "router" not in op.name and not is_adapter(op)
 
 
+def keep_operands(graph: Graph, dtype: str) -> Graph:
+    """The graph with matmuls below 16 bits keeping their quantised input for the weight gradient.
+
+    As Transformer Engine does; others keep the 16-bit input and quantise it again.
+    """
+
+    def operator(op: Operator) -> Operator:
+        if op.compute is None or op.kind == "quantize":
+            return op
+        inputs = {t.name for t in op.inputs}
+        saves = tuple(
+            replace(t, name=f"{t.name}.quantized", dtype=dtype) if t.name in inputs else t
+            for t in op.saves
+        )
+        return replace(op, saves=saves)
+
+    return replace(graph, operators=tuple(map(operator, graph.operators)))
+
+
 def _settle(graph: Graph, dtype: str) -> Graph:
     """The graph with `dtype` (fp32, bf16, fp16) in place of the open ones."""
 

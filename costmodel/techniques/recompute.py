@@ -79,7 +79,7 @@ def _per_op(graph: Graph) -> Graph:
             matmuls += 1
         if is_matmul(op.kind) and matmuls % 2 == 1:
             operators.append(replace(op, saves=op.outputs))
-        elif op.kind == "attention_unfused":  # its scores are not kept
+        elif op.kind.startswith("attention_unfused"):  # its scores are not kept
             operators.append(replace(op, saves=op.outputs, recomputed=True))
         elif op.kind.startswith("attention"):  # a fused kernel's statistics are an output too
             inputs = {t.name for t in op.inputs}

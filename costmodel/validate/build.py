@@ -76,10 +76,9 @@ def _case(row: Row, siblings: Siblings) -> Case | Unread:
     try:
         model = model_of(row)
         named = _named_stack(row)
-        megatron = None if named is None else _is_megatron(named)
         ladders = tuple(
             _ladder(row, model, layout, named, siblings)
-            for layout in layouts(row, siblings, model.num_layers, megatron)
+            for layout in layouts(row, siblings, model.num_layers, named)
         )
     except ForerunError as error:
         return unread(row, error)
@@ -91,12 +90,8 @@ def _named_stack(row: Row) -> Stack | None:
     family = family_of(row.hardware)
     if row.stack:
         return load_stack(row.stack, family)
-    published = Published(row.source, row.source_ref, row.note("release") or "")
+    published = Published(row.source, row.source_ref, row.note("release") or row.note("step") or "")
     return stack_named_for(published, family)
-
-
-def _is_megatron(stack: Stack) -> bool:
-    return stack.sharding == "megatron" or stack.name.startswith("megatron")
 
 
 def _ladder(
@@ -123,8 +118,8 @@ def _ladder(
 def _plan(row: Row, model: Model, layout: Layout, stack: Stack, mode: str) -> PublishedPlan:
     cluster = cluster_of(row, stack)
     mesh = mesh_of(row, layout)
-    if mode == "selective" and is_per_op(row):
-        mode = "per_op"
+    if mode == "selective":
+        mode = "per_op" if is_per_op(row) else stack.selective_recompute
     phase = Phase(
         steps=1,
         seq_tokens=row.seq_len,
@@ -137,7 +132,7 @@ def _plan(row: Row, model: Model, layout: Layout, stack: Stack, mode: str) -> Pu
         stages=even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name),
         settings=(
             Setting(
-                layers=(0, model.num_layers - 1), techniques=techniques_of(row, model, mode)
+                layers=(0, model.num_layers - 1), techniques=techniques_of(row, model, mode, stack)
             ),
         ),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ...cluster import Stack
 from ...errors import InputError
 from .table import Row
 
@@ -72,21 +73,22 @@ def _key(row: Row, cell: str) -> tuple[str, ...]:
 
 def recompute_ladder(row: Row, siblings: Siblings) -> tuple[tuple[str, ...], bool]:
     """Modes to try, the fastest first, and whether the cell was empty."""
-    if row.recompute is not None:
+    doubted = row.attention_kernel.startswith("none") and row.says("unknown for the baseline")
+    if row.recompute is not None and not doubted:
         return (row.recompute,), False
     stated = siblings.values(row, "recompute")
     return (tuple(mode for mode in LADDER if mode in stated) or LADDER), True
 
 
-def layouts(row: Row, siblings: Siblings, num_layers: int, megatron: bool | None) -> list[Layout]:
+def layouts(row: Row, siblings: Siblings, num_layers: int, stack: Stack | None) -> list[Layout]:
     """Every reading of a row's layout cells; raises InputError when there is none.
 
-    `megatron` says whether the row's stack keeps parameters whole; None when it is not known.
+    `stack` is the row's where its source names one.
     """
     result: list[Layout] = []
     for dp, tp, pp in _degrees(row, num_layers):
         for vpp in _vpp(row, siblings, num_layers, pp):
-            zeros = _zero(row, tp * pp > 1, dp, siblings, megatron)
+            zeros = _zero(row, tp * pp > 1, dp, siblings, stack)
             for zero in zeros:
                 for micro, batch in _batches(row, siblings, dp, pp):
                     cells = {"tp": tp, "pp": pp, "vpp": vpp, "micro_batch_seqs": micro,
@@ -158,7 +160,7 @@ def _vpp(row: Row, siblings: Siblings, num_layers: int, pp: int) -> Sequence[int
 
 
 def _zero(
-    row: Row, model_parallel: bool, dp: int, siblings: Siblings, megatron: bool | None
+    row: Row, model_parallel: bool, dp: int, siblings: Siblings, stack: Stack | None
 ) -> Sequence[int]:
     if row.zero_stage is not None:
         return (row.zero_stage,)
@@ -167,7 +169,9 @@ def _zero(
     stated = [int(v) for v in siblings.values(row, "zero_stage")]
     if stated:
         return stated
-    if megatron or (megatron is None and model_parallel):
+    if stack is not None and stack.zero_stage is not None:
+        return (stack.zero_stage,)
+    if stack.sharding == "megatron" if stack is not None else model_parallel:
         return (1,) if model_parallel else (0, 1)
     return (0, 1, 3)
 

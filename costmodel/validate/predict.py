@@ -22,6 +22,8 @@ from .build import Candidate, Case, PublishedPlan, unread
 from .conventions import memory_unit_bytes, to_seconds, work
 from .table import Unread
 
+MEMORY_DOUBT = 0.1
+"""How far predicted memory may be off, where a run that took place is predicted not to fit."""
 LIKELY = 0.5
 """Least probability of fitting in memory for a searched cell."""
 LARGEST_PLAY = 2_000_000
@@ -40,6 +42,8 @@ class Prediction:
     step_s: Interval
     peak_memory_bytes: Interval
     fit_probability: float
+    fits: str
+    """yes, marginal or no, as in an Estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +84,21 @@ def price(candidate: Candidate, predicted: Callable[[Plan], Estimate] = predict)
     return Prediction(
         candidate=candidate,
         step_s=step,
-        peak_memory_bytes=found.peak_memory_bytes,
+        peak_memory_bytes=_allocated(found),
         fit_probability=found.fit_probability,
+        fits=found.fits,
     )
 
 
 def _with_microbatches(plan: PublishedPlan, number: int) -> PublishedPlan:
     phase = msgspec.structs.replace(plan.phase, num_microbatches=number)
     return msgspec.structs.replace(plan, phases=(phase,))
+
+
+def _allocated(found: Estimate) -> Interval:
+    """Peak memory as allocators report it: without the device's context."""
+    whole = found.peak_memory_bytes
+    return _scaled(whole, 1.0 - found.memory_terms_bytes["context"] / whole.median)
 
 
 def _scaled(interval: Interval, factor: float) -> Interval:
@@ -97,7 +108,7 @@ def _scaled(interval: Interval, factor: float) -> Interval:
 
 
 def settle(case: Case, predicted: Callable[[Plan], Estimate] = predict) -> Prediction:
-    """The prediction of the case's fastest plan that fits; of the leanest when none does.
+    """The prediction of the case's fastest plan that fits, or is near the leanest if none does.
 
     Fastest means least time per sequence, since the batch itself may be open. A ladder of
     recomputation is climbed only until a plan fits: more recomputation is never faster.
@@ -118,9 +129,10 @@ def settle(case: Case, predicted: Callable[[Plan], Estimate] = predict) -> Predi
         assert refused is not None
         raise refused
     fitting = [p for p in priced if p.fit_probability >= LIKELY]
-    if fitting:
-        return min(fitting, key=_seconds_per_sequence)
-    return min(priced, key=lambda p: p.peak_memory_bytes.median)
+    if not fitting:  # it ran, so the leanest fits: so may others near it
+        leanest = min(p.peak_memory_bytes.median for p in priced)
+        fitting = [p for p in priced if p.peak_memory_bytes.median <= leanest * (1 + MEMORY_DOUBT)]
+    return min(fitting, key=_seconds_per_sequence)
 
 
 def _seconds_per_sequence(prediction: Prediction) -> float:

@@ -102,6 +102,7 @@ def _line(scored: Scored) -> dict[str, Any]:
         "predicted": scored.predicted, "low": scored.low, "high": scored.high,
         "ape": abs(scored.error), "note": note, "error": scored.error,
         "label": plan.label, "stack": plan.cluster.pools[0].stack.name,
+        "fits": scored.outcome.prediction.fits,
     }  # fmt: skip
 
 
@@ -110,6 +111,7 @@ def _unread_line(unread: Unread) -> dict[str, Any]:
         "id": unread.id, "source": unread.source, "metric": unread.metric,
         "measured": unread.measured, "predicted": None, "low": None, "high": None,
         "ape": None, "note": unread.reason, "error": None, "label": None, "stack": None,
+        "fits": None,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ...cluster import Stack
 from ...errors import InputError, unknown_name
 from ...model import Model
 from ...workload import Optimizer
@@ -27,7 +28,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }  # fmt: skip
 LORA_RANK = 16
 """Of adapters whose rank is not stated: assumed."""
-UNFUSED_KERNELS = ("unfused", "none(pytorch)")
+KERNELS = {
+    "unfused": "unfused", "none(pytorch)": "eager",
+    "flash1": "flash1", "flash2": "flash2", "flash3": "flash3",
+}  # fmt: skip
+"""Attention kernels by cell; others are the stack's own fused kernel."""
 
 
 def optimizer_of(row: Row) -> Optimizer:
@@ -37,14 +42,19 @@ def optimizer_of(row: Row) -> Optimizer:
     return OPTIMIZERS[row.optimizer]
 
 
-def techniques_of(row: Row, model: Model, recompute: str) -> dict[str, dict[str, Any]]:
+def techniques_of(
+    row: Row, model: Model, recompute: str, stack: Stack
+) -> dict[str, dict[str, Any]]:
     """Every technique that a row uses, with this mode of recomputation."""
     chosen: dict[str, dict[str, Any]] = {"precision": _precision(row)}
     if recompute != "none":
         chosen["recompute"] = {"mode": recompute}
-    if row.attention_kernel in UNFUSED_KERNELS:
-        chosen["attention"] = {"kernel": "unfused"}
-    lora = _lora(row, model)
+    kernel = KERNELS.get(row.attention_kernel)
+    if kernel:
+        chosen["attention"] = {"kernel": kernel}
+    if row.says("async TP"):
+        chosen["tensor-parallel"] = {"async": True}
+    lora = _lora(row, model, stack)
     if lora:
         chosen["lora"] = lora
     kind = _cp_kind(row)
@@ -75,17 +85,19 @@ def _precision(row: Row) -> dict[str, Any]:
     return chosen
 
 
-def _lora(row: Row, model: Model) -> dict[str, Any]:
-    """Adapters on every linear layer, of the stated rank or with the stated parameters."""
+def _lora(row: Row, model: Model, stack: Stack) -> dict[str, Any]:
+    """Adapters of the stated rank, or with the stated parameters, on the linears of the stack's
+    recipe."""
     if row.note("task") not in ("lora", "qlora"):
         return {}
-    chosen: dict[str, Any] = {"rank": _rank(row, model)}
+    targets = stack.lora_targets
+    chosen: dict[str, Any] = {"rank": _rank(row, model, targets), "targets": targets}
     if "nf4" in row.precision or row.note("task") == "qlora":
         chosen["base"] = "nf4"
     return chosen
 
 
-def _rank(row: Row, model: Model) -> int:
+def _rank(row: Row, model: Model, targets: str) -> int:
     rank, trainable = row.note("lora_rank"), row.note("trainable_params")
     for name, text in (("lora_rank", rank), ("trainable_params", trainable)):
         if text is not None and not re.fullmatch(r"[1-9]\d{0,11}", text):
@@ -96,11 +108,12 @@ def _rank(row: Row, model: Model) -> int:
         return LORA_RANK
     per_rank = 0
     for layer in model.layers:
-        width = layer.heads * layer.head_dim
-        kv_width = layer.kv_heads * layer.head_dim
+        query = model.hidden + layer.heads * layer.head_dim
+        key = model.hidden + layer.kv_heads * layer.head_dim
         matrices = 3 if layer.mlp == "swiglu" else 2
-        attention = 2 * (model.hidden + width) + 2 * (model.hidden + kv_width)
-        per_rank += layer.repeat * (attention + matrices * (model.hidden + layer.ffn_hidden))
+        mlp = matrices * (model.hidden + layer.ffn_hidden)
+        adapted = {"qv": query + key, "qkv": query + 2 * key, "all": 2 * query + 2 * key + mlp}
+        per_rank += layer.repeat * adapted[targets]
     return max(1, round(int(trainable) / per_rank))
 
 

@@ -95,6 +95,9 @@ class Stack(Value, frozen=True, kw_only=True):
     """Rate of matmuls with a scale per row relative to one scale per tensor: assumed."""
     low_precision_gather: bool = False
     """Whether weights and split sequences are gathered in the dtype of fp8 matmuls."""
+    selective_recompute: Literal["selective", "per_op"] = "selective"
+    """What the stack means by selective recomputation: the attention core, or every second matmul
+    and all that is cheap."""
     recompute_stops_early: bool = True
     """Whether recomputation ends once all saved tensors are back (PyTorch since 2.1), or runs the
     whole forward again."""
@@ -104,6 +107,20 @@ class Stack(Value, frozen=True, kw_only=True):
     """Exposed gradient exchange relative to its time (many small buckets: above 1)."""
     tensor_parallel_exposed: float = 1.0
     """Fraction of tensor-parallel communication that is not hidden."""
+    expert_parallel_exposed: float = 1.0
+    """Fraction of the experts' all-to-alls that is felt: copies of a token for experts of one rank
+    are sent once, other micro-batches compute meanwhile."""
+    async_tp_exposed: float = 0.5
+    """The same, beyond it, where matmuls are cut up to overlap with their communication."""
+    ring_attention_fraction: float = 0.7
+    """Rate of attention over a ring of ranks relative to one kernel: it works in pieces, whose
+    results are rescaled and added."""
+    compiled_elementwise: float = 1.0
+    """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What the stack does where a table does not say; None = it depends on the layout."""
+    lora_targets: Literal["all", "qkv", "qv"] = "all"
+    """Linears that get adapters where a table does not say: the stack's recipe."""
     optimizer_multiplier: float = 1.0
     """Traffic of the optimiser step relative to one pass over its states."""
     drift_per_doubling: float = 0.0
@@ -131,6 +148,9 @@ class Stack(Value, frozen=True, kw_only=True):
     moment_bytes: float = 8.0
     """Both moments of AdamW; low-bit optimisers have their own."""
     # what it keeps otherwise than the ledger of our executors (see `costmodel/kept.py`):
+    keeps_operands: bool = False
+    """Whether matmuls below 16 bits keep their quantised input for backward (Transformer Engine),
+    instead of the 16-bit one."""
     logit_bytes: float | None = None
     """Per logit at the peak of the loss, copies and gradient included; None = as our loss does."""
     norm_input_bytes: float | None = None

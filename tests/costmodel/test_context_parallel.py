@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from forerun.catalogs import load_cluster, load_model
 from forerun.cluster import Cluster
 from forerun.costmodel import Layouts, bound_layouts, estimate
+from forerun.costmodel.exposed import HIDDEN_SHARE
 from forerun.costmodel.graph import volume
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operators import KINDS
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import HIDDEN_SHARE, pieces
+from forerun.costmodel.pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.errors import InputError
 from forerun.mesh import Mesh
@@ -106,6 +107,7 @@ def _exposed(slower: float) -> tuple[float, float, float]:
     graph, sizes = layer_graph(model, SEQ, cp=8)
     core = next(op for op in graph.operators if op.kind == "attention")
     core_s = prices.operator("attention", [volume(a, sizes) for a in core.price_axes], "bf16")[0]
+    core_s = core_s / prices.pool.stack.ring_attention_fraction
     (kv,) = moved(graph, "ring")
     ranks, one = np.array([8.0]), np.ones(1)
     ring_s = prices.collective(kv.kind, kv.buffer.num_bytes(sizes), ranks, one, one)

@@ -179,9 +179,9 @@ def test_techniques_of_a_row() -> None:
 def test_adapters_have_the_stated_parameters() -> None:
     """litgpt's phi-1.5 rows: 1,572,864 parameters = rank 8 on Q and V, about rank 2 everywhere."""
     lora = candidates(case(model="phi-1.5", notes="task=lora;trainable_params=1572864"))[0]
-    assert lora.plan.phase.technique("lora") == {"rank": 2}
+    assert lora.plan.phase.technique("lora") == {"rank": 2, "targets": "all"}
     nf4 = candidates(case(precision="bf16+nf4", notes="task=lora;lora_rank=4"))[0]
-    assert nf4.plan.phase.technique("lora") == {"rank": 4, "base": "nf4"}
+    assert nf4.plan.phase.technique("lora") == {"rank": 4, "base": "nf4", "targets": "all"}
 
 
 def test_embedding_and_head_counted_as_chunks_join_the_others() -> None:

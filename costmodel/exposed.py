@@ -1,0 +1,135 @@
+"""Communication inside a layer: which ranks exchange what, and how much of it a step feels.
+
+Collectives of tensor and expert parallelism stand between dependent operators. Those of a ring of
+context-parallel ranks run beside the attention that reads what arrives, and copies of offloaded
+activations beside everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from .graph import Array, Axes, Collective, Graph, Sizes
+from .layout import Layouts
+from .options import Options
+from .prices import Prices
+
+HIDDEN_SHARE = 0.5
+"""Part of an operator's time that communication beside it can hide behind: a ring's first and last
+steps have nothing to hide behind, and both want the device. Assumed."""
+MESH_AXES = {"ulysses": "cp", "ring": "cp", "expert_tp": "tp"}
+"""The mesh axis that a group lies on, where it has another name: ulysses and ring are the two parts
+of cp, expert_tp is what tp is for experts."""
+
+
+def mesh_axis(axis: str) -> str:
+    """The mesh axis of a collective's group."""
+    return MESH_AXES.get(axis, axis)
+
+
+def ranks_of(axis: str, layouts: Layouts) -> Array:
+    """Ranks of a group."""
+    return getattr(layouts, axis).astype(float)
+
+
+def stride_of(axis: str, layouts: Layouts) -> Array:
+    """Distance of neighbours: tp is innermost, then cp with ulysses inside the ring.
+
+    ep lies over cp and dp, and over tp where experts are not cut by it.
+    """
+    if axis in ("tp", "expert_tp"):
+        return np.ones(1)
+    if axis == "ep":
+        return layouts.expert_tp.astype(float)
+    inside = layouts.tp * layouts.ulysses if axis == "ring" else layouts.tp
+    return inside.astype(float)
+
+
+def forward_collectives(graph: Graph, options: Options, prices: Prices) -> list[Collective]:
+    """Collectives of a forward; gathers of what fp8 matmuls read move fp8 where the stack does."""
+    low = options.gathers_low(prices.pool.stack)
+    return [
+        replace(c, buffer=replace(c.buffer, dtype="fp8"))
+        if low and c.kind == "all_gather" and c.axis == "tp"
+        else c
+        for op in graph.operators
+        for c in op.forward_collectives
+    ]
+
+
+def backward_collectives(graph: Graph, again: frozenset[str]) -> list[Collective]:
+    """Collectives of a backward, with those of the operators that run again."""
+    own = [c for op in graph.operators for c in op.backward_collectives]
+    return own + [c for op in graph.operators if op.name in again for c in op.forward_collectives]
+
+
+def wire_bytes(group: Sequence[Collective], sizes: Sizes, layouts: Layouts) -> dict[str, Array]:
+    """Bytes of the logical buffers by `collective@axis`."""
+    total: dict[str, Array] = {}
+    for c in group:
+        key = f"{c.kind}@{mesh_axis(c.axis)}"
+        moved = np.where(ranks_of(c.axis, layouts) > 1, c.buffer.num_bytes(sizes), 0.0)
+        total[key] = total.get(key, np.zeros(len(layouts))) + moved
+    return total
+
+
+def exposed_s(
+    group: Sequence[Collective],
+    sizes: Sizes,
+    layouts: Layouts,
+    prices: Prices,
+    options: Options,
+    compute_s: Array,
+    beside: Mapping[str, Array],
+) -> dict[str, Array]:
+    """Exposed seconds by mesh axis.
+
+    At each collective that stands between operators the ranks, which computed for `compute_s` in
+    all, wait for the slowest. Those beside one operator are hidden together, up to a part of its
+    time (`beside`).
+    """
+    stack = prices.pool.stack
+    seconds: dict[str, Array] = {}
+    hidden: dict[tuple[str, str], Array] = {}
+    known: dict[tuple[str, str, Axes, str], Array] = {}
+    meetings = np.zeros(1)
+    for c in group:
+        meetings = meetings + ((ranks_of(c.axis, layouts) > 1) & (c.overlaps is None))
+    for c in group:
+        ranks, stride = ranks_of(c.axis, layouts), stride_of(c.axis, layouts)
+        groups = layouts.world / ranks
+        key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype)
+        if key not in known:
+            moved = c.buffer.num_bytes(sizes)
+            known[key] = prices.collective(c.kind, moved, ranks, stride, groups)
+        one, axis = known[key], mesh_axis(c.axis)
+        if c.overlaps is not None:
+            place = (axis, c.overlaps)
+            hidden[place] = hidden.get(place, 0.0) + np.where(ranks > 1, one, 0.0)
+            continue
+        lost = prices.wait(compute_s / np.maximum(meetings, 1.0), ranks, groups)
+        if axis == "tp":
+            one = one * stack.tensor_parallel_exposed
+            if options.async_tp:
+                one = one * stack.async_tp_exposed
+        if axis == "ep":
+            one = one * stack.expert_parallel_exposed
+        here = np.where(ranks > 1, (one + lost) * prices.scale(f"exposed.{axis}"), 0.0)
+        seconds[axis] = seconds.get(axis, 0.0) + here
+    share = HIDDEN_SHARE if stack.can_overlap else 0.0
+    for (axis, name), total in hidden.items():
+        left = np.maximum(0.0, total - share * beside[name])
+        seconds[axis] = seconds.get(axis, 0.0) + left * prices.scale(f"exposed.{axis}")
+    return seconds
+
+
+def copies_s(saved_bytes: Array, options: Options, prices: Prices, compute_s: Array) -> Array:
+    """Exposed seconds of moving the offloaded part of saved activations one way beside compute."""
+    link = prices.pool.host
+    if options.offload == 0.0 or link is None:
+        return np.zeros(1)
+    moving_s = link.latency_s + options.offload * saved_bytes / link.bytes_per_s
+    return np.maximum(0.0, moving_s - compute_s) * prices.scale("exposed.copy")

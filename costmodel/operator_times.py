@@ -1,0 +1,159 @@
+"""Seconds of all operators of one graph, forward, backward and again.
+
+`Prices` knows what an operator costs by its kind and size. What else a stack and the options of a
+plan make of it is said here: recipes of low precision, kernels of attention, compiled layers,
+uneven experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .graph import Array, Collective, Graph, Operator, Sizes, volume
+from .layout import Layouts
+from .operators import KINDS
+from .options import Options
+from .prices import Prices
+from .rates import is_matmul
+
+FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
+"""Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
+Dao 2023 (arXiv 2307.08691, figures 4 to 6) and Shah et al. 2024 (arXiv 2407.08608, figure 5), at
+long sequences: about 1.7 from the first to the second, 1.5 to the third on H100 in forward and less
+in backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorTimes:
+    """Seconds per micro-batch, without communication."""
+
+    forward_s: Array
+    backward_s: Array
+    """Without what runs again."""
+    recompute_s: Array
+    forward_launches: int
+    backward_launches: int
+    beside_forward: dict[str, Array]
+    """Of each operator by name: what communication beside it can hide behind."""
+    beside_backward: dict[str, Array]
+    again: frozenset[str]
+    """Operators that run again in backward."""
+
+
+def operator_times(
+    graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
+) -> OperatorTimes:
+    """The sums over a graph's operators."""
+    zero = np.zeros(len(layouts))
+    forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
+    forward_launches = backward_launches = 0
+    beside_forward: dict[str, Array] = {}
+    beside_backward: dict[str, Array] = {}
+    again = runs_again(graph, prices.pool.stack.recompute_stops_early)
+    for op in graph.operators:
+        if op.kind == "edge":
+            there, back = _edge_copies(op, sizes, prices)
+        else:
+            there, back = _operator(op, sizes, layouts, prices, options)
+            forward_launches += KINDS[op.kind].launches
+            backward_launches += 2 * KINDS[op.kind].launches
+        forward, backward = forward + there, backward + back
+        beside_forward[op.name], beside_backward[op.name] = there, back
+        if op.name in again:
+            recompute = recompute + there
+            beside_backward[op.name] = back + there
+            if op.kind != "edge":
+                backward_launches += KINDS[op.kind].launches
+    return OperatorTimes(
+        forward_s=forward,
+        backward_s=backward + _joins(graph, sizes, prices),
+        recompute_s=recompute,
+        forward_launches=forward_launches,
+        backward_launches=backward_launches,
+        beside_forward=beside_forward,
+        beside_backward=beside_backward,
+        again=again,
+    )
+
+
+def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
+    """Operators that run again in backward: of a checkpointed graph all of them.
+
+    Or, where recomputation stops once everything saved is back, those before the last that saves
+    something, which saves its inputs alone.
+    """
+    if not graph.checkpointed:
+        return frozenset(op.name for op in graph.operators if op.recomputed)
+    if not stops_early:
+        return frozenset(op.name for op in graph.operators)
+    last = max(index for index, op in enumerate(graph.operators) if op.saves)
+    return frozenset(op.name for op in graph.operators[:last])
+
+
+def _operator(
+    op: Operator, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
+) -> tuple[Array, Array]:
+    """One operator, its weight gradient included."""
+    dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
+    shape = [volume(axes, sizes) for axes in op.price_axes]
+    forward, backward = prices.operator(op.kind, shape, dtype)
+    if op.kind == "linear" and op.weights[0].trainable:
+        backward = backward + prices.operator("linear_wgrad", shape, dtype)[0]
+    factor = _factor(op.kind, dtype, layouts, prices, options)
+    return forward * factor, backward * factor
+
+
+def _factor(
+    kind: str, dtype: str, layouts: Layouts, prices: Prices, options: Options
+) -> Array | float:
+    """Time relative to the operator's price."""
+    stack = prices.pool.stack
+    if kind.startswith("grouped"):
+        return stack.expert_imbalance
+    if is_matmul(kind):
+        rowwise = dtype == "fp8" and options.recipe == "rowwise"
+        return 1.0 / stack.rowwise_fraction if rowwise else 1.0
+    if kind.startswith("attention"):
+        ring = np.where(layouts.ring > 1, stack.ring_attention_fraction, 1.0)
+        return 1.0 / (ring * FLASH_VERSIONS.get(options.attention, 1.0))
+    return stack.compiled_elementwise if options.runtime == "compiled" else 1.0
+
+
+def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
+    """Backward additions where a tensor has several consumers: their gradients are summed."""
+    uses: dict[str, int] = {}
+    tensors = {}
+    for op in graph.operators:
+        if not op.grad_inputs:
+            continue
+        for tensor in op.inputs:
+            uses[tensor.name] = uses.get(tensor.name, 0) + 1
+            tensors[tensor.name] = tensor
+    seconds = np.zeros(1)
+    for name, count in uses.items():
+        if count > 1:
+            shape = [volume(tensors[name].axes, sizes)]
+            seconds = seconds + (count - 1) * prices.operator("add", shape, tensors[name].dtype)[0]
+    return seconds
+
+
+def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
+    """Copies around the collectives of an edge, forward and backward, where the stack makes them.
+
+    A gathered sequence is made contiguous afterwards, one to be scattered before.
+    """
+
+    def copies(group: Sequence[Collective]) -> Array:
+        seconds = np.zeros(1)
+        for c in group:
+            if c.axis == "tp" and c.kind != "all_reduce":
+                shape = [volume(c.buffer.axes, sizes)]
+                seconds = seconds + prices.operator("copy", shape, c.buffer.dtype)[0]
+        return np.where((sizes["tp"] > 1) & (sizes["batch"] > 1), seconds, 0.0)
+
+    if not prices.pool.stack.sequence_copies:
+        return np.zeros(1), np.zeros(1)
+    return copies(op.forward_collectives), copies(op.backward_collectives)

@@ -1,0 +1,120 @@
+"""What a stack's data change in a prediction: exchange, overlap, kernels, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from forerun.costmodel import estimate
+from forerun.plan import Plan
+
+MakePlan = Callable[..., Plan]
+
+
+def with_stack(plan: Plan, **changes: Any) -> Plan:
+    """The plan on a stack with other constants."""
+    pool = plan.cluster.pools[0]
+    pools = (msgspec.structs.replace(pool, stack=msgspec.structs.replace(pool.stack, **changes)),)
+    cluster = msgspec.structs.replace(plan.cluster, pools=pools)
+    return msgspec.structs.replace(plan, cluster=cluster)
+
+
+def with_technique(plan: Plan, name: str, **settings: Any) -> Plan:
+    """The plan with one more technique."""
+    (setting,) = plan.phase.settings
+    techniques = {**setting.techniques, name: settings}
+    phase = msgspec.structs.replace(
+        plan.phase, settings=(msgspec.structs.replace(setting, techniques=techniques),)
+    )
+    return msgspec.structs.replace(plan, phases=(phase,))
+
+
+def terms(plan: Plan) -> dict[str, float]:
+    return estimate(plan).time_terms_s
+
+
+def test_a_distributed_optimizer_moves_gradients_and_parameters_once(make_plan: MakePlan) -> None:
+    """Of 8.03 G parameters: fp32 gradients scattered, 16-bit parameters gathered."""
+    plan = with_stack(make_plan(dp_shard=8, zero=1), sharding="megatron", reduce_bytes=4.0)
+    wire = estimate(plan).bytes_on_wire
+    params = plan.model.num_params
+    assert wire["reduce_scatter@dp"] == pytest.approx(4 * params, rel=1e-9)
+    assert wire["all_gather@dp"] == pytest.approx(2 * params, rel=1e-9)
+    replicated = with_stack(make_plan(dp_replicate=8), sharding="megatron", reduce_bytes=2.0)
+    assert estimate(replicated).bytes_on_wire == {
+        "all_reduce@dp": pytest.approx(2 * params, rel=1e-9)
+    }
+
+
+def test_hidden_exchange_is_a_share_of_its_time(make_plan: MakePlan) -> None:
+    plan = with_stack(make_plan(dp_shard=8, zero=1), sharding="megatron")
+    half = with_stack(plan, data_parallel_multiplier=0.5)
+    assert terms(half)["exposed.dp"] == pytest.approx(terms(plan)["exposed.dp"] / 2)
+    sharded = with_stack(plan, distributed_optimizer_multiplier=2.0)
+    assert terms(sharded)["exposed.dp"] == pytest.approx(terms(plan)["exposed.dp"] * 2)
+
+
+def test_asynchronous_tensor_parallelism_hides_a_share(make_plan: MakePlan) -> None:
+    plan = with_stack(make_plan(tp=8, sp=True), async_tp_exposed=0.25, host_s_per_op=0.0)
+    hidden = with_technique(plan, "tensor-parallel", **{"async": True})
+    assert terms(hidden)["exposed.tp"] == pytest.approx(terms(plan)["exposed.tp"] / 4, rel=1e-6)
+
+
+def test_gathers_in_fp8_move_half_the_bytes(make_plan: MakePlan) -> None:
+    plan = make_plan(tp=8, sp=True, compute="fp8")
+    low = with_stack(plan, low_precision_gather=True)
+    wide, narrow = (estimate(p).bytes_on_wire["all_gather@tp"] for p in (plan, low))
+    assert narrow < wide
+    rowwise = with_technique(low, "precision", compute="fp8", recipe="rowwise")
+    assert estimate(rowwise).bytes_on_wire["all_gather@tp"] == wide
+
+
+def test_offloaded_activations_that_compute_does_not_hide_are_exposed(make_plan: MakePlan) -> None:
+    plan = with_technique(make_plan(dp_shard=8, zero=3), "offload", activations=1.0)
+    assert terms(plan)["exposed.copy"] > 0
+    pool = plan.cluster.pools[0]
+    assert pool.host is not None
+    link = msgspec.structs.replace(pool.host, bytes_per_s=1e15, latency_s=0.0)
+    cluster = msgspec.structs.replace(
+        plan.cluster, pools=(msgspec.structs.replace(pool, host=link),)
+    )
+    assert terms(msgspec.structs.replace(plan, cluster=cluster))["exposed.copy"] == 0
+
+
+def test_launches_bound_a_small_model_and_captured_graphs_free_it(make_plan: MakePlan) -> None:
+    options: dict[str, Any] = {"seq_tokens": 512, "global_batch_seqs": 8, "dp_shard": 8, "zero": 1}
+    plan = with_stack(make_plan("qwen2.5-0.5b", **options), host_s_per_op=5e-5)
+    captured = with_technique(plan, "runtime", mode="graphs")
+    assert estimate(captured).step_s.median < 0.5 * estimate(plan).step_s.median
+
+
+def test_compiled_layers_move_less(make_plan: MakePlan) -> None:
+    plan = with_stack(make_plan(dp_shard=8, zero=3), compiled_elementwise=0.5, host_s_per_op=0.0)
+    compiled = with_technique(plan, "runtime", mode="compiled")
+    assert terms(compiled)["forward"] < terms(plan)["forward"]
+
+
+def test_a_newer_attention_kernel_is_faster_and_an_eager_one_slower(make_plan: MakePlan) -> None:
+    base = make_plan(dp_shard=8, zero=3, seq_tokens=8192)
+    times = [
+        estimate(with_technique(base, "attention", kernel=kernel)).step_s.median
+        for kernel in ("flash3", "flash2", "flash1", "unfused", "eager")
+    ]
+    assert times == sorted(times) and len(set(times)) == len(times)
+
+
+def test_full_recompute_without_an_early_end_repeats_the_last_matmul(make_plan: MakePlan) -> None:
+    plan = make_plan(dp_shard=8, zero=3, recompute="full")
+    early, whole = (with_stack(plan, recompute_stops_early=stops) for stops in (True, False))
+    assert terms(whole)["recompute"] > terms(early)["recompute"]
+    assert terms(whole)["recompute"] <= terms(whole)["forward"] * (1 + 1e-9)
+
+
+def test_jitter_grows_with_the_devices(make_plan: MakePlan) -> None:
+    plan = make_plan("llama-3.1-8b", "8x8xH100", dp_shard=64, zero=3, global_batch_seqs=64)
+    drifting = with_stack(plan, drift_per_doubling=0.01)
+    ratio = estimate(drifting).step_s.median / estimate(plan).step_s.median
+    assert ratio == pytest.approx(1.03, rel=1e-9)
