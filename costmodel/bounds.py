@@ -29,7 +29,7 @@ from .layout import Layouts
 from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
-from .ranks import rank_memory, stage_times, update
+from .ranks import hop_s, rank_memory, stage_times, update
 from .simulate import check_covered
 from .stages import Load, even_load, merge, stage_load
 
@@ -105,7 +105,7 @@ def _rank_load(model: Model, layouts: Layouts, rank: Array) -> Load:
 def _makespan(model: Model, layouts: Layouts, costs: Pieces, prices: Prices) -> Array:
     m = layouts.num_microbatches.astype(float)
     p = layouts.pp.astype(float)
-    hop = _hop_s(layouts, costs, prices)
+    hop = hop_s(costs, layouts, prices)
     fill_hops = np.zeros(1)
     if prices.pool.stack.can_overlap:  # as in the simulator: fill and drain alone
         fill_hops, hop = 2 * (p - 1) * hop, 0.0 * hop
@@ -147,13 +147,6 @@ def _before(
     some = (rank > 0).astype(float)
     times = stage_times(load, costs, prices)
     return some * (times.forward_s + times.backward_s) + 2 * rank * action_s
-
-
-def _hop_s(layouts: Layouts, costs: Pieces, prices: Prices) -> Array:
-    stride = (layouts.dp * layouts.tp).astype(float)
-    two = np.full(len(layouts), 2.0)
-    hop = prices.collective("p2p", costs.layers[0].boundary_bytes, two, stride, stride)
-    return np.where(layouts.pp > 1, hop, 0.0)
 
 
 def _updates(

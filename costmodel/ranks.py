@@ -17,6 +17,7 @@ from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
+from .states import StateBytes
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
@@ -41,6 +42,28 @@ def stage_times(load: Load, costs: Pieces, prices: Prices) -> StageTimes:
         there, back = load.communication(costs, axis)
         forward, backward = forward + there, backward + back
     return StageTimes(forward_s=forward, backward_s=backward)
+
+
+def sent_bytes(boundary_bytes: Array, layouts: Layouts, prices: Prices) -> Array:
+    """What one rank hands to the next stage per micro-batch.
+
+    Where tp ranks hold the same activations and the stack scatters them, each sends its part
+    (Narayanan et al. 2021, arXiv 2104.04473, section 4.1).
+    """
+    same = prices.pool.stack.scatters_boundary & (layouts.sequence_parallel == 0)
+    return boundary_bytes / np.where(same, layouts.tp, 1)
+
+
+def hop_s(costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+    """Transfer of one micro-batch's activations between neighbouring pipeline ranks."""
+    whole = costs.layers[0].boundary_bytes
+    part = sent_bytes(whole, layouts, prices)
+    replicas = (layouts.dp * layouts.cp * layouts.tp).astype(float)
+    sent = prices.collective("p2p", part, np.full(len(layouts), 2.0), replicas, replicas)
+    tp = layouts.tp.astype(float)
+    joined = prices.collective("all_gather", whole, tp, np.ones(1), layouts.world / tp)
+    hop = sent + np.where(part < whole, joined, 0.0)
+    return np.where(layouts.pp > 1, hop, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +93,7 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         np.zeros(1),
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
+    seconds = seconds * StateBytes.of(prices.pool.stack, options).update_share
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),

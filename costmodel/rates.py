@@ -103,11 +103,9 @@ def fill(m: Array, n: Array, num_sms: int, groups: Array = ONE) -> Array:
     >>> fill(np.array([128.0 * 108]), np.array([256.0]), 108).round(6).tolist()
     [1.0]
     """
-    best = np.zeros(1)
-    for rows, columns, relative in TILES:
-        down, across = groups * np.ceil(m / groups / rows), np.ceil(n / columns)
-        tiles = down * across
-        padded = (m / rows / down) * (n / columns / across)
-        waves = np.ceil(tiles / num_sms)
-        best = np.maximum(best, relative * padded * tiles / (waves * num_sms))
-    return best
+    rows, columns, relative = (column[:, None] for column in np.array(TILES).T)
+    down, across = groups * np.ceil(m / groups / rows), np.ceil(n / columns)
+    tiles = down * across
+    padded = (m / rows / down) * (n / columns / across)
+    waves = np.ceil(tiles / num_sms)
+    return np.max(relative * padded * tiles / (waves * num_sms), axis=0)

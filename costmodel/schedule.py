@@ -92,37 +92,42 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     >>> done.makespan_s
     33.0
     """
-    last_stage = max(stage for actions in order for _, stage, _ in actions)
-    finish: dict[Action, float] = {}
-    position = [0] * len(order)
-    clock = [0.0] * len(order)
-    busy = [0.0] * len(order)
-    remaining = sum(len(actions) for actions in order)
     p = len(order)
-    while remaining:
+    last_stage = max(stage for _, stage, _ in order[-1])
+    num_micro = 1 + max(micro for _, _, micro in order[0])
+    hop = p2p_s if p > 1 else 0.0
+    forward = [[-1.0] * num_micro for _ in range(last_stage + 1)]  # when it ends; -1: not yet
+    backward = [[-1.0] * num_micro for _ in range(last_stage + 1)]
+    position, clock, busy = [0] * p, [0.0] * p, [0.0] * p
+    progress = True
+    while progress:
         progress = False
         for rank, actions in enumerate(order):
-            while position[rank] < len(actions):
-                action = actions[position[rank]]
-                start = clock[rank]
-                ready = True
-                for need in _needs(action, last_stage):
-                    end = finish.get(need)
-                    if end is None:
-                        ready = False
+            now, spent, at = clock[rank], busy[rank], position[rank]
+            while at < len(actions):
+                action = actions[at]
+                kind, stage, micro = action
+                own = now
+                if kind == "F":
+                    before = forward[stage - 1][micro] if stage else 0.0
+                else:
+                    own = max(now, forward[stage][micro])
+                    if forward[stage][micro] < 0:
                         break
-                    hop = p2p_s if need[1] != action[1] and need[1] % p != rank else 0.0
-                    start = max(start, end + hop)
-                if not ready:
+                    before = backward[stage + 1][micro] if stage < last_stage else 0.0
+                if before < 0:
                     break
+                neighbour = stage > 0 if kind == "F" else stage < last_stage
+                start = max(own, before + hop) if neighbour else own
                 length = duration(action)
-                clock[rank] = finish[action] = start + length
-                busy[rank] += length
-                position[rank] += 1
-                remaining -= 1
+                now = start + length
+                spent += length
+                (forward if kind == "F" else backward)[stage][micro] = now
+                at += 1
                 progress = True
-        if not progress:
-            raise ValueError("the orders deadlock: an action waits for one behind it")
+            clock[rank], busy[rank], position[rank] = now, spent, at
+    if any(at < len(actions) for at, actions in zip(position, order, strict=True)):
+        raise ValueError("the orders deadlock: an action waits for one behind it")
     return Played(makespan_s=max(clock), busy_s=tuple(busy))
 
 

@@ -19,7 +19,16 @@ from .memory import Peak
 from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
-from .ranks import IN_LAYER_AXES, StageTimes, Update, rank_memory, stage_times, update
+from .ranks import (
+    IN_LAYER_AXES,
+    StageTimes,
+    Update,
+    hop_s,
+    rank_memory,
+    sent_bytes,
+    stage_times,
+    update,
+)
 from .schedule import Action, Played, live_chunks, orders, play_long, play_shared
 from .stages import Load, for_each, merge, plan_loads
 
@@ -129,13 +138,7 @@ class Simulation:
 
     def hop_s(self) -> float:
         """Transfer of one micro-batch's activations between neighbouring pipeline ranks."""
-        if self.mesh.pp == 1:
-            return 0.0
-        boundary = self.costs.layers[0].boundary_bytes
-        stride = np.array([float(self.replicas)])
-        two = np.array([2.0])
-        groups = np.array([float(self.replicas)])
-        return float(self.prices.collective("p2p", boundary, two, stride, groups)[0])
+        return float(hop_s(self.costs, self.layouts, self.prices)[0])
 
     def fill_hops_s(self) -> float:
         """Transfers of fill and drain; where transfers run beside compute the others are hidden."""
@@ -180,7 +183,7 @@ class Simulation:
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * (len(self.stage_loads) - 1)
-            add("send@pp", boundary * m * crossings)
+            add("send@pp", sent_bytes(boundary, self.layouts, self.prices) * m * crossings)
             if self.plan.model.tied_embeddings:
                 table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
                 add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)

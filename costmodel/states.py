@@ -44,8 +44,18 @@ class StateBytes:
     gradient: float
     optimizer: float
     """Master copy and moments."""
+    unpacked: float
+    """Master copy and moments as an update works on them."""
     frozen: float
     """Of a frozen weight of a layer; those of embedding and head stay as used."""
+
+    @property
+    def update_share(self) -> float:
+        """Traffic of an update relative to AdamW in fp32: parameters, master copies and moments are
+        read and written, gradients read. Low-bit moments are unpacked and packed on the way, which
+        moves what it saves."""
+        moved = 2 * self.parameter + self.gradient + 2 * self.unpacked
+        return moved / (2 * 4.0 + 4.0 + 2 * 8.0)
 
     @staticmethod
     def of(stack: Stack, options: Options) -> StateBytes:
@@ -62,6 +72,7 @@ class StateBytes:
             parameter=parameter,
             gradient=4.0 if stack.gradient_bytes is None else stack.gradient_bytes,
             optimizer=master + moments,
+            unpacked=master + (stack.moment_bytes if options.optimizer != "sgd" else 0.0),
             frozen=DTYPE_BYTES[options.base_dtype] if options.base_dtype else used,
         )
 

@@ -117,6 +117,8 @@ class Stack(Value, frozen=True, kw_only=True):
     results are rescaled and added."""
     compiled_elementwise: float = 1.0
     """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
+    scatters_boundary: bool = False
+    """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What the stack does where a table does not say; None = it depends on the layout."""
     lora_targets: Literal["all", "qkv", "qv"] = "all"

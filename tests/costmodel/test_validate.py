@@ -31,7 +31,7 @@ from forerun.costmodel.validate.build import Candidate
 from forerun.costmodel.validate.cells import LADDER
 from forerun.costmodel.validate.clusters import network_bytes_per_s
 from forerun.costmodel.validate.conventions import memory_unit_bytes, step_flops, work
-from forerun.costmodel.validate.predict import error_of, price
+from forerun.costmodel.validate.predict import MEMORY_DOUBT, error_of, price
 from forerun.costmodel.validate.ranking import kendall_tau_b, regret
 from forerun.costmodel.validate.table import parse_row
 from forerun.errors import InputError
@@ -266,12 +266,12 @@ def test_empty_cells_without_siblings_are_searched() -> None:
     assert chosen.step_s.median == min(p.step_s.median for p in rivals)
 
 
-def test_what_never_fits_takes_the_leanest_plan() -> None:
+def test_what_never_fits_takes_a_plan_near_the_leanest() -> None:
     found = case(model="llama-3.1-405b", zero_stage=0, recompute="")
     (outcome,) = outcomes([found])
     assert isinstance(outcome, Outcome)
     least = min(price(c).peak_memory_bytes.median for c in candidates(found))
-    assert outcome.prediction.peak_memory_bytes.median == least
+    assert least <= outcome.prediction.peak_memory_bytes.median <= least * (1 + MEMORY_DOUBT)
 
 
 def test_an_open_layout_multiplies_to_the_devices() -> None:
