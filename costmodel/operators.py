@@ -225,14 +225,14 @@ KINDS: dict[str, Kind] = {
         launches=5,
         backward_transient=0.0,
     ),
-    # the same with scale, mask, fp32 softmax and dropout in kernels of their own: about three times
-    # the passes over the scores
+    # the same with scale, mask, fp32 softmax and dropout in kernels of their own: about twice the
+    # passes over the scores
     "attention_unfused_eager": Kind(
         work=lambda s: s[0] * s[1] * s[1] * s[2],
         forward_flops=lambda s: 4 * s[0] * s[1] * s[1] * s[2],
         backward_flops=lambda s: 8 * s[0] * s[1] * s[1] * s[2],
-        forward_bytes=lambda s, x: 12 * s[0] * s[1] * s[1] * x,
-        backward_bytes=lambda s, x: 18 * s[0] * s[1] * s[1] * x,
+        forward_bytes=lambda s, x: 8 * s[0] * s[1] * s[1] * x,
+        backward_bytes=lambda s, x: 12 * s[0] * s[1] * s[1] * x,
         launches=9,
         backward_transient=0.0,
     ),

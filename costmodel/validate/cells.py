@@ -76,7 +76,7 @@ def recompute_ladder(row: Row, siblings: Siblings) -> tuple[tuple[str, ...], boo
     doubted = row.attention_kernel.startswith("none") and row.says("unknown for the baseline")
     if row.recompute is not None and not doubted:
         return (row.recompute,), False
-    stated = siblings.values(row, "recompute")
+    stated = [] if doubted else siblings.values(row, "recompute")
     return (tuple(mode for mode in LADDER if mode in stated) or LADDER), True
 
 
@@ -183,10 +183,12 @@ def _batches(row: Row, siblings: Siblings, dp: int, pp: int) -> list[tuple[int, 
         raise InputError("global_batch_seqs", batch, f"fewer sequences than dp={dp} replicas",
                          "correct the batch or dp")  # fmt: skip
     each = MICRO_BATCHES[-1] if batch is None else batch // dp
-    if row.micro_batch_seqs is not None:
+    doubted = row.says("assumes no gradient accumulation")
+    if row.micro_batch_seqs is not None and not doubted:
         micros = [min(row.micro_batch_seqs, -(-batch // dp)) if batch else row.micro_batch_seqs]
     else:
-        stated = [int(v) for v in siblings.values(row, "micro_batch_seqs") if int(v) <= each]
+        others = [] if doubted else siblings.values(row, "micro_batch_seqs")
+        stated = [int(v) for v in others if int(v) <= each]
         whole = [n for n in MICRO_BATCHES if n <= each and each % n == 0]
         micros = sorted(stated) or whole
     if batch is not None:

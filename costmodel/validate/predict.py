@@ -24,8 +24,9 @@ from .table import Unread
 
 MEMORY_DOUBT = 0.1
 """How far predicted memory may be off, where a run that took place is predicted not to fit."""
-LIKELY = 0.5
-"""Least probability of fitting in memory for a searched cell."""
+LIKELY = 0.2
+"""Least probability of fitting in memory for a searched cell: the plan ran, and who published it
+looked for the fastest that does."""
 LARGEST_PLAY = 2_000_000
 """Actions of one simulation: beyond it a row is refused rather than played for minutes."""
 Overrides = Mapping[str, Mapping[str, Any]]
