@@ -30,7 +30,7 @@ from ..cluster import DTYPE_BYTES
 from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
-from .options import Options
+from .options import Options, by_units
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
@@ -49,11 +49,6 @@ class DataParallel:
     wire_bytes: dict[str, Array]
     shard: Array
     """Ranks over which a parameter's gradient at rest is divided."""
-
-
-def is_sharded(layouts: Layouts, options: Options) -> Array:
-    """Whether parameters are handled by FSDP units: ZeRO > 0, or 16-bit compute."""
-    return (layouts.zero > 0) | (options.compute != "fp32")
 
 
 def data_parallel(
@@ -135,7 +130,7 @@ def _units(
     """FSDP's units and DDP."""
     m = layouts.num_microbatches.astype(float)
     alone = layouts.pp == 1
-    zero, units = layouts.zero, is_sharded(layouts, options)
+    zero, units = layouts.zero, by_units(layouts.zero, options)
     layer_gathers = np.where((zero == 3) & alone, 2 * m, 1.0)
     rest_gathers = np.where((zero == 3) & alone, m, 1.0)
     scatters = np.where((zero >= 2) & alone, m, 1.0)
@@ -275,7 +270,7 @@ def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Opti
     shard = layouts.shards.astype(float)
     local = np.where((layouts.zero >= 2) & (layouts.pp == 1), params / shard, params)
     seconds = (m - 1) * prices.operator("accumulate", [local], "fp32")[0]
-    copies = (layouts.dp * layouts.cp > 1) & ~is_sharded(layouts, options)
+    copies = (layouts.dp * layouts.cp > 1) & ~by_units(layouts.zero, options)
     return seconds + np.where(copies, prices.operator("copy", [params], "fp32")[0], 0.0)
 
 
@@ -284,7 +279,7 @@ def _wire(
 ) -> dict[str, Array]:
     m = layouts.num_microbatches.astype(float)
     alone, zero = layouts.pp == 1, layouts.zero
-    units = is_sharded(layouts, options)
+    units = by_units(layouts.zero, options)
     reduce_bytes = prices.pool.stack.reduce_bytes
     often = (zero == 3) & alone
     scatters = np.where((zero >= 2) & alone, m, 1.0)

@@ -31,7 +31,7 @@ from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
 from .operator_times import operator_times
-from .options import Options
+from .options import Options, by_units
 from .prices import Prices
 from .techniques import apply, local_axes, precision
 
@@ -192,12 +192,11 @@ def _piece(
         comm_backward["copy"] = copies_s(live.saved, options, prices, busy_backward)
     host_scale = prices.scale("host")
     launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
-    floor_forward = _floor(
-        times.forward_s, comm_forward, times.forward_launches * launch_s, there, layouts, prices
-    )
-    floor_backward = _floor(
-        busy_backward, comm_backward, times.backward_launches * launch_s, back, layouts, prices
-    )
+    hooks_s = _hooks_s(graph, layouts, prices, options)
+    launching = times.forward_launches * launch_s + hooks_s
+    floor_forward = _floor(times.forward_s, comm_forward, launching, there, layouts, prices)
+    launching = times.backward_launches * launch_s + hooks_s
+    floor_backward = _floor(busy_backward, comm_backward, launching, back, layouts, prices)
     return Piece(
         forward_s=times.forward_s * prices.scale("forward"),
         backward_s=times.backward_s * prices.scale("backward"),
@@ -217,10 +216,18 @@ def _piece(
     )
 
 
+def _hooks_s(graph: Graph, layouts: Layouts, prices: Prices, options: Options) -> Array:
+    """Host time of the hooks around an FSDP unit, which on a GPU runs beside the device."""
+    stack = prices.pool.stack
+    if graph.name != "layer" or prices.launch_s == 0.0 or stack.sharding != "fsdp":
+        return np.zeros(1)
+    return np.where(by_units(layouts.zero, options), stack.host_s_per_unit, 0.0)
+
+
 def _floor(
     compute_s: Array,
     comm_s: dict[str, Array],
-    launch_s: float,
+    launching_s: Array,
     collectives: Sequence[Collective],
     layouts: Layouts,
     prices: Prices,
@@ -229,11 +236,11 @@ def _floor(
 
     Host and device work side by side: together (device^q + host^q)^(1/q).
     """
-    if launch_s == 0.0:
+    if not np.any(launching_s):
         return np.zeros(1)
     stack = prices.pool.stack
     device_s = sum(comm_s.values(), compute_s)
-    host_s = np.zeros(1) + launch_s
+    host_s = launching_s
     for c in collectives:
         host_s = host_s + np.where(ranks_of(c.axis, layouts) > 1, stack.host_s_per_collective, 0.0)
     q = stack.host_smoothness

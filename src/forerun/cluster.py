@@ -87,6 +87,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Rate of the batched matmuls of attention with scores in memory, at head_dim 128."""
     host_smoothness: float = 2.5
     """q in (gpu^q + host^q)^(1/q), the time of a layer whose host and device work overlap."""
+    host_s_per_unit: float = 0.0
+    """Host time of FSDP's hooks around a layer, in forward and in backward."""
     host_s_per_collective: float = 0.0
     """Host time per collective inside a layer."""
     collective_latency_s: float = 0.0

@@ -18,6 +18,7 @@ import pytest
 
 from forerun import InputError, PlanFile, RunFailed, document
 from forerun.executors import failures, job, launch
+from forerun.executors.processes import kill_tree
 
 replace = msgspec.structs.replace
 
@@ -104,6 +105,8 @@ def test_ctrl_c_and_terminate_end_all_ranks(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # a test run in the background of a shell ignores Ctrl-C, and its children would as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         give_up_at = time.monotonic() + 60
         while not any("forerun.executors.worker" in p.cmdline() for p in workers()):
@@ -111,7 +114,11 @@ def test_ctrl_c_and_terminate_end_all_ranks(
             time.sleep(0.1)
         started = workers()
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=30)
+        try:
+            out, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            kill_tree(process)
+            raise
     assert process.returncode == code, err.decode()
     assert out == b"" and b"Traceback" not in err
     assert psutil.wait_procs(started, timeout=10)[1] == []
