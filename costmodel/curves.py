@@ -29,16 +29,19 @@ def interpolate_time(sizes: Sequence[float], seconds: Sequence[float], size: Arr
 def affine_time(sizes: Sequence[float], seconds: Sequence[float], size: Array) -> Array:
     """Time at `size` on the line a + b size, a and b not negative, nearest to noisy points.
 
-    Least squares of the errors relative to the typical size and the point's own.
+    Least squares of the errors relative to the typical size and the point's own. Beyond the last
+    point the time grows with the square root of the size, as the sum of independent delays does:
+    a noisy slope is not carried far.
 
-    >>> affine_time([1.0, 3.0, 9.0], [3.0, 5.0, 11.0], np.array([0.0, 5.0])).round(6).tolist()
-    [2.0, 7.0]
+    >>> affine_time([1.0, 3.0, 9.0], [3.0, 5.0, 11.0], np.array([0.0, 5.0, 36.0])).round(6).tolist()
+    [2.0, 7.0, 22.0]
     """
     xs, ys = np.asarray(sizes, dtype=float), np.asarray(seconds, dtype=float)
     weights = 1.0 / (xs + np.median(xs))
     rows = np.stack([weights, weights * xs], axis=1)
     (fixed, slope), _ = nnls(rows, weights * ys)
-    return fixed + slope * size
+    longest = xs.max()
+    return (fixed + slope * np.minimum(size, longest)) * np.sqrt(np.maximum(1.0, size / longest))
 
 
 def interpolate_rate(
