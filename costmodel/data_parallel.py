@@ -33,6 +33,7 @@ from .layout import Layouts
 from .options import Options, by_units
 from .pieces import Pieces
 from .prices import Prices
+from .sharing import SharingGroup
 from .stages import Load
 
 
@@ -95,35 +96,6 @@ def _whole(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
-    """The ranks that share parameters of one kind: how they shard them, and their replicas."""
-
-    shard: Array
-    replicate: Array
-    stride: Array
-
-    @staticmethod
-    def dense(layouts: Layouts) -> _Group:
-        """Of parameters outside of experts."""
-        return _Group(
-            shard=layouts.shards.astype(float),
-            replicate=layouts.dp_replicate.astype(float),
-            stride=layouts.tp.astype(float),
-        )
-
-    @staticmethod
-    def experts(layouts: Layouts) -> _Group:
-        """Of routed experts: ep ranks hold others."""
-        same = layouts.dp * layouts.cp * layouts.tp / layouts.expert_tp / layouts.ep
-        shard = np.minimum(same, np.maximum(1.0, layouts.shards / layouts.ep))
-        return _Group(
-            shard=shard,
-            replicate=same / shard,
-            stride=(layouts.expert_tp * layouts.ep).astype(float),
-        )
-
-
 def _units(
     load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
 ) -> DataParallel:
@@ -137,14 +109,14 @@ def _units(
     rest_params = load.rest_params(costs)
     all_params = load.params(costs)
 
-    def unit(params: Array, trained: Array, group: _Group) -> tuple[Array, Array, Array]:
+    def unit(params: Array, trained: Array, group: SharingGroup) -> tuple[Array, Array, Array]:
         return (
             _gather_s(params, group, layouts, prices, options),
             _scatter_s(trained, group, layouts, prices),
             _across_s(trained, group, layouts, prices),
         )
 
-    dense, experts = _Group.dense(layouts), _Group.experts(layouts)
+    dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
     rest_trained = np.where(load.trainable_params(costs) >= all_params, rest_params, 0.0)
     gather, scatter, across = unit(rest_params, rest_trained, dense)
     gather_s, scatter_s = rest_gathers * gather, scatters * scatter + across
@@ -157,7 +129,7 @@ def _units(
         copies_back = copies_back + count * scatters * one_copy
         for params, trained, group in (
             (piece.params, piece.trainable_params, dense),
-            (piece.expert_params, piece.expert_params, experts),
+            (piece.expert_params, piece.trainable_expert_params, experts),
         ):
             gather, scatter, across = unit(params, trained, group)
             gather_s = gather_s + count * layer_gathers * gather
@@ -224,7 +196,7 @@ def _moved(
 
 
 def _gather_s(
-    params: Array, group: _Group, layouts: Layouts, prices: Prices, options: Options
+    params: Array, group: SharingGroup, layouts: Layouts, prices: Prices, options: Options
 ) -> Array:
     """All-gather of one unit."""
     dtype = "fp8" if options.gathers_low(prices.pool.stack) else options.tensor_dtype
@@ -232,13 +204,13 @@ def _gather_s(
     return _moved("all_gather", num_bytes, group.shard, group.stride, layouts, prices)
 
 
-def _scatter_s(params: Array, group: _Group, layouts: Layouts, prices: Prices) -> Array:
+def _scatter_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
     """Reduce-scatter of one unit's gradients."""
     num_bytes = params * prices.pool.stack.reduce_bytes
     return _moved("reduce_scatter", num_bytes, group.shard, group.stride, layouts, prices)
 
 
-def _across_s(params: Array, group: _Group, layouts: Layouts, prices: Prices) -> Array:
+def _across_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
     """All-reduce of one unit's scattered gradients over the replicas."""
     num_bytes = params * prices.pool.stack.reduce_bytes / group.shard
     stride = group.stride * group.shard
@@ -286,9 +258,10 @@ def _wire(
     total = {"all_gather@dp": np.zeros(1), "reduce_scatter@dp": np.zeros(1),
              "all_reduce@dp": np.zeros(1)}  # fmt: skip
     dense, experts = load.params(costs), load.total(costs, "expert_params")
+    experts_trained = load.total(costs, "trainable_expert_params")
     for params, rest, trained, group in (
-        (dense, load.rest_params(costs), load.trainable_params(costs), _Group.dense(layouts)),
-        (experts, 0.0 * experts, experts, _Group.experts(layouts)),
+        (dense, load.rest_params(costs), load.trainable_params(costs), SharingGroup.dense(layouts)),
+        (experts, 0.0 * experts, experts_trained, SharingGroup.experts(layouts)),
     ):
         gathered = np.where(often, m * (2 * (params - rest) + rest), params)
         many = units & (group.shard > 1)

@@ -19,6 +19,7 @@ from .layout import Layouts
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
+from .sharing import SharingGroup
 from .stages import Load
 
 
@@ -27,22 +28,14 @@ def exchange_s(
 ) -> Array:
     """Exposed seconds per step of one pipeline rank."""
     stack = prices.pool.stack
-    dense = (layouts.dp * layouts.cp).astype(float)
     seconds = np.zeros(1)
-    for params, ranks, stride in (
-        (load.trainable_params(costs), dense, layouts.tp.astype(float)),
-        (
-            load.total(costs, "expert_params"),
-            dense * layouts.tp / layouts.expert_tp / layouts.ep,
-            layouts.expert_tp * layouts.ep * 1.0,
-        ),
-    ):
-        groups = layouts.world / ranks
+    for params, group in _exchanged(load, costs, layouts):
+        ranks, groups = group.ranks, layouts.world / group.ranks
         reduced = params * stack.reduce_bytes
         gathered = params * DTYPE_BYTES[options.tensor_dtype]
-        whole = prices.collective("all_reduce", reduced, ranks, stride, groups)
-        parts = prices.collective("reduce_scatter", reduced, ranks, stride, groups)
-        parts = parts + prices.collective("all_gather", gathered, ranks, stride, groups)
+        whole = prices.collective("all_reduce", reduced, ranks, group.stride, groups)
+        parts = prices.collective("reduce_scatter", reduced, ranks, group.stride, groups)
+        parts = parts + prices.collective("all_gather", gathered, ranks, group.stride, groups)
         latency = stack.collective_latency_s * np.log2(np.maximum(ranks, 1.0))
         moved = np.where(layouts.zero > 0, parts, whole) + latency
         seconds = seconds + np.where((params > 0) & (ranks > 1), moved, 0.0)
@@ -55,11 +48,22 @@ def wire_bytes(
     load: Load, costs: Pieces, layouts: Layouts, options: Options, reduce_bytes: float
 ) -> dict[str, Array]:
     """Bytes handed to each collective per step and rank."""
-    params = load.trainable_params(costs) + load.total(costs, "expert_params")
-    many = layouts.dp * layouts.cp > 1
-    sharded = many & (layouts.zero > 0)
+    params = np.zeros(1)
+    for kind, group in _exchanged(load, costs, layouts):
+        params = params + np.where(group.ranks > 1, kind, 0.0)
+    sharded = layouts.zero > 0
     return {
-        "all_reduce@dp": np.where(many & ~sharded, params * reduce_bytes, 0.0),
+        "all_reduce@dp": np.where(sharded, 0.0, params * reduce_bytes),
         "reduce_scatter@dp": np.where(sharded, params * reduce_bytes, 0.0),
         "all_gather@dp": np.where(sharded, params * DTYPE_BYTES[options.tensor_dtype], 0.0),
     }
+
+
+def _exchanged(
+    load: Load, costs: Pieces, layouts: Layouts
+) -> tuple[tuple[Array, SharingGroup], ...]:
+    """Trained parameters of each kind and the ranks that share them."""
+    return (
+        (load.trainable_params(costs), SharingGroup.dense(layouts)),
+        (load.total(costs, "trainable_expert_params"), SharingGroup.experts(layouts)),
+    )

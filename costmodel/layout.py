@@ -64,6 +64,21 @@ class Layouts:
         """Ranks over which ZeRO divides states: cp ranks hold the same weights as dp ranks do."""
         return self.dp_shard * self.cp
 
+    @property
+    def expert_holders(self) -> Array:
+        """Ranks that hold the same experts."""
+        return self._over_experts(self.dp * self.cp)
+
+    @property
+    def expert_shards(self) -> Array:
+        """Those of them over which ZeRO divides the experts' states."""
+        return np.maximum(1.0, self._over_experts(self.shards))
+
+    def _over_experts(self, ranks: Ints) -> Array:
+        """Ranks that hold the same dense weights, and those of tp where experts are not cut by it,
+        shared among ep."""
+        return ranks * self.tp / self.expert_tp / self.ep
+
     def take(self, index: NDArray[np.intp] | slice) -> Layouts:
         """The layouts at the given positions."""
         return Layouts(**{f.name: getattr(self, f.name)[index] for f in fields(self)})

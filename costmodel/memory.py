@@ -59,7 +59,7 @@ class _Rank:
     @staticmethod
     def of(load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> _Rank:
         states = StateBytes.of(stack, options)
-        counts = Counts.of(load, costs, options)
+        counts = Counts.of(load, costs)
         return _Rank(
             load=load,
             costs=costs,
@@ -233,7 +233,7 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     saved, working, params = np.zeros(1), np.zeros(1), np.zeros(1)
     for (count, live), piece in zip(rank.each_layer(), costs.layers, strict=True):
         peak = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
-        own = Counts.of_layer(piece, rank.options).with_gradient
+        own = Counts.of_layer(piece).with_gradient
         saved = np.where(count > 0, np.maximum(saved, live.saved), saved)
         working = np.where(count > 0, np.maximum(working, peak), working)
         params = np.where(count > 0, np.maximum(params, own), params)

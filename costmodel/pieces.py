@@ -57,6 +57,8 @@ class Piece:
     over dp * cp / ep ranks."""
     trainable_params: Array
     """Those of `params` that have gradients and optimiser states."""
+    trainable_expert_params: Array
+    """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
     live: Liveness
@@ -208,6 +210,7 @@ def _piece(
         params=graph.num_params(sizes) + zero,
         expert_params=graph.num_params(sizes, experts=True) + zero,
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
+        trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
         live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
@@ -307,6 +310,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         params=pick(yes.params, no.params),
         expert_params=pick(yes.expert_params, no.expert_params),
         trainable_params=pick(yes.trainable_params, no.trainable_params),
+        trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
         live=live(yes.live, no.live),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),

@@ -17,7 +17,7 @@ from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
-from .states import StateBytes
+from .states import Counts, Divisors, StateBytes
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
@@ -84,16 +84,15 @@ class Update:
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
-    sharded = layouts.zero > 0
-    owned = load.trainable_params(costs) / np.where(sharded, layouts.shards, 1)
-    experts = np.maximum(1.0, np.where(sharded, layouts.shards / layouts.ep, 1.0))
-    owned = owned + load.total(costs, "expert_params") / experts
+    stack, counts = prices.pool.stack, Counts.of(load, costs)
+    owned = counts.trained / Divisors.of(stack, layouts).optimizer
+    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
-    seconds = seconds * StateBytes.of(prices.pool.stack, options).update_share
+    seconds = seconds * StateBytes.of(stack, options).update_share
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),

@@ -91,20 +91,31 @@ class Counts:
     """Frozen weights of embedding and head."""
 
     @staticmethod
-    def of(load: Load, costs: Pieces, options: Options) -> Counts:
+    def of(load: Load, costs: Pieces) -> Counts:
         """The parameters of all pieces of a load."""
-        experts = load.total(costs, "expert_params")
         frozen = np.zeros(1)
         for count, piece in zip(load.layers, costs.layers, strict=True):
             frozen = frozen + count * (piece.params - piece.trainable_params)
         trained = load.trainable_params(costs)
-        return _split(trained, experts, frozen, load.params(costs) - trained - frozen, options)
+        experts = load.total(costs, "trainable_expert_params")
+        return Counts(
+            trained=trained,
+            experts=experts,
+            frozen=frozen,
+            frozen_experts=load.total(costs, "expert_params") - experts,
+            frozen_rest=np.maximum(load.params(costs) - trained - frozen, 0.0),
+        )
 
     @staticmethod
-    def of_layer(piece: Piece, options: Options) -> Counts:
+    def of_layer(piece: Piece) -> Counts:
         """The parameters of one layer."""
-        frozen = piece.params - piece.trainable_params
-        return _split(piece.trainable_params, piece.expert_params, frozen, 0.0 * frozen, options)
+        return Counts(
+            trained=piece.trainable_params,
+            experts=piece.trainable_expert_params,
+            frozen=piece.params - piece.trainable_params,
+            frozen_experts=piece.expert_params - piece.trainable_expert_params,
+            frozen_rest=0.0 * piece.params,
+        )
 
     def used_bytes(self, states: StateBytes) -> Array:
         """All of them as matmuls (or, of frozen ones, their dequantisation) read them."""
@@ -115,21 +126,6 @@ class Counts:
     def with_gradient(self) -> Array:
         """Those that get a gradient."""
         return self.trained + self.experts
-
-
-def _split(
-    trained: Array, experts: Array, frozen: Array, frozen_rest: Array, options: Options
-) -> Counts:
-    """Adapters leave every weight of the model frozen, those of experts too."""
-    none = 0.0 * experts
-    adapters = options.lora_rank is not None
-    return Counts(
-        trained=trained,
-        experts=none if adapters else experts,
-        frozen=np.maximum(frozen, 0.0),
-        frozen_experts=experts if adapters else none,
-        frozen_rest=np.maximum(frozen_rest, 0.0),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +139,7 @@ class Divisors:
     @staticmethod
     def of(stack: Stack, layouts: Layouts, *, experts: bool = False) -> Divisors:
         """Those of the dense parameters, or of the experts'."""
-        ranks = layouts.shards.astype(float)
-        if experts:
-            ranks = np.maximum(1.0, ranks / layouts.ep)
+        ranks = layouts.expert_shards if experts else layouts.shards.astype(float)
         first = (3, 2, 1) if stack.sharding == "megatron" else (1, 1, 1)
         parameters, gradients, optimizer = (np.where(layouts.zero >= z, ranks, 1.0) for z in first)
         return Divisors(parameters=parameters, gradients=gradients, optimizer=optimizer)

@@ -66,12 +66,12 @@ class WorkingCopies:
         units = in_units(layouts, options, stack)
         layer, gradients = np.zeros(1), np.zeros(1)
         for count, piece in zip(load.layers, costs.layers, strict=True):
-            counts = Counts.of_layer(piece, options)
+            counts = Counts.of_layer(piece)
             used, made = counts.used_bytes(states), counts.with_gradient
             layer = np.maximum(layer, np.where(count > 0, used, 0.0))
             gradients = np.maximum(gradients, np.where(count > 0, made, 0.0))
         rest = load.rest_params(costs) * states.used
-        everything = Counts.of(load, costs, options).used_bytes(states)
+        everything = Counts.of(load, costs).used_bytes(states)
         streams = (layouts.zero == 3) & (layouts.pp == 1)
         frees = streams & stack.reshards
         more = np.where(load.num_layers > 1, layer, 0.0)
@@ -96,7 +96,7 @@ def _by_bucket(
 ) -> WorkingCopies:
     """Copies of a stack that keeps parameters whole up to ZeRO 2."""
     states = StateBytes.of(stack, options)
-    counts = Counts.of(load, costs, options)
+    counts = Counts.of(load, costs)
     gathers = in_units(layouts, options, stack)
     live = np.minimum(counts.used_bytes(states), LIVE_ELEMENTS * states.used)
     bucket = np.minimum(counts.with_gradient, BUCKET_ELEMENTS) * stack.reduce_bytes

@@ -180,3 +180,29 @@ def test_bound_never_exceeds_the_simulator(
     bound = bound_layouts(plan.model, plan.cluster, plan.workload, Layouts.of(plan.phase), options)
     assert bound.time_s[0] <= result.step_s.median * (1 + 1e-9)
     assert bound.memory_bytes[0] <= result.peak_memory_bytes.median * (1 + 1e-9)
+
+
+def test_experts_held_once_exchange_no_gradients(make_plan: MakePlan) -> None:
+    """With ep over all ranks only the dense parameters are shared; with adapters, only these."""
+    plan = make_plan("mixtral-8x7b", dp_shard=8, ep=8, zero=1, seq_tokens=SEQ, global_batch_seqs=8)
+    pool = plan.cluster.pools[0]
+    dense = plan.model.num_params - 32 * EXPERTS * 3 * H * FFN
+    for sharding in ("fsdp", "megatron"):
+        stack = msgspec.structs.replace(pool.stack, sharding=sharding, reduce_bytes=4.0)
+        pools = (msgspec.structs.replace(pool, stack=stack),)
+        cluster = msgspec.structs.replace(plan.cluster, pools=pools)
+        wire = estimate(msgspec.structs.replace(plan, cluster=cluster)).bytes_on_wire
+        assert wire["reduce_scatter@dp"] == pytest.approx(4 * dense, rel=1e-9)
+
+
+def test_frozen_experts_have_neither_gradients_nor_an_update(make_plan: MakePlan) -> None:
+    plan = make_plan("mixtral-8x7b", dp_shard=8, zero=1, seq_tokens=SEQ, global_batch_seqs=8)
+    (setting,) = plan.phase.settings
+    named = {**setting.techniques, "lora": {"rank": 8, "targets": "qv"}}
+    phase = msgspec.structs.replace(
+        plan.phase, settings=(msgspec.structs.replace(setting, techniques=named),)
+    )
+    adapters = 32 * 8 * ((H + HEADS * HEAD) + (H + KV * HEAD))
+    result = estimate(msgspec.structs.replace(plan, phases=(phase,)))
+    assert result.bytes_on_wire["reduce_scatter@dp"] == pytest.approx(4 * adapters, rel=1e-9)
+    assert result.time_terms_s["optimizer"] < estimate(plan).time_terms_s["optimizer"] / 100

@@ -80,7 +80,7 @@ def test_matches_korthikanti_figure_1(
         assert total / GIB == pytest.approx(expected, rel=0.02)
         load = _layers_alone(layers)
         rest = AtRest.of(
-            Counts.of(load, costs, options), StateBytes.of(stack, options), layouts, stack
+            Counts.of(load, costs), StateBytes.of(stack, options), layouts, stack
         )
         at_rest = rest.parameters + rest.gradients + rest.optimizer
         assert float(at_rest[0]) / GIB == pytest.approx(states, rel=0.02)
@@ -89,7 +89,7 @@ def test_matches_korthikanti_figure_1(
 def _bytes_per_param(stack: Stack, options: Options, **degrees: int) -> tuple[float, float, float]:
     layouts = _layouts(**degrees)
     costs = _pieces("llama-2-7b", layouts, options, stack)
-    counts = Counts.of(_layers_alone(32.0), costs, options)
+    counts = Counts.of(_layers_alone(32.0), costs)
     rest = AtRest.of(counts, StateBytes.of(stack, options), layouts, stack)
     whole = float(counts.trained[0])
     values = (rest.parameters, rest.gradients, rest.optimizer)
@@ -130,7 +130,7 @@ def test_adapters_on_a_4_bit_base() -> None:
     layouts = _layouts()
     options = Options(compute="bf16", lora_rank=8, base_dtype="nf4")
     costs = _pieces("llama-2-7b", layouts, options, PURE_16)
-    counts = Counts.of(_layers_alone(1.0), costs, options)
+    counts = Counts.of(_layers_alone(1.0), costs)
     adapters = 8 * (8 * 4096 + 3 * (4096 + 11008))
     assert float(counts.trained[0]) == adapters
     rest = AtRest.of(counts, StateBytes.of(PURE_16, options), layouts, PURE_16)
@@ -145,7 +145,7 @@ def test_experts_are_divided_over_the_ranks_that_hold_them() -> None:
     """8 experts over ep=4: 2 on a rank, whose states dp_shard * cp / ep = 2 ranks share."""
     layouts = _layouts(dp_shard=8, ep=4, zero=1)
     costs = _pieces("mixtral-8x7b", layouts, BF16, MEGATRON)
-    counts = Counts.of(_layers_alone(1.0), costs, BF16)
+    counts = Counts.of(_layers_alone(1.0), costs)
     assert float(counts.experts[0]) == 2 * 3 * 4096 * 14336
     rest = AtRest.of(counts, StateBytes.of(MEGATRON, BF16), layouts, MEGATRON)
     expected = 12 * (float(counts.experts[0]) / 2 + float(counts.trained[0]) / 8)
