@@ -38,5 +38,5 @@ $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) (torch is large: minutes without a package cache) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[run,dev]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[run,fast,dev]'
 	@touch $(STAMP)

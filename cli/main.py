@@ -11,16 +11,17 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import ForerunError, unknown_name
+from ..errors import ForerunError
+from .lazy import LazyGroup
 
 COMMANDS = (
-    "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "catalog", "demo",
+    "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "solve",
+    "catalog", "demo",
 )  # fmt: skip
 
 
@@ -30,26 +31,8 @@ class Interrupted(ForerunError):
     exit_code = 130
 
 
-class Commands(click.Group):
-    """A group whose commands load on demand and whose errors are one line each."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order in which people meet them."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command in the file of that name."""
-        if cmd_name not in COMMANDS:
-            return None
-        return import_module(f".{cmd_name}", __package__).command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the arguments start with; an unknown one suggests near names."""
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            raise unknown_name("command", args[0], COMMANDS)
-        return super().resolve_command(ctx, args)
+class Commands(LazyGroup):
+    """The group at the top, whose errors are one line each."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; click itself would print an empty line on Ctrl-C."""
@@ -132,7 +115,7 @@ def drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(cls=Commands, invoke_without_command=True)
+@click.group(cls=Commands, names=COMMANDS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="forerun", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 @click.pass_context

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from .. import document
-from .main import COMMANDS, cli
+from .main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_BLOCK = re.compile(r"(?<=<!-- demo output -->\n```text\n).*?(?=```\n)", re.DOTALL)
@@ -21,19 +22,31 @@ DEMO_BLOCK = re.compile(r"(?<=<!-- demo output -->\n```text\n).*?(?=```\n)", re.
 
 def commands_markdown() -> str:
     """The text of docs/commands.md: every command with its arguments and options."""
-    context = click.Context(cli, info_name="forerun")
     parts = ["# Commands\n", f"{_paragraph(cli.help)}\n"]
-    for name in COMMANDS:
-        command = cli.get_command(context, name)
-        assert command is not None
-        parts.append(_section(name, command))
+    parts += [_section(name, command) for name, command in every_command()]
     return "\n".join(parts)
+
+
+def every_command() -> list[tuple[str, click.Command]]:
+    """All commands in order, those of a group after it, with their full names."""
+
+    def below(prefix: str, group: click.Group) -> Iterator[tuple[str, click.Command]]:
+        context = click.Context(group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
+            yield f"{prefix}{name}", command
+            if isinstance(command, click.Group):
+                yield from below(f"{prefix}{name} ", command)
+
+    return list(below("", cli))
 
 
 def _section(name: str, command: click.Command) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     options = [p for p in command.params if isinstance(p, click.Option)]
-    usage = " ".join(["forerun", name, *(_usage(argument) for argument in arguments), "[OPTIONS]"])
+    words = ["SOLVER"] if isinstance(command, click.Group) else map(_usage, arguments)
+    usage = " ".join(["forerun", name, *words, "[OPTIONS]"])
     lines = [f"## {name}\n", f"    {usage}\n", f"{_paragraph(command.help)}\n"]
     return "\n".join([*lines, *(_option(option) for option in options), ""])
 

@@ -79,9 +79,7 @@ def test_matches_korthikanti_figure_1(
         total = (kept + masks / (tp if sp else 1)) * layers * in_flight
         assert total / GIB == pytest.approx(expected, rel=0.02)
         load = _layers_alone(layers)
-        rest = AtRest.of(
-            Counts.of(load, costs), StateBytes.of(stack, options), layouts, stack
-        )
+        rest = AtRest.of(Counts.of(load, costs), StateBytes.of(stack, options), layouts, stack)
         at_rest = rest.parameters + rest.gradients + rest.optimizer
         assert float(at_rest[0]) / GIB == pytest.approx(states, rel=0.02)
 
