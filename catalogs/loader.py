@@ -13,10 +13,11 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import msgspec
 
-from ..cluster import Device, Link, Stack
+from ..cluster import Device, Link
 from ..document import Document, Value, from_raw, read, read_raw, to_raw
 from ..errors import InputError, unknown_name
 from ..model import Model
+from ..stack import Stack
 from ..workload import Quality, Workload
 from .machine import usable_memory_bytes
 

@@ -11,7 +11,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from ..cluster import Stack
+from ..stack import Stack
 from .loader import load_stack, names, resolve_name
 
 

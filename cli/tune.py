@@ -17,6 +17,7 @@ from .options import (
     POSITIVE,
     axis_options,
     common_options,
+    is_traced,
     job_options,
     output_option,
     read_job,
@@ -77,7 +78,11 @@ def command(
     tried = ranked_files(result)
     with step_progress("tune") as on_progress:
         winner, measurements, noise = tune(
-            tried, rounds=rounds, steps=timed_steps, on_progress=on_progress
+            tried,
+            rounds=rounds,
+            steps=timed_steps,
+            on_progress=on_progress,
+            module=flags["model"] if is_traced(flags["model"]) else None,
         )
     if output is not None:
         document.write(output, tried[winner])

@@ -86,7 +86,7 @@ def source_row(name: str, part: Mapping[str, Any]) -> list[str]:
     from . import render
 
     return [
-        name,
+        name or "(no source)",
         str(part["rows"]),
         render.percent(part["mean_ape"]),
         render.percent(part["median_ape"]),

@@ -1,16 +1,9 @@
 """Lower bounds of time and memory for a whole grid of layouts at once.
 
 The same formulas as the simulator, with the pipeline's closed form in place of the played schedule.
-With stage times F_i, B_i, hop time h, m micro-batches and w forwards before the first backward on
-rank r (m for gpipe, min(m, p - r) for 1F1B), rank r cannot finish before
-
-    sum_{i<r} (F_i + B_i) + m (F_r + B_r) + idle_r,     S = sum_{i>r} (F_i + B_i + 2 h)
-    idle_r = max(0, S - (w-1) F_r) + max(0, S - (w-1) B_r)      when m > w (two separate gaps)
-    idle_r = max(0, S - (w-1) F_r, S - (w-1) B_r)               when m <= w (one gap)
-
-because its first backward waits for the stages behind it and so does its last. Interleaved
-schedules use the last rank alone: its first forward follows the stages before it and its last
-backward precedes theirs. For equal stages these are exact. Ranks 0, 1 and p-1 are looked at.
+The simulator's longest path through the actions of one rank is looked at for ranks 0, 1 and p-1
+(`schedule.chain_s`). Interleaved schedules use the last rank alone: its first forward follows the
+stages before it and its last backward precedes theirs.
 """
 
 from __future__ import annotations
@@ -30,6 +23,7 @@ from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
 from .ranks import hop_s, rank_memory, stage_times, update
+from .schedule import chain_s
 from .simulate import check_covered
 from .stages import Load, even_load, merge, stage_load
 
@@ -117,21 +111,21 @@ def _makespan(model: Model, layouts: Layouts, costs: Pieces, prices: Prices) -> 
         own = stage_times(load, costs, prices)
         forward = own.forward_s + layouts.vpp * action_s
         backward = own.backward_s + layouts.vpp * action_s
-        base = m * (forward + backward)
         before = _before(model, layouts, costs, prices, rank, action_s)
-        prefix = before + 2 * rank * hop
         everything = stage_times(
             stage_load(model, np.zeros(1), np.array([model.num_layers - 1.0])), costs, prices
         )
         all_s = everything.forward_s + everything.backward_s + 2 * p * action_s
-        behind = all_s - before - forward - backward + 2 * (p - 1 - rank) * hop
-        warm = np.where(layouts.schedule == GPIPE, m, np.minimum(m, p - rank))
-        gap_forward = np.maximum(0.0, behind - (warm - 1) * forward)
-        gap_backward = np.maximum(0.0, behind - (warm - 1) * backward)
-        idle = np.where(m > warm, gap_forward + gap_backward, np.maximum(gap_forward, gap_backward))
-        is_last = rank == p - 1
-        chunked = base + np.where(is_last, prefix, 0.0)
-        best = np.maximum(best, np.where(interleaved, chunked, base + prefix + idle))
+        chain = chain_s(
+            forward_s=forward,
+            backward_s=backward,
+            before_s=before + 2 * rank * hop,
+            behind_s=all_s - before - forward - backward + 2 * (p - 1 - rank) * hop,
+            micro_batches=m,
+            warm_up=np.where(layouts.schedule == GPIPE, m, np.minimum(m, p - rank)),
+        )
+        led = np.where(rank == p - 1, before + 2 * rank * hop, 0.0)
+        best = np.maximum(best, np.where(interleaved, led + m * (forward + backward), chain))
     return best + fill_hops
 
 

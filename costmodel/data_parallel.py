@@ -30,11 +30,12 @@ from ..cluster import DTYPE_BYTES
 from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
-from .options import Options, by_units
+from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .sharing import SharingGroup
 from .stages import Load
+from .state_bytes import in_units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,7 @@ def _units(
     """FSDP's units and DDP."""
     m = layouts.num_microbatches.astype(float)
     alone = layouts.pp == 1
-    zero, units = layouts.zero, by_units(layouts.zero, options)
+    zero, units = layouts.zero, in_units(layouts, options, prices.pool.stack)
     layer_gathers = np.where((zero == 3) & alone, 2 * m, 1.0)
     rest_gathers = np.where((zero == 3) & alone, m, 1.0)
     scatters = np.where((zero >= 2) & alone, m, 1.0)
@@ -242,7 +243,7 @@ def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Opti
     shard = layouts.shards.astype(float)
     local = np.where((layouts.zero >= 2) & (layouts.pp == 1), params / shard, params)
     seconds = (m - 1) * prices.operator("accumulate", [local], "fp32")[0]
-    copies = (layouts.dp * layouts.cp > 1) & ~by_units(layouts.zero, options)
+    copies = (layouts.dp * layouts.cp > 1) & ~in_units(layouts, options, prices.pool.stack)
     return seconds + np.where(copies, prices.operator("copy", [params], "fp32")[0], 0.0)
 
 
@@ -251,7 +252,7 @@ def _wire(
 ) -> dict[str, Array]:
     m = layouts.num_microbatches.astype(float)
     alone, zero = layouts.pp == 1, layouts.zero
-    units = by_units(layouts.zero, options)
+    units = in_units(layouts, options, prices.pool.stack)
     reduce_bytes = prices.pool.stack.reduce_bytes
     often = (zero == 3) & alone
     scatters = np.where((zero >= 2) & alone, m, 1.0)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..cluster import DTYPE_BYTES, Stack
+from ..cluster import DTYPE_BYTES
+from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .liveness import Liveness

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cluster import Stack
 from ..estimate import MEMORY_TERMS
+from ..stack import Stack
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts
@@ -29,8 +29,9 @@ from .liveness import Liveness
 from .options import Options
 from .pieces import Pieces
 from .stages import Load
-from .states import AtRest, Counts, StateBytes
-from .working_copies import WorkingCopies, in_units
+from .state_bytes import StateBytes, in_units
+from .states import AtRest, Counts
+from .working_copies import WorkingCopies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,17 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..cluster import Stack
 from ..plan import Phase
+from ..stack import Stack
 from ..workload import Workload
-
-
-def by_units(zero: NDArray[np.int64], options: Options) -> NDArray[np.bool_]:
-    """Whether FSDP handles parameters unit by unit: under ZeRO, or where compute is not fp32."""
-    return (zero > 0) | (options.compute != "fp32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,8 +31,9 @@ from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
 from .operator_times import operator_times
-from .options import Options, by_units
+from .options import Options
 from .prices import Prices
+from .state_bytes import in_units
 from .techniques import apply, local_axes, precision
 
 
@@ -224,7 +225,7 @@ def _hooks_s(graph: Graph, layouts: Layouts, prices: Prices, options: Options) -
     stack = prices.pool.stack
     if graph.name != "layer" or prices.launch_s == 0.0 or stack.sharding != "fsdp":
         return np.zeros(1)
-    return np.where(by_units(layouts.zero, options), stack.host_s_per_unit, 0.0)
+    return np.where(in_units(layouts, options, stack), stack.host_s_per_unit, 0.0)
 
 
 def _floor(

@@ -17,7 +17,8 @@ from .options import Options
 from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
-from .states import Counts, Divisors, StateBytes
+from .state_bytes import StateBytes
+from .states import Counts, Divisors
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""

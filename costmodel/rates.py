@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..cluster import Device, Pool, Stack
+from ..cluster import Device, Pool
+from ..stack import Stack
 from .graph import Array
 
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9))

@@ -13,6 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from .graph import Array
+
 Action = tuple[str, int, int]
 Orders = list[list[Action]]
 
@@ -174,26 +178,51 @@ def slowest_chain_s(
 ) -> float:
     """The longest chain through all actions of one rank: what leads to its first one, its work, the
     gaps in which it must wait for its first and for its last backward, what follows its last one.
-
-    The formulas are those of `bounds.py`, for every rank.
     """
-    forward = [duration(("F", stage, 0)) for stage in range(p * v)]
-    backward = [duration(("B", stage, 0)) for stage in range(p * v)]
+    stages = range(p * v)
+    forward = np.array([duration(("F", stage, 0)) for stage in stages])
+    backward = np.array([duration(("B", stage, 0)) for stage in stages])
+    both = forward + backward
     if schedule == "interleaved" and v > 1:
-        own = sum(forward[p - 1 :: p]) + sum(backward[p - 1 :: p])
-        lead = sum(forward[: p - 1]) + sum(backward[: p - 1]) + 2 * (p - 1) * p2p_s
-        return lead + m * own
-    longest = 0.0
-    for rank in range(p):
-        f, b = forward[rank], backward[rank]
-        lead = sum(forward[:rank]) + sum(backward[:rank]) + 2 * rank * p2p_s
-        behind = sum(forward[rank + 1 :]) + sum(backward[rank + 1 :])
-        behind += 2 * (p - 1 - rank) * p2p_s
-        warm = m if schedule == "gpipe" else min(m, p - rank)
-        gaps = max(0.0, behind - (warm - 1) * f), max(0.0, behind - (warm - 1) * b)
-        idle = sum(gaps) if m > warm else max(gaps)
-        longest = max(longest, lead + m * (f + b) + idle)
-    return longest
+        return float(both[: p - 1].sum() + 2 * (p - 1) * p2p_s + m * both[p - 1 :: p].sum())
+    ranks = np.arange(p)
+    chains = chain_s(
+        forward_s=forward,
+        backward_s=backward,
+        before_s=np.cumsum(both) - both + 2 * ranks * p2p_s,
+        behind_s=both.sum() - np.cumsum(both) + 2 * (p - 1 - ranks) * p2p_s,
+        micro_batches=m,
+        warm_up=np.full(p, m) if schedule == "gpipe" else np.minimum(m, p - ranks),
+    )
+    return float(chains.max())
+
+
+def chain_s(
+    *,
+    forward_s: Array,
+    backward_s: Array,
+    before_s: Array,
+    behind_s: Array,
+    micro_batches: Array | int,
+    warm_up: Array,
+) -> Array:
+    """What lies between the start of a step and the last action of a rank at least.
+
+    With m micro-batches, w forwards before the first backward, F and B the rank's own actions and S
+    what leads through the stages behind it and back,
+
+        before + m (F + B) + idle
+        idle = max(0, S - (w-1) F) + max(0, S - (w-1) B)      when m > w (two separate gaps)
+        idle = max(0, S - (w-1) F, S - (w-1) B)               when m <= w (one gap)
+
+    because the rank's first backward waits for the stages behind it and so does its last. For equal
+    stages this is exact.
+    """
+    gap_forward = np.maximum(0.0, behind_s - (warm_up - 1) * forward_s)
+    gap_backward = np.maximum(0.0, behind_s - (warm_up - 1) * backward_s)
+    apart = gap_forward + gap_backward
+    idle = np.where(micro_batches > warm_up, apart, np.maximum(gap_forward, gap_backward))
+    return before_s + micro_batches * (forward_s + backward_s) + idle
 
 
 def live_chunks(schedule: str, p: int, v: int, m: int, rank: int) -> tuple[int, int]:

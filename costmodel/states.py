@@ -1,17 +1,10 @@
 """Bytes of parameters, gradients and optimiser states at rest on one rank.
 
-Per trained parameter a stack keeps the parameter itself, a gradient, an fp32 master copy where the
-parameter has 16 bits, and the moments of its optimiser:
-
-    stack                          parameter  gradient  master  moments (AdamW)
-    fsdp (ours, torchtitan)            4          4        0       8
-    megatron (mixed precision)         2        4 or 2     4       8
-    16-bit throughout (torchtune)      2          2        0       4
-
-What is divided over the ranks that hold the same weights: fsdp divides all of it under any ZeRO
-stage; megatron divides master and moments from stage 1 on, gradients from 2, parameters at 3.
-Experts are held by fewer ranks than the rest, so they are divided by fewer. Frozen parameters have
-neither gradient nor states, and may be stored in fewer bits.
+What is kept per parameter says `state_bytes.py`. What is divided over the ranks that hold the same
+weights: fsdp divides all of it under any ZeRO stage; megatron divides master and moments from stage
+1 on, gradients from 2, parameters at 3. Experts are held by fewer ranks than the rest, so they are
+divided by fewer. Frozen parameters have neither gradient nor states, and may be stored in fewer
+bits.
 """
 
 from __future__ import annotations
@@ -20,61 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cluster import DTYPE_BYTES, Stack
+from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
-from .options import Options
 from .pieces import Piece, Pieces
 from .stages import Load
-
-LOW_BIT_MOMENT_BYTES: dict[str, float] = {
-    "adamw8bit": 2 + 2 * 4 / 256,  # torchao: one fp32 scale per block of 256, for both moments
-    "adamw_fp8": 2 + 2 * 3 * 4 / 128,  # COAT: three fp32 numbers per group of 128
-    "sgd": 0.0,  # without momentum
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateBytes:
-    """Bytes per parameter."""
-
-    used: float
-    """As the matmuls use it."""
-    parameter: float
-    gradient: float
-    optimizer: float
-    """Master copy and moments."""
-    unpacked: float
-    """Master copy and moments as an update works on them."""
-    frozen: float
-    """Of a frozen weight of a layer; those of embedding and head stay as used."""
-
-    @property
-    def update_share(self) -> float:
-        """Traffic of an update relative to AdamW in fp32: parameters, master copies and moments are
-        read and written, gradients read. Low-bit moments are unpacked and packed on the way, which
-        moves what it saves."""
-        moved = 2 * self.parameter + self.gradient + 2 * self.unpacked
-        return moved / (2 * 4.0 + 4.0 + 2 * 8.0)
-
-    @staticmethod
-    def of(stack: Stack, options: Options) -> StateBytes:
-        """The bytes that a stack keeps under an optimiser."""
-        used = DTYPE_BYTES[options.tensor_dtype]
-        whole = stack.sharding == "megatron"
-        own_parameter = used if whole else 4.0
-        parameter = own_parameter if stack.parameter_bytes is None else stack.parameter_bytes
-        own_master = 4.0 if whole and parameter < 4 else 0.0
-        master = own_master if stack.master_bytes is None else stack.master_bytes
-        moments = LOW_BIT_MOMENT_BYTES.get(options.optimizer, stack.moment_bytes)
-        return StateBytes(
-            used=used,
-            parameter=parameter,
-            gradient=4.0 if stack.gradient_bytes is None else stack.gradient_bytes,
-            optimizer=master + moments,
-            unpacked=master + (stack.moment_bytes if options.optimizer != "sgd" else 0.0),
-            frozen=DTYPE_BYTES[options.base_dtype] if options.base_dtype else used,
-        )
+from .state_bytes import StateBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,28 +13,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cluster import Stack
+from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .options import Options
 from .pieces import Pieces
 from .stages import Load
-from .states import Counts, Divisors, StateBytes
+from .state_bytes import StateBytes, in_units
+from .states import Counts, Divisors
 
 LIVE_ELEMENTS = 1e9
 """Parameters gathered at most at a time by bucket: default of DeepSpeed's stage 3
 (`stage3_max_live_parameters`)."""
 BUCKET_ELEMENTS = 5e8
 """Gradients reduced at a time: its default `reduce_bucket_size`."""
-
-
-def in_units(layouts: Layouts, options: Options, stack: Stack) -> Array:
-    """Whether parameters are used as copies made unit by unit: sharded ones, or ones that lie in
-    another dtype."""
-    if stack.sharding == "megatron":
-        return layouts.zero >= 3
-    states = StateBytes.of(stack, options)
-    return (layouts.zero > 0) | (states.parameter != states.used)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

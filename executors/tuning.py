@@ -19,12 +19,14 @@ def tune(
     warmup_steps: int = 2,
     data: str | None = None,
     on_progress: launch.OnProgress | None = None,
+    module: str | None = None,
 ) -> tuple[int, list[Measurement], float]:
     """Index of the fastest plan, one Measurement per plan, and the noise floor.
 
     Plans run in turns, all of them once per round, so that a machine that slows down hurts all
     alike. A plan is judged by the round with its middle median. The noise floor is the largest
     spread of one plan's medians, (max - min) / median, or with a single round that of its steps.
+    `module` is as in `run`.
     """
     if not plan_files:
         raise InputError("plans", "[]", "nothing to run", "give one plan at least")
@@ -41,6 +43,7 @@ def tune(
                 warmup_steps=warmup_steps,
                 data=data,
                 on_progress=_part_of(on_progress, turn, total),
+                module=module,
             )
         )
     chosen = [middle(runs) for runs in measured]

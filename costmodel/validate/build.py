@@ -13,11 +13,11 @@ from typing import Literal, cast
 
 from ...catalogs.loader import load_stack
 from ...catalogs.stacks_for import Published, stack_for_layout, stack_named_for
-from ...cluster import Stack
 from ...errors import ForerunError
 from ...mesh import Mesh
 from ...model import Model
 from ...plan import Phase, Plan, Setting, even_stages
+from ...stack import Stack
 from ...workload import Workload
 from .cells import Layout, Siblings, layouts, recompute_ladder
 from .clusters import cluster_of, family_of

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...cluster import Stack
 from ...errors import InputError
+from ...stack import Stack
 from .table import Row
 
 FILLED = ("micro_batch_seqs", "vpp", "zero_stage", "recompute")
@@ -171,7 +171,8 @@ def _zero(
         return stated
     if stack is not None and stack.zero_stage is not None:
         return (stack.zero_stage,)
-    if stack.sharding == "megatron" if stack is not None else model_parallel:
+    whole_parameters = model_parallel if stack is None else stack.sharding == "megatron"
+    if whole_parameters:
         return (1,) if model_parallel else (0, 1)
     return (0, 1, 3)
 

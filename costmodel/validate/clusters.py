@@ -8,7 +8,8 @@ import re
 import msgspec
 
 from ...catalogs import load_hardware, resolve_gpus
-from ...cluster import Cluster, Link, Pool, Stack
+from ...cluster import Cluster, Link, Pool
+from ...stack import Stack
 from .table import Row
 
 _RATE = re.compile(

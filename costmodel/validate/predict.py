@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import msgspec
 
-from ...cluster import Stack
 from ...document import to_json
 from ...errors import ForerunError, InputError
 from ...estimate import Estimate, Interval
 from ...plan import Plan
+from ...stack import Stack
 from ..simulate import estimate
 from .build import Candidate, Case, PublishedPlan, unread
 from .conventions import memory_unit_bytes, to_seconds, work

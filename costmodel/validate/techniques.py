@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...cluster import Stack
 from ...errors import InputError, unknown_name
 from ...model import Model
+from ...stack import Stack
 from ...workload import Optimizer
 from .table import Row
 

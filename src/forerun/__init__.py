@@ -9,13 +9,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .cluster import Cluster, Device, Link, Pool, Profile, Stack
+from .cluster import Cluster, Device, Link, Pool, Profile
 from .errors import ForerunError, InputError, NoFeasiblePlan, RunFailed, ToleranceExceeded
 from .estimate import Estimate, Interval
 from .measurement import Measurement
 from .mesh import Mesh
 from .model import Experts, Layer, Model
 from .plan import Phase, Plan, PlanFile, Setting, Stage
+from .stack import Stack
 from .workload import Workload
 
 if find_spec("forerun.planner") is None:

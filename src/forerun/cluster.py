@@ -1,8 +1,8 @@
-"""Cluster: what it runs on - devices, links, nodes, software stack, and measured curves.
+"""Cluster: what it runs on - devices, links, nodes, and measured curves.
 
-Two kinds of evidence stand here. A `Stack` holds the efficiencies of a software stack on a device
-as a handful of constants (catalog evidence). A `Profile` holds what was measured on the machine
-itself as curves; where one is present it takes the place of the constants.
+Two kinds of evidence stand here. A `Stack` (see `stack.py`) holds the efficiencies of a software
+stack on a device as constants (catalog evidence). A `Profile` holds what was measured on the
+machine itself as curves; where one is present it takes the place of the constants.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from .document import Document, Value
 from .errors import InputError
+from .stack import Stack
 
 Dtype = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp4", "int8"]
 DTYPE_BYTES: dict[str, float] = {
@@ -46,143 +47,6 @@ class Device(Value, frozen=True, kw_only=True):
     sustained_fraction: float = 1.0
     """Rate that matmuls hold at the device's power limit, relative to others of its family."""
     power_watts: float | None = None
-    source: str = ""
-
-
-class Stack(Value, frozen=True, kw_only=True):
-    """How well a software stack uses a kind of device; fractions of the device's nominal rates."""
-
-    name: str
-    gemm_efficiency: dict[str, float]
-    """Large-GEMM fraction of `peak_flops_per_s`, by dtype."""
-    gemm_half_k: float = 200.0
-    """K0 in the efficiency K / (K + K0) of a GEMM with inner dimension K."""
-    attention_forward_efficiency: float = 0.5
-    attention_backward_efficiency: float = 0.4
-    memory_efficiency: float = 0.8
-    """Fraction of the memory bandwidth that elementwise operators reach."""
-    elementwise_multiplier: float = 1.0
-    """Traffic of elementwise operators relative to one read and one write per tensor."""
-    intra_node_efficiency: float = 0.7
-    inter_node_efficiency: float = 0.8
-    host_s_per_op: float = 5e-6
-    """Host time to launch one operator; a layer cannot go faster than its launches."""
-    overlap_contention: float = 0.3
-    """Slow-down of compute per second of communication hidden behind it (SMs, bandwidth)."""
-    sequence_copies: bool = False
-    """Whether sequence parallelism copies activations around its collectives, because they are
-    batch-major and a gathered sequence must be contiguous (none at one sequence per micro-batch).
-    Sequence-major stacks need none."""
-    can_overlap: bool = True
-    """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
-    tile_quantisation: float = 0.0
-    """Exponent of the tile and wave efficiency of GEMMs: 1 = fully felt, 0 = not at all."""
-    low_precision_half_k: float | None = None
-    """K0 of matmuls below 16 bits; None = `gemm_half_k`."""
-    cast_multiplier: float = 1.0
-    """Traffic of quantising matmul inputs and gradients relative to reading and writing them."""
-    attention_head_exponent: float = 0.25
-    """Exponent of head_dim/128 in the attention rate below 128."""
-    unfused_attention_efficiency: float = 0.35
-    """Rate of the batched matmuls of attention with scores in memory, at head_dim 128."""
-    host_smoothness: float = 2.5
-    """q in (gpu^q + host^q)^(1/q), the time of a layer whose host and device work overlap."""
-    host_s_per_unit: float = 0.0
-    """Host time of FSDP's hooks around a layer, in forward and in backward."""
-    host_s_per_collective: float = 0.0
-    """Host time per collective inside a layer."""
-    collective_latency_s: float = 0.0
-    """Per collective of data parallelism, times log2 of the ranks: launch, protocol, skew."""
-    rowwise_fraction: float = 0.8
-    """Rate of matmuls with a scale per row relative to one scale per tensor: assumed."""
-    low_precision_gather: bool = False
-    """Whether weights and split sequences are gathered in the dtype of fp8 matmuls."""
-    selective_recompute: Literal["selective", "per_op"] = "selective"
-    """What the stack means by selective recomputation: the attention core, or every second matmul
-    and all that is cheap."""
-    recompute_stops_early: bool = True
-    """Whether recomputation ends once all saved tensors are back (PyTorch since 2.1), or runs the
-    whole forward again."""
-    distributed_optimizer_multiplier: float | None = None
-    """`data_parallel_multiplier` under ZeRO 1 and 2; None = the same."""
-    data_parallel_multiplier: float = 1.0
-    """Exposed gradient exchange relative to its time (many small buckets: above 1)."""
-    tensor_parallel_exposed: float = 1.0
-    """Fraction of tensor-parallel communication that is not hidden."""
-    expert_parallel_exposed: float = 1.0
-    """Fraction of the experts' all-to-alls that is felt: copies of a token for experts of one rank
-    are sent once, other micro-batches compute meanwhile."""
-    async_tp_exposed: float = 0.5
-    """The same, beyond it, where matmuls are cut up to overlap with their communication."""
-    ring_attention_fraction: float = 0.7
-    """Rate of attention over a ring of ranks relative to one kernel: it works in pieces, whose
-    results are rescaled and added."""
-    compiled_elementwise: float = 1.0
-    """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
-    scatters_boundary: bool = False
-    """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
-    zero_stage: Literal[0, 1, 2, 3] | None = None
-    """What the stack does where a table does not say; None = it depends on the layout."""
-    lora_targets: Literal["all", "qkv", "qv"] = "all"
-    """Linears that get adapters where a table does not say: the stack's recipe."""
-    optimizer_multiplier: float = 1.0
-    """Traffic of the optimiser step relative to one pass over its states."""
-    drift_per_doubling: float = 0.0
-    """Relative slow-down per doubling of the devices beyond eight: jitter, slow nodes."""
-    expert_efficiency: float = 1.0
-    """Grouped matmuls of experts relative to a plain matmul of the same total size."""
-    expert_imbalance: float = 1.0
-    """Tokens of the busiest expert rank relative to the mean."""
-    sharding: Literal["fsdp", "megatron"] = "fsdp"
-    """fsdp: parameters gathered and gradients scattered by units (FSDP2, ZeRO-3 style); megatron:
-    16-bit parameters whole on the rank, gradients reduced once per step, states beside them."""
-    reduce_bytes: float = 4.0
-    """Per element of a gradient on the wire."""
-    sources: tuple[str, ...] = ()
-    """Words in a published table's `source` or `source_ref` that name this stack."""
-    fitted: dict[str, str] = {}
-    """Constants that were fitted: to which rows, with which residual; others are held."""
-    # Memory. States per trained element (see `costmodel/states.py`):
-    parameter_bytes: float | None = None
-    """Per trained parameter at rest; None = 4 (fsdp) or 16 bits (megatron)."""
-    gradient_bytes: float | None = None
-    """Per element of a gradient at rest; None = 4."""
-    master_bytes: float | None = None
-    """Of an fp32 copy beside the parameter; None = 4 for megatron's 16-bit parameters, else 0."""
-    moment_bytes: float = 8.0
-    """Both moments of AdamW; low-bit optimisers have their own."""
-    # what it keeps otherwise than the ledger of our executors (see `costmodel/kept.py`):
-    keeps_operands: bool = False
-    """Whether matmuls below 16 bits keep their quantised input for backward (Transformer Engine),
-    instead of the 16-bit one."""
-    logit_bytes: float | None = None
-    """Per logit at the peak of the loss, copies and gradient included; None = as our loss does."""
-    norm_input_bytes: float | None = None
-    """Kept per element of a norm's input: 2 by a fused kernel, more where it is composed in fp32;
-    None = as the operator graph says."""
-    regathers_sequence: bool = False
-    """Whether backward gathers a split sequence again instead of keeping it whole."""
-    sequence_buffers: float = 0.0
-    """Whole-sequence hidden tensors that the collectives of sequence parallelism keep allocated."""
-    activation_multiplier: float = 1.0
-    """What layers keep relative to the ledger: copies that it does not know of."""
-    keeps_gradients: bool = False
-    """Whether gradients stay allocated from step to step, zeroed instead of freed."""
-    reshards: bool = True
-    """Whether ZeRO 3 frees a gathered unit after use; else it stays to the end of backward."""
-    # and what comes on top of tensors:
-    context_bytes: int = 0
-    """Memory of the device context and communicators before the first tensor."""
-    runtime_bytes: int = 0
-    """Memory that training takes besides context and tensors: libraries' own, allocator arenas."""
-    fragmentation: float = 0.0
-    """Allocator waste as a fraction of the peak of live tensors."""
-    memory_source: str = ""
-    """Where the constants of memory come from."""
-    memory_spread: float = 0.08
-    """Relative standard deviation of a predicted peak of memory."""
-    spread: float = 0.15
-    """Relative standard deviation of a predicted operator time."""
     source: str = ""
 
 

@@ -268,3 +268,16 @@ def test_plan_is_checked_before_anything_starts(files: Files) -> None:
     doubled = msgspec.structs.replace(plan.workload, global_batch_seqs=8)
     with pytest.raises(InputError, match="global-batch"):
         Plan(model=plan.model, cluster=plan.cluster, workload=doubled, phases=plan.phases).check()
+
+
+def test_tune_hands_the_users_module_on(
+    invoke: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.chdir(root)
+    module = "examples.mixer:build"
+    assert invoke("tune", *JOB[2:], "--model", module).exit_code == 0
+    assert machine.ran[-1]["module"] == module
+    assert invoke("tune", *JOB).exit_code == 0
+    assert machine.ran[-1]["module"] is None

@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.catalogs import load_cluster, load_model, load_stack
-from forerun.cluster import Cluster, Stack
+from forerun.cluster import Cluster
 from forerun.costmodel import Layouts, bound_layouts, estimate
 from forerun.costmodel.kept import Kept
 from forerun.costmodel.options import Options
 from forerun.costmodel.pieces import Pieces, pieces
 from forerun.costmodel.prices import Prices
 from forerun.costmodel.stages import Load
-from forerun.costmodel.states import AtRest, Counts, StateBytes
+from forerun.costmodel.state_bytes import StateBytes
+from forerun.costmodel.states import AtRest, Counts
 from forerun.plan import Plan
+from forerun.stack import Stack
 from forerun.units import GIB
 
 MakePlan = Callable[..., Plan]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from forerun.catalogs import load_hardware
 from forerun.catalogs.loader import load_stack
-from forerun.cluster import Pool, Stack
+from forerun.cluster import Pool
 from forerun.costmodel.rates import fill, rates
+from forerun.stack import Stack
 
 
 def pool(stack: Stack | None = None) -> Pool:

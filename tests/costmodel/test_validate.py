@@ -13,7 +13,6 @@ import pytest
 from forerun.catalogs import load_stack, stacks_for
 from forerun.catalogs import names as catalog_names
 from forerun.catalogs.stacks_for import Published, stack_for_layout, stack_named_for
-from forerun.cluster import Stack
 from forerun.costmodel.validate import (
     Case,
     Outcome,
@@ -35,6 +34,7 @@ from forerun.costmodel.validate.predict import MEMORY_DOUBT, error_of, price
 from forerun.costmodel.validate.ranking import kendall_tau_b, regret
 from forerun.costmodel.validate.table import parse_row
 from forerun.errors import InputError
+from forerun.stack import Stack
 from forerun.units import GIB
 
 TABLE = Path(__file__).parent.parent / "validation" / "published_dev.csv"

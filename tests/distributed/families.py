@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.cluster import Cluster, Device, Link, Pool, Stack
+from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.executors import init
 from forerun.executors.decoder import Decoder
 from forerun.executors.measure.comm import CollectiveCounter
@@ -17,6 +17,7 @@ from forerun.executors.trainer import Trainer
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
+from forerun.stack import Stack
 from forerun.workload import Workload
 
 SEQ, STEPS, BATCH, VOCAB = 32, 10, 8, 256

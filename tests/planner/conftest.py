@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from forerun.cluster import Cluster, Device, Link, Pool, Stack
+from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
 from forerun.estimate import Estimate, Interval
 from forerun.model import Layer, Model
 from forerun.plan import RECOMPUTE_MODES, Plan
+from forerun.stack import Stack
 from forerun.workload import Workload
 
 Floats = NDArray[np.float64]

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forerun import document
-from forerun.cluster import Cluster, Device, Link, Pool, Stack
+from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.errors import InputError, RunFailed
 from forerun.model import Model
 from forerun.plan import Plan
+from forerun.stack import Stack
 from forerun.workload import Workload
 
 from .strategies import models

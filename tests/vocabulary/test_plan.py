@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from forerun import document
-from forerun.cluster import Cluster, Device, Link, Pool, Stack
+from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
@@ -24,6 +24,7 @@ from forerun.plan import (
     layout_problems,
     techniques,
 )
+from forerun.stack import Stack
 from forerun.workload import Workload
 
 from .strategies import meshes, models
