@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from ..cluster import Cluster
+from ..costmodel.options import Options
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
-from ..plan import Phase, Plan, Schedule, Setting, Stage, even_stages, techniques
+from ..plan import Phase, Plan, Schedule, Setting, Stage, even_stages
 from ..workload import Workload
 
 if TYPE_CHECKING:
@@ -30,12 +32,17 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
             f"has {len(cluster.pools)} pools of unlike devices",
             "give a cluster of one pool",
         )
-    for axis in ("cp", "ep"):
-        if (getattr(pins, axis) or 1) > 1:
-            raise InputError(axis, getattr(pins, axis), "not available yet", f"drop --{axis}")
     mesh = _mesh(cluster, pins)
     micro_batch_seqs = pins.micro_batch or 1
-    compute = pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16")
+    options = Options(
+        compute=pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16"),
+        recompute=pins.recompute or "none",
+        offload=pins.offload or 0.0,
+        attention=pins.attention or "flash",
+        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+    )
+    if mesh.ulysses == mesh.cp > 1:
+        options = replace(options, cp_kind="ulysses")
     default_schedule = "interleaved" if mesh.vpp > 1 else "1f1b"
     phase = Phase(
         steps=workload.steps,
@@ -47,12 +54,7 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
         sequence_parallel=bool(pins.sp),
         schedule=cast("Schedule", pins.schedule or default_schedule),
         stages=_stages(model, mesh, pool.name),
-        settings=(
-            Setting(
-                layers=(0, model.num_layers - 1),
-                techniques=techniques(compute, pins.recompute or "none"),
-            ),
-        ),
+        settings=(Setting(layers=(0, model.num_layers - 1), techniques=options.techniques()),),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
     plan.check()
@@ -74,28 +76,53 @@ def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:
 
 def _mesh(cluster: Cluster, pins: Pins) -> Mesh:
     """The degrees asked for; dp, when free, takes the ranks that the others leave."""
-    world, tp, pp = cluster.num_devices, pins.tp or 1, pins.pp or 1
-    inner = tp * pp
+    world = cluster.num_devices
+    given = {axis: getattr(pins, axis) for axis in ("tp", "pp", "cp")}
+    tp, pp, cp = (degree or 1 for degree in given.values())
+    inner = tp * pp * cp
+    product = " * ".join(f"{axis}={n}" for axis, n in given.items() if n is not None)
     if pins.dp is None and world % inner:
         raise InputError(
             "mesh",
-            f"tp={tp} * pp={pp}",
+            product,
             f"{inner} does not divide {world} devices",
-            "change --tp, --pp or --gpus",
+            "change --tp, --pp, --cp or --gpus",
         )
     dp = pins.dp or world // inner
     if dp * inner != world:
         raise InputError(
             "dp",
             dp,
-            f"tp={tp} * pp={pp} * dp={dp} = {dp * inner}, not the {world} "
+            f"{product or 'tp=1'} * dp={dp} = {dp * inner}, not the {world} "
             f"devices of {cluster.name}",
             "leave --dp free or change a degree",
         )
     dp_shard = pins.dp_shard or (dp if pins.zero else 1)
     if dp % dp_shard:
         raise InputError("dp-shard", dp_shard, f"does not divide dp={dp}", "give a divisor of dp")
-    return Mesh(dp_replicate=dp // dp_shard, dp_shard=dp_shard, tp=tp, pp=pp, vpp=pins.vpp or 1)
+    return Mesh(
+        dp_replicate=dp // dp_shard,
+        dp_shard=dp_shard,
+        cp=cp,
+        ulysses=_ulysses(cluster, pins, tp, cp),
+        tp=tp,
+        pp=pp,
+        vpp=pins.vpp or 1,
+        ep=pins.ep or 1,
+    )
+
+
+def _ulysses(cluster: Cluster, pins: Pins, tp: int, cp: int) -> int:
+    """The part of cp that exchanges by all-to-all: none, all, or for usp what shares a node."""
+    if pins.cp_kind == "ulysses":
+        return cp
+    if pins.cp_kind != "usp":
+        return 1
+    inside = max(2, cluster.pools[0].devices_per_node // tp)
+    parts = [n for n in range(2, cp) if cp % n == 0]
+    if not parts:
+        raise InputError("cp-kind", "usp", f"cp={cp} has no two parts", "use zigzag or ulysses")
+    return max((n for n in parts if n <= inside), default=parts[0])
 
 
 def _num_microbatches(workload: Workload, mesh: Mesh, micro_batch_seqs: int) -> int:

@@ -13,7 +13,15 @@ from .. import document, units
 from ..cluster import Cluster
 from ..errors import InputError
 from ..model import Model
-from ..plan import RECOMPUTE_MODES, SCHEDULES, Plan, PlanFile
+from ..plan import (
+    ATTENTION_KERNELS,
+    COMPUTE_DTYPES,
+    KINDS_OF_CP,
+    RECOMPUTE_MODES,
+    SCHEDULES,
+    Plan,
+    PlanFile,
+)
 from ..workload import Workload
 
 if TYPE_CHECKING:
@@ -77,11 +85,27 @@ AXIS_OPTIONS = (
     click.option("--dp", type=POSITIVE, help="Data-parallel replicas."),
     click.option("--dp-shard", type=POSITIVE, help="Ranks over which a replica group shards."),
     click.option("--zero", type=click.IntRange(0, 3), help="Sharded states: 0 none, 3 all (FSDP)."),
-    click.option("--cp", type=POSITIVE, help="Context-parallel degree (1 for now)."),
-    click.option("--ep", type=POSITIVE, help="Expert-parallel degree (1 for now)."),
+    click.option("--cp", type=POSITIVE, help="Context-parallel degree."),
+    click.option(
+        "--cp-kind",
+        type=click.Choice(KINDS_OF_CP),
+        help="How cp cuts the sequence: balanced ring, plain ring, all-to-all, or both.",
+    ),
+    click.option("--ep", type=POSITIVE, help="Expert-parallel degree."),
     click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
-    click.option("--recompute", type=click.Choice(RECOMPUTE_MODES), help="What is recomputed."),
-    click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Dtype of the matmuls."),
+    click.option(
+        "--recompute",
+        type=click.Choice([*RECOMPUTE_MODES, "solve"]),
+        help="What is recomputed; solve: chosen layer by layer, as when not given.",
+    ),
+    click.option(
+        "--offload",
+        type=click.FloatRange(0, 1),
+        metavar="FRACTION",
+        help="Saved activations that wait on the host.",
+    ),
+    click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
+    click.option("--precision", type=click.Choice(COMPUTE_DTYPES), help="Dtype of the matmuls."),
 )
 
 AXES = (
@@ -94,9 +118,12 @@ AXES = (
     "dp_shard",
     "zero",
     "cp",
+    "cp_kind",
     "ep",
     "micro_batch",
     "recompute",
+    "offload",
+    "attention",
     "precision",
 )
 
@@ -199,9 +226,12 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
 
     if is_traced(flags["model"]):
         given = {axis: flags[axis] for axis in AXES}
-        given |= {"tp": 1, "pp": 1, "recompute": flags["recompute"] or "none"}
-        return Pins(**given)
-    return Pins(**{axis: flags[axis] for axis in AXES})
+        given |= {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
+        return Pins(**given | {"recompute": flags["recompute"] or "none"})
+    given = {axis: flags[axis] for axis in AXES}
+    if given["recompute"] == "solve":
+        given["recompute"] = None
+    return Pins(**given)
 
 
 def read_plan_file(path: Path) -> PlanFile:

@@ -21,7 +21,6 @@ from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .liveness import Liveness
-from .options import Options
 from .pieces import Piece, Pieces
 
 NORMS = 2
@@ -41,7 +40,7 @@ class Kept:
     """Allocated for the collectives of sequence parallelism throughout the step."""
 
     @staticmethod
-    def of(costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> Kept:
+    def of(costs: Pieces, layouts: Layouts, stack: Stack) -> Kept:
         """The adjusted ledger."""
         peak = None
         if stack.logit_bytes is not None:
@@ -49,7 +48,7 @@ class Kept:
             peak = costs.head.live.loss / DTYPE_BYTES["fp32"] * stack.logit_bytes
         return Kept(
             embedding=costs.embedding.live,
-            layers=tuple(_layer(piece, layouts, options, stack) for piece in costs.layers),
+            layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
@@ -62,8 +61,9 @@ def _whole_sequence(piece: Piece, layouts: Layouts) -> Array:
     return np.where(split, layouts.tp * piece.boundary_bytes, 0.0)
 
 
-def _layer(piece: Piece, layouts: Layouts, options: Options, stack: Stack) -> Liveness:
+def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     """One layer; what full recompute drops is there during its own backward alone."""
+    options = piece.options
     width = DTYPE_BYTES[options.tensor_dtype]
     norms = np.zeros(1)
     if stack.norm_input_bytes is not None and options.activations is None:

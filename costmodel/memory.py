@@ -15,7 +15,7 @@ each with the micro-batches in flight of its schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class _Rank:
             layouts=layouts,
             options=options,
             stack=stack,
-            kept=Kept.of(costs, layouts, options, stack),
+            kept=Kept.of(costs, layouts, stack),
             states=states,
             counts=counts,
             rest=AtRest.of(counts, states, layouts, stack),
@@ -79,6 +79,15 @@ class _Rank:
         return list(zip(self.load.layers, self.kept.layers, strict=True))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """Live chunk activations of a rank at its first backward of a step (no gradients yet), and at
+    later ones."""
+
+    first: Array
+    later: Array
+
+
 def peak_memory(
     load: Load,
     costs: Pieces,
@@ -86,40 +95,56 @@ def peak_memory(
     *,
     options: Options,
     stack: Stack,
-    in_flight_first: Array,
-    in_flight_later: Array,
-    chunks: Array,
+    in_flight: InFlight,
 ) -> Peak:
-    """Live tensors at the peak of one pipeline rank.
-
-    `load` is all chunks of the rank; `in_flight_*` count live chunk activations at the first
-    backward (no gradients yet) and at later ones.
-    """
+    """Live tensors at the peak of one pipeline rank; `load` is all chunks of the rank."""
     rank = _Rank.of(load, costs, layouts, options, stack)
+    per_chunk = _saved(rank) / layouts.vpp
+    return _largest(list(_every_moment(rank, per_chunk, in_flight)))
+
+
+def peak_bytes(
+    load: Load,
+    costs: Pieces,
+    layouts: Layouts,
+    *,
+    options: Options,
+    stack: Stack,
+    in_flight: InFlight,
+) -> tuple[Array, Array]:
+    """The total of `peak_memory`, and what live micro-batches keep of it throughout."""
+    rank = _Rank.of(load, costs, layouts, options, stack)
+    per_chunk = _saved(rank) / layouts.vpp
+    peak = np.zeros(len(layouts))
+    for moment in _every_moment(rank, per_chunk, in_flight):
+        peak = np.maximum(peak, sum(moment.values(), np.zeros(1)))
+    later = np.where(in_flight.later > 0, in_flight.later, in_flight.first)
+    return peak, np.minimum(in_flight.first, later) * per_chunk
+
+
+def _every_moment(rank: _Rank, per_chunk: Array, in_flight: InFlight) -> Iterator[dict[str, Array]]:
+    """The candidate moments of a step."""
     rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
     standing = rank.kept.sequence_buffers
-    per_chunk = _saved(rank, chunks) / chunks
     first, later = _gradients(rank)
-    moments: list[dict[str, Array]] = []
-    for in_flight, grads in ((in_flight_first, first), (in_flight_later, later)):
-        others = np.maximum(in_flight - 1.0, 0.0) * per_chunk
-        exists = in_flight > 0
+    for live, grads in ((in_flight.first, first), (in_flight.later, later)):
+        others = np.maximum(live - 1.0, 0.0) * per_chunk
+        exists = live > 0
         for moment in _moments(rank, per_chunk, grads):
             moment["activations"] = moment["activations"] + others
             moment["comm_buffers"] = moment["comm_buffers"] + standing
             whole = {**rest, **moment}
-            moments.append({name: np.where(exists, value, 0.0) for name, value in whole.items()})
-    moments.append({**rest, "gradients": later.after, "comm_buffers": standing})
-    return _largest(moments)
+            yield {name: np.where(exists, value, 0.0) for name, value in whole.items()}
+    yield {**rest, "gradients": later.after, "comm_buffers": standing}
 
 
-def _saved(rank: _Rank, chunks: Array) -> Array:
+def _saved(rank: _Rank) -> Array:
     """Saved activations of one micro-batch through all chunks of the rank.
 
     A chunk whose output goes to another stage keeps it until its backward.
     """
     load, kept = rank.load, rank.kept
-    sent = (chunks - load.head) * rank.costs.layers[0].boundary_bytes
+    sent = (rank.layouts.vpp - load.head) * rank.costs.layers[0].boundary_bytes
     total = load.embedding * kept.embedding.saved + load.head * kept.head.saved
     for count, live in rank.each_layer():
         total = total + count * live.saved

@@ -6,7 +6,9 @@ rewritten once per `Options`, never per layout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..plan import Phase
 from ..stack import Stack
@@ -47,25 +49,42 @@ class Options:
     """eager, compiled, graphs: how the host launches operators."""
 
     @staticmethod
-    def of(phase: Phase, workload: Workload | None = None) -> Options:
-        """The options of a phase."""
-        precision = phase.technique("precision")
-        lora = phase.technique("lora")
+    def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
+        """The options of a phase at a layer."""
+
+        def setting(name: str) -> Mapping[str, Any]:
+            return phase.technique(name, layer)
+
+        precision, lora = setting("precision"), setting("lora")
         return Options(
-            compute=phase.compute_dtype,
+            compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
-            recompute=phase.recompute,
-            attention=str(phase.technique("attention").get("kernel", "flash")),
-            cp_kind=str(phase.technique("context-parallel").get("kind", "zigzag")),
+            recompute=str(setting("recompute").get("mode", "none")),
+            attention=str(setting("attention").get("kernel", "flash")),
+            cp_kind=str(setting("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
             lora_rank=lora.get("rank"),
             lora_targets=str(lora.get("targets", "all")),
-            async_tp=bool(phase.technique("tensor-parallel").get("async", False)),
+            async_tp=bool(setting("tensor-parallel").get("async", False)),
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
-            offload=float(phase.technique("offload").get("activations", 0.0)),
-            runtime=str(phase.technique("runtime").get("mode", "eager")),
+            offload=float(setting("offload").get("activations", 0.0)),
+            runtime=str(setting("runtime").get("mode", "eager")),
         )
+
+    def techniques(self) -> dict[str, dict[str, Any]]:
+        """The settings of a plan that say the same: `of` read backwards; defaults are left out."""
+        plain = Options(compute=self.compute)
+        precision = {"compute": self.compute}
+        for name in ("recipe", "activations"):
+            if getattr(self, name) != getattr(plain, name):
+                precision[name] = getattr(self, name)
+        chosen: dict[str, dict[str, Any]] = {"precision": precision}
+        for technique, setting, field in _SETTINGS:
+            value = getattr(self, field)
+            if value != getattr(plain, field):
+                chosen.setdefault(technique, {})[setting] = value
+        return chosen
 
     def gathers_low(self, stack: Stack) -> bool:
         """Whether gathers of what matmuls read move fp8: one scale per tensor, stack willing."""
@@ -75,3 +94,17 @@ class Options:
     def tensor_dtype(self) -> str:
         """Dtype of the tensors between matmuls: 16-bit where matmuls are below that."""
         return self.compute if self.compute in ("fp32", "fp16", "bf16") else "bf16"
+
+
+_SETTINGS = (
+    ("recompute", "mode", "recompute"),
+    ("attention", "kernel", "attention"),
+    ("context-parallel", "kind", "cp_kind"),
+    ("lora", "rank", "lora_rank"),
+    ("lora", "targets", "lora_targets"),
+    ("lora", "base", "base_dtype"),
+    ("tensor-parallel", "async", "async_tp"),
+    ("offload", "activations", "offload"),
+    ("runtime", "mode", "runtime"),
+)
+"""Technique, its setting, and the field of `Options` that holds it."""

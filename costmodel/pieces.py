@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +43,8 @@ from .techniques import apply, local_axes, precision
 class Piece:
     """Costs of one micro-batch through one piece."""
 
+    options: Options
+    """What it is priced under."""
     forward_s: Array
     backward_s: Array
     """Without recomputation and communication."""
@@ -69,6 +73,10 @@ class Piece:
     uncut_gradient_bytes: Array
     """Per step: gradients of weights that tp does not cut, which its ranks sum under sp."""
 
+    def take(self, rows: NDArray[np.intp]) -> Piece:
+        """The costs under the layouts at these positions."""
+        return Piece(**{f.name: taken(getattr(self, f.name), rows) for f in fields(self)})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
@@ -81,6 +89,34 @@ class Pieces:
     tied_params: Array
     """Local parameters of the table where embedding and head share one, else zero."""
 
+    def take(self, rows: NDArray[np.intp]) -> Pieces:
+        """The pieces under the layouts at these positions; like layers stay one object."""
+        known: dict[int, Piece] = {}
+        for piece in self.layers:
+            if id(piece) not in known:
+                known[id(piece)] = piece.take(rows)
+        return Pieces(
+            embedding=self.embedding.take(rows),
+            layers=tuple(known[id(piece)] for piece in self.layers),
+            head=self.head.take(rows),
+            tied_params=taken(self.tied_params, rows),
+        )
+
+
+T = TypeVar("T")
+
+
+def taken(value: T, rows: NDArray[np.intp]) -> T:
+    """`value` with every array in it at these positions; arrays of length one hold for all."""
+    if isinstance(value, np.ndarray):
+        return value if len(value) == 1 else value[rows]
+    if isinstance(value, dict):
+        return cast("T", {name: taken(part, rows) for name, part in value.items()})
+    if isinstance(value, Liveness):
+        own = {f.name: taken(getattr(value, f.name), rows) for f in fields(value)}
+        return cast("T", Liveness(**own))
+    return value
+
 
 def pieces(
     model: Model,
@@ -88,15 +124,28 @@ def pieces(
     seq_tokens: int,
     prices: Prices,
     options: Options,
+    by_layer: Sequence[Options] | None = None,
 ) -> Pieces:
-    """The costs of every piece of a model under each layout."""
+    """The costs of every piece of a model under each layout.
+
+    `options` are those of the whole, `by_layer` those of each of `model.layers` where they differ.
+    """
+    each = tuple(by_layer or (options,) * len(model.layers))
     if model.traced is not None:
-        return _traced_pieces(model, layouts, prices, options)
+        return _traced_pieces(model, layouts, prices, options, each)
     fused = prices.pool.device.kind == "gpu"
     keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sp_values = np.unique(layouts.sequence_parallel)
 
-    def both(build: str, layer: Layer) -> Piece:
+    known: dict[tuple[str, Layer, Options], Piece] = {}
+
+    def priced(build: str, layer: Layer, options: Options) -> Piece:
+        key = (build, msgspec.structs.replace(layer, repeat=1), options)
+        if key not in known:
+            known[key] = both(*key)
+        return known[key]
+
+    def both(build: str, layer: Layer, options: Options) -> Piece:
         sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
         variants: list[Piece] = []
         for sp in sp_values:
@@ -109,17 +158,21 @@ def pieces(
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
     return Pieces(
-        embedding=both("embedding", first),
-        layers=tuple(both("layer", layer) for layer in model.layers),
-        head=both("head", last),
+        embedding=priced("embedding", first, options),
+        layers=tuple(
+            priced("layer", layer, own) for layer, own in zip(model.layers, each, strict=True)
+        ),
+        head=priced("head", last, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
     )
 
 
-def _traced_pieces(model: Model, layouts: Layouts, prices: Prices, options: Options) -> Pieces:
+def _traced_pieces(
+    model: Model, layouts: Layouts, prices: Prices, options: Options, by_layer: Sequence[Options]
+) -> Pieces:
     """The pieces of a traced module: prefix, layers, suffix."""
 
-    def piece(name: str, operators: Sequence[TracedOperator]) -> Piece:
+    def piece(name: str, operators: Sequence[TracedOperator], options: Options) -> Piece:
         sizes = traced.sizes(operators, layouts)
         there = apply(traced.graph(name, operators), options)
         back = apply(traced.backward_graph(operators), options)
@@ -133,9 +186,11 @@ def _traced_pieces(model: Model, layouts: Layouts, prices: Prices, options: Opti
 
     prefix, *layers, suffix = traced.parts(model)
     return Pieces(
-        embedding=piece("embedding", prefix),
-        layers=tuple(piece("layer", layer) for layer in layers),
-        head=piece("head", suffix),
+        embedding=piece("embedding", prefix, options),
+        layers=tuple(
+            piece("layer", layer, own) for layer, own in zip(layers, by_layer, strict=True)
+        ),
+        head=piece("head", suffix, options),
         tied_params=np.zeros(len(layouts)),
     )
 
@@ -201,6 +256,7 @@ def _piece(
     launching = times.backward_launches * launch_s + hooks_s
     floor_backward = _floor(busy_backward, comm_backward, launching, back, layouts, prices)
     return Piece(
+        options=options,
         forward_s=times.forward_s * prices.scale("forward"),
         backward_s=times.backward_s * prices.scale("backward"),
         recompute_s=times.recompute_s * prices.scale("recompute"),
@@ -301,6 +357,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         return {n: pick(a.get(n, zero), b.get(n, zero)) for n in sorted({*a, *b})}
 
     return Piece(
+        options=yes.options,
         forward_s=pick(yes.forward_s, no.forward_s),
         backward_s=pick(yes.backward_s, no.backward_s),
         recompute_s=pick(yes.recompute_s, no.recompute_s),

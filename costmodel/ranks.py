@@ -12,7 +12,7 @@ import numpy as np
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .layout import Layouts
-from .memory import Peak, peak_memory
+from .memory import InFlight, Peak, peak_bytes, peak_memory
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -108,23 +108,30 @@ def rank_memory(
     layouts: Layouts,
     prices: Prices,
     options: Options,
-    in_flight: tuple[Array, Array],
+    in_flight: InFlight,
 ) -> Peak:
     """Peak memory of one rank, with the device context and allocator waste."""
-    peak = peak_memory(
-        load,
-        costs,
-        layouts,
-        options=options,
-        stack=prices.pool.stack,
-        in_flight_first=in_flight[0],
-        in_flight_later=in_flight[1],
-        chunks=layouts.vpp.astype(float),
-    )
-    context = prices.memory("process_bytes", prices.pool.stack.context_bytes)
     stack = prices.pool.stack
+    peak = peak_memory(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    context = prices.memory("process_bytes", stack.context_bytes)
     waste = peak.total * stack.fragmentation + stack.runtime_bytes
     return Peak(
         total=peak.total + context + waste,
         terms={**peak.terms, "fragmentation": waste, "context": np.zeros_like(waste) + context},
     )
+
+
+def rank_bytes(
+    load: Load,
+    costs: Pieces,
+    layouts: Layouts,
+    prices: Prices,
+    options: Options,
+    in_flight: InFlight,
+) -> tuple[Array, Array]:
+    """The total of `rank_memory`, and what live micro-batches keep of it throughout."""
+    stack = prices.pool.stack
+    peak, kept = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    grown = 1.0 + stack.fragmentation
+    fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
+    return peak * grown + fixed, kept * grown

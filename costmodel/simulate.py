@@ -14,8 +14,9 @@ from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
 from ..plan import Phase, Plan
 from .graph import Array
+from .groups import Grouped
 from .layout import Layouts
-from .memory import Peak
+from .memory import InFlight, Peak
 from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
@@ -30,7 +31,7 @@ from .ranks import (
     update,
 )
 from .schedule import Action, Played, live_chunks, orders, play_long, play_shared
-from .stages import Load, for_each, merge, plan_loads
+from .stages import Load, for_each, merge
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -59,13 +60,14 @@ class Simulation:
         self.pool: Pool = plan.cluster.pool(phase.stages[0].pool)
         self.layouts = Layouts.of(phase)
         self.options = Options.of(phase, plan.workload)
+        self.grouped = Grouped.of(plan.model, phase, plan.workload)
         mesh = self.mesh
         self.replicas = mesh.dp * mesh.cp * mesh.tp
         """Ranks that do the same work as one pipeline rank."""
         self.node_ranks = min(mesh.world, self.pool.devices_per_node)
         self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
         self.costs = self._pieces(self.prices)
-        self.stage_loads = plan_loads(plan.model, phase)
+        self.stage_loads = self.grouped.loads(phase.stages)
         self.rank_loads = [
             merge([self.stage_loads[r + c * mesh.pp] for c in range(mesh.vpp)])
             for r in range(mesh.pp)
@@ -77,11 +79,12 @@ class Simulation:
 
     def _pieces(self, prices: Prices) -> Pieces:
         return pieces(
-            self.plan.model,
+            self.grouped.model,
             self.layouts,
             self.phase.seq_tokens,
             prices,
             self.options,
+            self.grouped.options,
         )
 
     def _times(self, prices: Prices, costs: Pieces) -> list[StageTimes]:
@@ -147,7 +150,10 @@ class Simulation:
     def memory(self) -> Peak:
         """Peak memory of the fullest rank."""
         peaks: list[Peak] = []
-        for rank in sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1}):
+        ranks = range(self.mesh.pp)
+        if len(self.phase.settings) <= 1:  # those between hold less of the same than the second
+            ranks = sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1})
+        for rank in ranks:
             counts = live_chunks(
                 self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches, rank
             )
@@ -158,7 +164,9 @@ class Simulation:
                     self.layouts,
                     self.prices,
                     self.options,
-                    (np.array([float(counts[0])]), np.array([float(counts[1])])),
+                    InFlight(
+                        first=np.array([float(counts[0])]), later=np.array([float(counts[1])])
+                    ),
                 )
             )
         return max(peaks, key=lambda peak: float(peak.total[0]))

@@ -9,7 +9,6 @@ from typing import TypeVar
 import numpy as np
 
 from ..model import Model
-from ..plan import Phase
 from .graph import Array
 from .layout import Layouts
 from .pieces import Piece, Pieces
@@ -34,6 +33,14 @@ class Load:
     def num_layers(self) -> Array:
         """Layers of all groups."""
         return sum(self.layers, np.zeros(1))
+
+    def times(self, share: Array) -> Load:
+        """The same, each piece as often as `share` says."""
+        return Load(
+            layers=tuple(count * share for count in self.layers),
+            embedding=self.embedding * share,
+            head=self.head * share,
+        )
 
     def total(self, costs: Pieces, name: str) -> Array:
         """The sum of one cost over all pieces of the load."""
@@ -101,14 +108,6 @@ def stage_load(model: Model, first: Array, last: Array) -> Load:
     )
 
 
-def plan_loads(model: Model, phase: Phase) -> list[Load]:
-    """The loads of a plan's stages in order."""
-    return [
-        stage_load(model, np.array([float(s.layers[0])]), np.array([float(s.layers[1])]))
-        for s in phase.stages
-    ]
-
-
 def merge(loads: list[Load]) -> Load:
     """Several stages of one rank together."""
     groups = zip(*(load.layers for load in loads), strict=True)
@@ -127,3 +126,19 @@ def even_load(model: Model, layouts: Layouts, stage: Array) -> Load:
     first = stage * base + np.minimum(stage, extra)
     size = base + (stage < extra)
     return stage_load(model, first, first + size - 1)
+
+
+def rank_load(model: Model, layouts: Layouts, rank: Array) -> Load:
+    """All chunks of pipeline rank number `rank` under an even cut."""
+    p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
+    if len(model.layers) > 1:
+        here = [even_load(model, layouts, rank + c * p) for c in range(int(v.max(initial=1)))]
+        return merge([load.times((c < v).astype(float)) for c, load in enumerate(here)])
+    base = np.floor(model.num_layers / (p * v))
+    extra = model.num_layers - base * p * v
+    more = np.clip(np.ceil((extra - rank) / p), 0.0, v)
+    return Load(
+        layers=(base * v + more,),
+        embedding=(rank == 0).astype(float),
+        head=(rank == p - 1).astype(float),
+    )

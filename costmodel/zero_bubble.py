@@ -116,15 +116,17 @@ def _numbered(steps: Iterable[Step]) -> list[Action]:
     """Micro-batches in order for each kind and stage; a W without a stage and without an I falls
     away."""
     count: Counter[tuple[str, int]] = Counter()
-    open_inputs: deque[int] = deque()
+    open_inputs: deque[Action] = deque()
     actions: list[Action] = []
-    for kind, named in steps:
-        if named is None and not open_inputs:
+    for kind, stage in steps:
+        if stage is None:
+            if open_inputs:
+                actions.append(open_inputs.popleft())
             continue
-        stage = open_inputs.popleft() if named is None else named
+        micro = count["I" if kind == "B" else kind, stage]
+        actions.append((kind, stage, micro))
         if kind == "I":
-            open_inputs.append(stage)
-        actions.append((kind, stage, count["I" if kind == "B" else kind, stage]))
+            open_inputs.append(("W", stage, micro))
         for counted in "IW" if kind == "B" else kind:
             count[counted, stage] += 1
     return actions
@@ -132,9 +134,8 @@ def _numbered(steps: Iterable[Step]) -> list[Action]:
 
 def _zb_v(rank: int, p: int, m: int) -> list[Action]:
     """Laid out for at least 2p - 1 micro-batches; those beyond m are left out."""
-    return [
-        action for action in _numbered(_zb_v_steps(rank, p, max(m, 2 * p - 1))) if action[2] < m
-    ]
+    laid_out = _numbered(_zb_v_steps(rank, p, max(m, 2 * p - 1)))
+    return [action for action in laid_out if action[2] < m]
 
 
 def _zb_v_steps(rank: int, p: int, m: int) -> Iterator[Step]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import costmodel
 from ..cluster import Cluster
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
@@ -16,10 +18,10 @@ from ..estimate import Estimate
 from ..model import Model
 from ..plan import Plan
 from ..workload import Workload
+from .mixing import choose_layers
 from .pins import Pins
-from .space import compute_dtypes, enumerate_grid, only_pool, plan_at, recompute_modes
+from .space import compute_dtype, enumerate_grid, only_pool, plan_at, policies
 
-BLOCK_ROWS = 4096
 Floats = NDArray[np.float64]
 
 
@@ -43,10 +45,25 @@ class CostModel(Protocol):
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Options,
+        options: Sequence[Options],
     ) -> LowerBounds:  # fmt: skip
-        """Lower bounds of `estimate` for every row."""
+        """Lower bounds of `estimate` for every row, each layer under any of the options."""
         ...
+
+    def choose_layers(
+        self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
+        policies: Sequence[Options],
+    ) -> tuple[Options, ...]:  # fmt: skip
+        """What every layer of one layout keeps (one for all, or one each), out of the policies."""
+        ...
+
+
+class OwnCost:
+    """The cost model of forerun, with the choice per layer of `mixing`."""
+
+    estimate = staticmethod(costmodel.estimate)
+    bound_layouts = staticmethod(costmodel.bound_layouts)
+    choose_layers = staticmethod(choose_layers)
 
 
 class Ranked(Value, frozen=True, kw_only=True):
@@ -72,11 +89,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every legal layout with its bounds: row `i % len(grid)` under setting `i // len(grid)`."""
+    """Every legal layout with its bounds, whatever its layers keep for backward."""
 
     request: Request
     grid: Layouts
-    settings: tuple[tuple[str, str], ...]
+    policies: tuple[Options, ...]
+    """What a layer may keep."""
     time_s: Floats
     memory_bytes: Floats
     capacity_bytes: float
@@ -85,11 +103,13 @@ class Candidates:
         return len(self.time_s)
 
     def plan(self, index: int) -> Plan:
-        """A candidate as a plan."""
-        setting, row = divmod(index, len(self.grid))
-        compute, recompute = self.settings[setting]
+        """A candidate as a plan: its layers keep what fits and takes the least time."""
         r = self.request
-        return plan_at(r.model, r.cluster, r.workload, self.grid, row, compute, recompute)
+        row = self.grid.take(slice(index, index + 1))
+        chosen = self.policies
+        if len(chosen) > 1:
+            chosen = r.cost.choose_layers(r.model, r.cluster, r.workload, row, chosen)
+        return plan_at(r.model, r.cluster, r.workload, self.grid, index, chosen)
 
     def simulate(self, index: int) -> Ranked:
         """A candidate with its estimate."""
@@ -100,30 +120,19 @@ class Candidates:
 
 
 def bound_all(request: Request) -> Candidates:
-    """Bounds of the whole grid, in blocks of a few thousand rows; empty for an empty grid."""
+    """Bounds of the whole grid; empty for an empty grid."""
     model, cluster, workload, pins = request.model, request.cluster, request.workload, request.pins
+    pool = only_pool(cluster)
     grid = enumerate_grid(model, cluster, workload, pins)
-    computes = compute_dtypes(only_pool(cluster), pins)
-    settings = tuple((c, r) for r in recompute_modes(pins) for c in computes)
-    time_s: list[Floats] = []
-    memory_bytes: list[Floats] = []
-    capacity_bytes = 0.0
-    for compute, recompute in settings:
-        options = Options(compute=compute, recompute=recompute, optimizer=workload.optimizer)
-        for start in range(0, len(grid), BLOCK_ROWS):
-            block = grid.take(slice(start, start + BLOCK_ROWS))
-            bounds = request.cost.bound_layouts(model, cluster, workload, block, options)
-            time_s.append(bounds.time_s)
-            memory_bytes.append(bounds.memory_bytes)
-            capacity_bytes = bounds.capacity_bytes
-    none = [np.zeros(0)]
+    kept = policies(pool, workload, compute_dtype(pool, pins), pins)
+    bounds = request.cost.bound_layouts(model, cluster, workload, grid, kept)
     return Candidates(
         request=request,
         grid=grid,
-        settings=settings,
-        time_s=np.concatenate(time_s or none),
-        memory_bytes=np.concatenate(memory_bytes or none),
-        capacity_bytes=capacity_bytes,
+        policies=kept,
+        time_s=bounds.time_s,
+        memory_bytes=bounds.memory_bytes,
+        capacity_bytes=bounds.capacity_bytes,
     )
 
 

@@ -11,9 +11,13 @@ import msgspec
 from ..cluster import Device
 from ..document import Value
 from ..errors import InputError
-from ..plan import RECOMPUTE_MODES, SCHEDULES
-
-COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "bf16")
+from ..plan import (
+    ATTENTION_KERNELS,
+    COMPUTE_DTYPES,
+    KINDS_OF_CP,
+    RECOMPUTE_MODES,
+    SCHEDULES,
+)
 
 
 class Pins(Value, frozen=True, kw_only=True):
@@ -36,7 +40,13 @@ class Pins(Value, frozen=True, kw_only=True):
     precision: str | None = None
     """Dtype of the matmuls."""
     cp: int | None = None
+    cp_kind: str | None = None
+    """How cp cuts the sequence: one of `KINDS_OF_CP`."""
     ep: int | None = None
+    offload: float | None = None
+    """Fraction of saved activations that waits on the host."""
+    attention: str | None = None
+    """Kernel of the attention core; free means flash."""
 
     def given(self) -> dict[str, Any]:
         """The axes that are fixed, in the order of the fields.
@@ -73,23 +83,34 @@ def check_pins(pins: Pins, device: Device) -> None:
         degree = getattr(pins, name)
         if degree is not None and degree < 1:
             raise InputError(name.replace("_", "-"), degree, "not positive", "give 1 or more")
-    for name in ("cp", "ep"):
-        if getattr(pins, name) not in (None, 1):
-            raise InputError(name, getattr(pins, name), "not available yet",
-                             f"drop --{name} or give 1")  # fmt: skip
     _check_choice("zero", pins.zero, (0, 1, 2, 3))
     _check_choice("schedule", pins.schedule, SCHEDULES)
     _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
+    _check_choice("cp_kind", pins.cp_kind, KINDS_OF_CP)
+    _check_choice("attention", pins.attention, ATTENTION_KERNELS)
     _check_choice("precision", pins.precision, COMPUTE_DTYPES)
-    if pins.precision == "bf16" and "bf16" not in device.peak_flops_per_s:
-        raise InputError("precision", "bf16", f"{device.name} has no bf16 rate",
-                         "use --precision fp32 or another device")  # fmt: skip
+    if pins.offload is not None and not 0.0 <= pins.offload <= 1.0:
+        raise InputError("offload", pins.offload, "not a fraction of the saved activations",
+                         "give 0 to 1")  # fmt: skip
+    if pins.precision is not None and not has_rate(device, pins.precision):
+        known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))
+        raise InputError("precision", pins.precision, f"{device.name} has no such rate",
+                         f"use one of {known}, or another device")  # fmt: skip
+
+
+RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4"}
+"""The rate that a compute dtype runs at, where it has another name."""
+
+
+def has_rate(device: Device, compute: str) -> bool:
+    """Whether a device multiplies in a compute dtype."""
+    return RATE_OF.get(compute, compute) in device.peak_flops_per_s
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value is not None and value not in allowed:
         choices = ", ".join(str(choice) for choice in allowed)
-        raise InputError(name, value, "not a choice", f"use one of {choices}")
+        raise InputError(name.replace("_", "-"), value, "not a choice", f"use one of {choices}")
 
 
 def smallest_conflict(pins: Pins, possible: Callable[[Pins], bool]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Branch and bound over the grid: the fastest plan that fits, the gap, the runners-up.
 
-    minimise    value(x)                       x a row of the grid with recompute and compute dtype
+    minimise    value(x)                       x a row of the grid, its layers as `mixing` chooses
     subject to  peak(x) <= capacity            and the estimate does not say that it cannot fit
 
 `value` is the simulated median step time (objective throughput, and cost: the devices are given, so
@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import costmodel
 from ..cluster import Cluster
 from ..document import Value, to_raw
 from ..estimate import Estimate
@@ -33,6 +32,7 @@ from ..workload import Workload
 from .candidates import (
     Candidates,
     CostModel,
+    OwnCost,
     Ranked,
     Request,
     bound_all,
@@ -112,7 +112,7 @@ def search(
     started = clock()
     pins = Pins() if pins is None else pins
     check_pins(pins, only_pool(cluster).device)
-    request = Request(model, cluster, workload, pins, costmodel if cost is None else cost)
+    request = Request(model, cluster, workload, pins, OwnCost() if cost is None else cost)
     candidates = bound_all(request)
     if not len(candidates):
         raise contradiction(model, cluster, workload, pins)
@@ -123,7 +123,7 @@ def search(
     infeasible = _infeasible(candidates, outcome) if best is None else None
     stats = SearchStats(
         bounded=len(candidates),
-        solved=0,
+        solved=outcome.simulated if len(candidates.policies) > 1 else 0,
         simulated=outcome.simulated,
         gap=_gap(best, outcome.next_bound, workload.objective),
         proven=outcome.limit is None,

@@ -1,21 +1,27 @@
 """The grid: every layout that the search looks at, as NumPy columns.
 
-A layout is one row: micro-batch, replicas and shards, tp, pp, vpp, ZeRO stage, sequence parallelism
-and schedule. Rows are made by products of the options of each axis, never one by one, and rows that
-break a rule of `forerun.plan.layout_problems` are gone before anything is priced. Recompute and
-compute dtype are not columns: each pair of them is one pass over the whole grid.
+A layout is one row: micro-batch, replicas and shards, tp, pp, vpp, ZeRO stage, sequence and context
+parallelism, expert parallelism and schedule. Rows are made by products of the options of each axis,
+never one by one, and rows that break a rule of `forerun.plan.layout_problems` are gone before
+anything is priced. What layers keep for backward is no column: the bounds choose it
+(`policies`).
 
 Where an axis is free, rows that would run exactly like another row are left out:
 - zero > 0 with one replica shards nothing;
 - pipelines gather and scatter once per step whatever the stage, so that zero 2 and 3 equal zero 1;
 - with one micro-batch, gradients are reduced once either way: zero 2 equals zero 1.
-Two limits of the space itself: a free tp stays within a node, and a free vpp takes the smallest
-value for each size of the largest chunk.
+Limits of the space itself: a free tp stays within a node, a free vpp takes the smallest value for
+each size of the largest chunk, a free cp leaves every rank 1,024 tokens or more, is a power of two
+and a balanced ring, an exchange of heads or groups of such exchanges within a node, and a free ep
+is whole on its node or takes whole nodes. On CPUs, whose plans run here, cp, ep and offload are off
+unless they are asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -23,17 +29,18 @@ from numpy.typing import NDArray
 
 from ..cluster import Cluster, Pool
 from ..costmodel.layout import Ints, Layouts
+from ..costmodel.options import Options
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..plan import (
     SCHEDULES,
+    UNDIVIDED,
     Phase,
     Plan,
     Schedule,
     Setting,
     even_stages,
-    techniques,
 )
 from ..workload import Workload
 from .pins import Pins
@@ -52,21 +59,41 @@ def only_pool(cluster: Cluster) -> Pool:
     return first
 
 
-def compute_dtypes(pool: Pool, pins: Pins) -> tuple[str, ...]:
-    """The compute dtypes of the search: the pinned one; else bf16 on GPUs that have it, or fp32."""
+def compute_dtype(pool: Pool, pins: Pins) -> str:
+    """The compute dtype: the pinned one; else bf16 on GPUs that have it, or fp32."""
     if pins.precision is not None:
-        return (pins.precision,)
+        return pins.precision
     has_bf16 = pool.device.kind == "gpu" and "bf16" in pool.device.peak_flops_per_s
-    return ("bf16",) if has_bf16 else ("fp32",)
+    return "bf16" if has_bf16 else "fp32"
 
 
 SEARCHED_MODES = ("none", "selective", "full")
 """Recompute modes that every executor runs; others are predicted when pinned."""
+SEARCHED_OFFLOADS = (0.5, 1.0)
+"""Fractions of a layer's saved activations that may wait on the host."""
+CP_TOKENS = 1024
+"""Tokens that a free cp leaves on a rank at least: below, a ring sends more than it computes."""
 
 
-def recompute_modes(pins: Pins) -> tuple[str, ...]:
-    """The recompute modes of the search."""
-    return SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
+def policies(pool: Pool, workload: Workload, compute: str, pins: Pins) -> tuple[Options, ...]:
+    """What a layer may keep for backward: the options that the search mixes over layers."""
+    kernel = pins.attention or "flash"
+    kind = "ring" if pins.cp_kind == "ring" else "zigzag"
+    modes = SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
+    kept = [(mode, pins.offload or 0.0) for mode in modes]
+    if pins.offload is None and "none" in modes and pool.device.kind == "gpu" and pool.host:
+        kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
+    return tuple(
+        Options(
+            compute=compute,
+            recompute=mode,
+            offload=fraction,
+            attention=kernel,
+            cp_kind=kind,
+            optimizer=workload.optimizer,
+        )
+        for mode, fraction in kept
+    )
 
 
 def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Layouts:
@@ -75,20 +102,70 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
     blocks = [_empty()]
     for tp in _free_or(pins.tp, [n for n in divisors(world) if pool.devices_per_node % n == 0]):
         for pp in _free_or(pins.pp, divisors(world)):
-            dp, rest = divmod(world, tp * pp)
-            if rest or pins.dp not in (None, dp) or workload.global_batch_seqs % max(dp, 1):
-                continue
-            if pp <= model.num_layers:
-                blocks.append(_block(model, workload, pins, tp, pp, dp))
+            for cp, ulysses in _contexts(model, pool, workload, pins, tp):
+                dp, rest = divmod(world, tp * pp * cp)
+                if rest or pins.dp not in (None, dp) or workload.global_batch_seqs % max(dp, 1):
+                    continue
+                if pp <= model.num_layers:
+                    shape = _Shape(tp=tp, pp=pp, cp=cp, ulysses=ulysses, dp=dp)
+                    blocks.append(_block(model, pool, workload, pins, shape))
     columns = (field.name for field in fields(Layouts))
     grid = Layouts(**{c: np.concatenate([getattr(block, c) for block in blocks]) for c in columns})
     rows = np.flatnonzero(legal(model, grid, workload.seq_tokens))
-    # Fewer chunks first: blocks of equal vpp are cheap to bound, and ties go to the simpler layout.
+    # Fewer chunks first: ties go to the simpler layout.
     return grid.take(rows[np.argsort(grid.vpp[rows], kind="stable")])
 
 
-def _block(model: Model, workload: Workload, pins: Pins, tp: int, pp: int, dp: int) -> Layouts:
-    """The product of the options of the other axes at one (tp, pp, dp); pins applied, rules not."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """The degrees that a block of rows shares."""
+
+    tp: int
+    pp: int
+    cp: int
+    ulysses: int
+    dp: int
+
+
+def _contexts(
+    model: Model, pool: Pool, workload: Workload, pins: Pins, tp: int
+) -> list[tuple[int, int]]:
+    """Pairs (cp, ulysses)."""
+    shortest = min(model.lengths(workload.seq_tokens))
+    free = [1]
+    if pool.device.kind == "gpu" and model.traced is None:
+        free = [n for n in _powers(pool.num_devices) if n == 1 or shortest // n >= CP_TOKENS]
+    pairs: list[tuple[int, int]] = []
+    for cp in _free_or(pins.cp, free):
+        inside = max(1, pool.devices_per_node // tp)
+        hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
+        kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
+        ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *hybrids, cp]
+        if cp == 1:
+            ways = [1]
+        pairs += [(cp, ulysses) for ulysses in dict.fromkeys(ways)]
+    return pairs
+
+
+def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
+    """Degrees of expert parallelism."""
+    counts = {layer.experts.num_experts for layer in model.layers if layer.experts is not None}
+    if pins.ep is not None:
+        return [pins.ep]
+    if not counts or pool.device.kind == "cpu":
+        return [1]
+    holders = shape.dp * shape.cp * shape.tp
+    per_node = pool.devices_per_node
+    return [
+        n
+        for n in divisors(holders)
+        if all(count % n == 0 for count in counts) and (per_node % n == 0 or n % per_node == 0)
+    ]
+
+
+def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Shape) -> Layouts:
+    """The product of the options of the other axes; pins applied, rules not."""
+    tp, pp, dp = shape.tp, shape.pp, shape.dp
     replica_seqs = workload.global_batch_seqs // dp
     micro_batches = [
         n for n in divisors(replica_seqs) if pins.micro_batch is None or n == pins.micro_batch
@@ -96,7 +173,8 @@ def _block(model: Model, workload: Workload, pins: Pins, tp: int, pp: int, dp: i
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
     schedules = _schedules(model.num_layers, pins, pp)
     shards = _shards(pins, pp, dp)
-    axes = (micro_batches, sp_options, schedules, shards)
+    experts = _experts(model, pool, pins, shape)
+    axes = (micro_batches, sp_options, schedules, shards, experts)
     if not all(axes):
         return _empty()
     at = np.indices([len(axis) for axis in axes]).reshape(len(axes), -1)
@@ -115,9 +193,9 @@ def _block(model: Model, workload: Workload, pins: Pins, tp: int, pp: int, dp: i
         zero=zero,
         sequence_parallel=sp,
         schedule=schedule,
-        cp=np.ones_like(micro),
-        ulysses=np.ones_like(micro),
-        ep=np.ones_like(micro),
+        cp=np.full_like(micro, shape.cp),
+        ulysses=np.full_like(micro, shape.ulysses),
+        ep=_column(experts, at[4]),
     )
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
@@ -162,7 +240,7 @@ def _shards(pins: Pins, pp: int, dp: int) -> list[tuple[int, int]]:
 
 
 def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
-    """True where a row breaks no rule of `forerun.plan.layout_problems` (cp = ep = 1)."""
+    """True where a row breaks no rule of `forerun.plan.layout_problems`."""
     widths = {model.vocab}
     for layer in model.layers:
         widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
@@ -173,29 +251,66 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     interleaved = grid.schedule == INTERLEAVED
     ok &= ~sp | (grid.tp > 1)
     for tokens in model.lengths(seq_tokens):
-        ok &= ~sp | (tokens % grid.tp == 0)
-    if any(layer.kind == "conv" for layer in model.layers):
-        ok &= grid.tp == 1
+        ok &= ~sp | ((tokens // grid.cp) % grid.tp == 0)
+        ok &= (grid.cp == 1) | (tokens % (2 * grid.cp) == 0)
+    for kind, _, axes in UNDIVIDED:
+        for axis in axes if any(layer.kind == kind for layer in model.layers) else ():
+            ok &= getattr(grid, axis) == 1
     ok &= grid.pp * grid.vpp <= model.num_layers
     ok &= (grid.vpp == 1) | (pipeline & interleaved)
     ok &= ~(interleaved & pipeline) | ((grid.vpp > 1) & (grid.num_microbatches % grid.pp == 0))
     ok &= ~pipeline | (grid.schedule == GPIPE) | (grid.num_microbatches >= grid.pp)
-    return ok & ((grid.dp_shard == 1) | (grid.zero > 0))
+    ok &= (grid.dp_shard == 1) | (grid.zero > 0)
+    ok &= grid.cp % grid.ulysses == 0
+    return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
+
+
+def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
+    """Experts are shared out evenly, over ranks that hold the same dense weights or over tp too."""
+    holders = grid.dp * grid.cp
+    ok = (holders % grid.ep == 0) | ((holders * grid.tp) % grid.ep == 0)
+    counts = [layer.experts.num_experts for layer in model.layers if layer.experts is not None]
+    if not counts:
+        return ok & (grid.ep == 1)
+    for count in counts:
+        ok &= count % grid.ep == 0
+    return ok
+
+
+def _legal_ulysses(model: Model, grid: Layouts) -> NDArray[np.bool_]:
+    """Each rank of the exchange gets whole heads."""
+    ok = np.ones(len(grid), dtype=bool)
+    for layer in model.layers:
+        groups = layer.kv_heads // grid.tp
+        uneven = (groups % grid.ulysses != 0) & (grid.ulysses % np.maximum(groups, 1) != 0)
+        ok &= (layer.heads % (grid.tp * grid.ulysses) == 0) & ~((groups > 0) & uneven)
+    return ok | (grid.ulysses == 1)
 
 
 def plan_at(
-    model: Model, cluster: Cluster, workload: Workload, grid: Layouts, row: int,
-    compute: str, recompute: str,
-) -> Plan:  # fmt: skip
-    """One row of the grid as a complete plan."""
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    grid: Layouts,
+    row: int,
+    layers: Sequence[Options],
+) -> Plan:
+    """One row of the grid as a complete plan; `layers` are the options of every layer in order, or
+    one for all."""
     mesh = Mesh(
-        dp_replicate=int(grid.dp_replicate[row]),
-        dp_shard=int(grid.dp_shard[row]),
-        tp=int(grid.tp[row]),
-        pp=int(grid.pp[row]),
-        vpp=int(grid.vpp[row]),
+        **{
+            axis: int(getattr(grid, axis)[row])
+            for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
+        }
     )
-    layers = (0, model.num_layers - 1)
+    each = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
+    settings: list[Setting] = []
+    for options, group in groupby(range(model.num_layers), key=each.__getitem__):
+        first, *rest = group
+        if mesh.ulysses == mesh.cp > 1:
+            options = replace(options, cp_kind="ulysses")
+        last = rest[-1] if rest else first
+        settings.append(Setting(layers=(first, last), techniques=options.techniques()))
     phase = Phase(
         steps=workload.steps,
         seq_tokens=workload.seq_tokens,
@@ -206,7 +321,7 @@ def plan_at(
         sequence_parallel=bool(grid.sequence_parallel[row]),
         schedule=cast("Schedule", SCHEDULES[int(grid.schedule[row])]),
         stages=even_stages(model.num_layers, mesh.num_stages, only_pool(cluster).name),
-        settings=(Setting(layers=layers, techniques=techniques(compute, recompute)),),
+        settings=tuple(settings),
     )
     return Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
 
@@ -219,6 +334,11 @@ def divisors(number: int) -> list[int]:
     """
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two up to `most`."""
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
 
 
 def _free_or(pin: int | None, options: list[int]) -> list[int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from typing import Any, ClassVar, Literal
+
+import msgspec
 
 from .cluster import Cluster
 from .document import Document, Value
@@ -18,6 +21,9 @@ SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved")
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
+KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
+"""What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
+ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 
 
@@ -109,10 +115,27 @@ class Phase(Value, frozen=True, kw_only=True):
         if mesh.world == 1 and not parts:
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
-        if self.recompute != "none":
-            parts.append(f"ac-{self.recompute}")
+        parts += self._activations()
         parts.append(self.compute_dtype)
         return "_".join(parts)
+
+    def _activations(self) -> list[str]:
+        """What layers keep for backward, in short; a hash where layers differ."""
+        kept = {
+            (
+                str(setting.techniques.get("recompute", {}).get("mode", "none")),
+                float(setting.techniques.get("offload", {}).get("activations", 0.0)),
+            )
+            for setting in self.settings
+        }
+        if len(kept) > 1:
+            ranges = msgspec.json.encode([(s.layers, s.techniques) for s in self.settings])
+            return [f"ac-solved~{sha256(ranges).hexdigest()[:4]}"]
+        parts: list[str] = []
+        for mode, offload in kept:
+            parts += [f"ac-{mode}"] if mode != "none" else []
+            parts += [f"offload{offload:g}"] if offload else []
+        return parts
 
 
 class Plan(Document, frozen=True, kw_only=True):

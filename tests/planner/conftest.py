@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,16 +75,29 @@ class RandomCost:
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Options,
+        options: Sequence[Options],
     ) -> RandomBounds:  # fmt: skip
-        """Times and peaks, lowered at random."""
-        recompute = options.recompute
-        time_s, memory_bytes = self.exact(layouts, recompute)
-        return RandomBounds(
-            time_s * (1 - self.slack * self.draw(layouts, recompute, 3)),
-            memory_bytes * (1 - self.slack * self.draw(layouts, recompute, 4)),
-            self.capacity_bytes,
-        )
+        """The least times and peaks of any option, lowered at random."""
+        times: list[Floats] = []
+        peaks: list[Floats] = []
+        for recompute in (o.recompute for o in options):
+            time_s, memory_bytes = self.exact(layouts, recompute)
+            times.append(time_s * (1 - self.slack * self.draw(layouts, recompute, 3)))
+            peaks.append(memory_bytes * (1 - self.slack * self.draw(layouts, recompute, 4)))
+        return RandomBounds(np.min(times, axis=0), np.min(peaks, axis=0), self.capacity_bytes)
+
+    def choose_layers(
+        self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
+        policies: Sequence[Options],
+    ) -> tuple[Options, ...]:  # fmt: skip
+        """One option for all layers: the best that fits, else the one with the least peak."""
+
+        def worth(option: Options) -> tuple[bool, float]:
+            time_s, peak = (float(x[0]) for x in self.exact(layout, option.recompute))
+            unfit = peak > self.capacity_bytes
+            return unfit, peak if unfit or workload.objective == "memory" else time_s
+
+        return (min(policies, key=worth),)
 
     def estimate(self, plan: Plan) -> Estimate:
         """The exact costs of one plan."""

@@ -33,9 +33,14 @@ class ShareCost:
     def bound_layouts(
         self, model: Any, cluster: Any, workload: Any, layouts: Any, options: Any
     ) -> Any:
-        time_s, _ = self.random.exact(layouts, options.recompute)
+        time_s, _ = self.random.exact(layouts, options[0].recompute)
         peak_bytes = self.peak_bytes(layouts, workload.seq_tokens)
         return Bounds(time_s, peak_bytes, self.capacity_gib * GIB)
+
+    def choose_layers(
+        self, model: Any, cluster: Any, workload: Any, layout: Any, policies: Any
+    ) -> Any:
+        return policies[:1]
 
     def estimate(self, plan: Any) -> Any:
         import msgspec
@@ -154,12 +159,13 @@ def test_names_the_fewest_pins_that_contradict(
     [
         (Pins(tp=0), "tp=0: not positive"),
         (Pins(micro_batch=-1), "micro-batch=-1: not positive"),
-        (Pins(cp=2), "cp=2: not available yet"),
-        (Pins(ep=4), "ep=4: not available yet"),
+        (Pins(cp_kind="striped"), "cp-kind=striped: not a choice; use one of zigzag"),
+        (Pins(offload=1.5), "offload=1.5: not a fraction"),
         (Pins(zero=4), "zero=4: not a choice; use one of 0, 1, 2, 3"),
         (Pins(schedule="zb"), "schedule=zb: not a choice"),
         (Pins(recompute="some"), "recompute=some: not a choice"),
-        (Pins(precision="fp8"), "precision=fp8: not a choice"),
+        (Pins(precision="fp8"), "precision=fp8: G has no such rate; use one of fp32, bf16"),
+        (Pins(precision="int3"), "precision=int3: not a choice"),
     ],
 )
 def test_refuses_values_that_no_layout_has(pins, words, random_cost, cluster_of, model_of):

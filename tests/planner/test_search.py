@@ -124,7 +124,11 @@ def test_same_request_same_bytes(random_cost, cluster_of, model_of):
     documents = []
     for _ in range(2):
         result = search(
-            model_of(), cluster_of(8), workload_of(16), cost=random_cost(seed=3), clock=lambda: 0.0
+            model_of(),
+            cluster_of(8),
+            workload_of(16),
+            cost=random_cost(seed=3),
+            clock=lambda: 0.0,
         )
         documents.append(to_json(result.document()))
     assert documents[0] == documents[1]

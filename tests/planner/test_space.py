@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.costmodel.layout import Layouts
+from forerun.costmodel.options import Options
 from forerun.mesh import Mesh
 from forerun.plan import SCHEDULES, layout_problems
 from forerun.planner.pins import Pins
@@ -64,7 +65,7 @@ def test_every_row_is_a_plan_that_checks_and_no_two_are_alike(
     grid = enumerate_grid(model, cluster, workload, Pins())
     labels = []
     for row in range(len(grid)):
-        plan = plan_at(model, cluster, workload, grid, row, "bf16", "full")
+        plan = plan_at(model, cluster, workload, grid, row, [Options(compute="bf16")])
         plan.check()
         labels.append(plan.label)
     assert len(set(labels)) == len(labels)

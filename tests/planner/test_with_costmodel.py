@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from forerun import costmodel
 from forerun.catalogs import load_cluster, load_model
 from forerun.planner import Pins, search
-from forerun.planner.candidates import Request, bound_all, fits
+from forerun.planner.candidates import OwnCost, Request, bound_all, fits
 from forerun.workload import Workload
 
 
@@ -23,7 +22,7 @@ def no_user_profile(monkeypatch, tmp_path):
 def test_best_of_all_simulated(model: str, gpus: str, seq_tokens: int, batch: int):
     workload = Workload(seq_tokens=seq_tokens, global_batch_seqs=batch)
     noun, cluster = load_model(model), load_cluster(gpus)
-    candidates = bound_all(Request(noun, cluster, workload, Pins(), costmodel))
+    candidates = bound_all(Request(noun, cluster, workload, Pins(), OwnCost()))
     estimates = [candidates.simulate(index).estimate for index in range(len(candidates))]
     steps = [estimate.step_s.median for estimate in estimates if fits(estimate)]
     result = search(noun, cluster, workload, tolerance=0.0)

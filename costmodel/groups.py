@@ -1,0 +1,73 @@
+"""Layers that are priced alike: of one kind in the model and under the same techniques."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..model import Layer, Model
+from ..plan import Phase, Stage
+from ..workload import Workload
+from .options import Options
+from .stages import Load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouped:
+    """A model whose `layers` are its groups under a phase: as often as they occur, wherever."""
+
+    model: Model
+    options: tuple[Options, ...]
+    """What applies to each group."""
+    group_of: NDArray[np.intp]
+    """The group of each layer."""
+
+    @staticmethod
+    def of(model: Model, phase: Phase, workload: Workload | None = None) -> Grouped:
+        """The groups of a phase, in the order in which they first occur."""
+        starts = {s.layers[0] for s in phase.settings}
+        kinds: list[tuple[int, Options]] = []
+        group_of: list[int] = []
+        index = 0
+        for which, layer in enumerate(model.layers):
+            options = Options.of(phase, workload, index)
+            for _ in range(layer.repeat):
+                if index in starts:
+                    options = Options.of(phase, workload, index)
+                kind = (which, options)
+                if kind not in kinds:
+                    kinds.append(kind)
+                group_of.append(kinds.index(kind))
+                index += 1
+        layers: list[Layer] = [
+            msgspec.structs.replace(model.layers[which], repeat=group_of.count(group))
+            for group, (which, _) in enumerate(kinds)
+        ]
+        grouped = model if len(layers) == len(model.layers) else _with_layers(model, layers)
+        return Grouped(
+            model=grouped,
+            options=tuple(options for _, options in kinds),
+            group_of=np.array(group_of, dtype=np.intp),
+        )
+
+    def loads(self, stages: Sequence[Stage]) -> list[Load]:
+        """The loads of pipeline stages."""
+        count, last_layer = len(self.options), len(self.group_of) - 1
+
+        def load(first: int, last: int) -> Load:
+            held = np.bincount(self.group_of[first : last + 1], minlength=count).astype(float)
+            return Load(
+                layers=tuple(held[i : i + 1] for i in range(count)),
+                embedding=np.array([float(first == 0)]),
+                head=np.array([float(last == last_layer)]),
+            )
+
+        return [load(*stage.layers) for stage in stages]
+
+
+def _with_layers(model: Model, layers: Sequence[Layer]) -> Model:
+    return msgspec.structs.replace(model, layers=tuple(layers))

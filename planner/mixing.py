@@ -1,0 +1,119 @@
+"""What each layer keeps for backward, on one layout.
+
+    sets         ranks r of the pipeline, policies k (recompute modes, offloaded fractions)
+    variables    n[r, k], whole numbers of layers
+    minimise     sum_k n[r, k] t_k                  seconds of a micro-batch, on every rank alone
+    subject to   sum_k n[r, k] = layers of r        (all)
+                 peak_r(n) <= capacity              (memory)
+
+Ranks share no memory, and a step is never faster for a slower rank, so they are solved apart. The
+fractional relaxation has at most two policies in use on a rank (one inequality beside the sum), so
+pairs are enumerated: the rank's first x layers under one policy, the others under another. Peaks
+and times are the cost model's, of all pairs, numbers and ranks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cluster import Cluster
+from ..costmodel.layout import Layouts
+from ..costmodel.mixed import Mixed
+from ..costmodel.options import Options
+from ..model import Model
+from ..plan import even_stages
+from ..workload import Workload
+
+Ints = NDArray[np.intp]
+
+
+def choose_layers(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    layout: Layouts,
+    policies: Sequence[Options],
+) -> tuple[Options, ...]:
+    """The options of every layer with the least time that fits; where none does, the least peak.
+
+    `layout` is one row; of equal times the choice that keeps less wins. Where memory is optimised,
+    the least peak is all that counts.
+    """
+    mixed = Mixed.of(model, cluster, workload, layout, policies)
+    on_rank = _layers_of_ranks(model, layout)
+    groups = _group_of_layers(model)
+    rows, counts, ranks = _pairs(on_rank, groups, len(policies), len(model.layers))
+    peaks = mixed.peaks(counts, ranks)
+    seconds = mixed.seconds(counts, ranks)
+    chosen = np.zeros(model.num_layers, dtype=np.intp)
+    for rank, layers in enumerate(on_rank):
+        here = np.flatnonzero(ranks == rank)
+        fitting = here[peaks[here] <= mixed.capacity_bytes]
+        if workload.objective == "memory" or not len(fitting):
+            best = here[np.argmin(peaks[here])]
+        else:
+            best = fitting[np.lexsort((peaks[fitting], np.round(seconds[fitting], 12)))[0]]
+        some, lean, rest = rows[best]
+        chosen[layers] = rest
+        chosen[layers[_spread(len(layers), some, int(layout.vpp[0]))]] = lean
+    return tuple(policies[k] for k in chosen)
+
+
+def _layers_of_ranks(model: Model, layout: Layouts) -> list[Ints]:
+    """The layers of each pipeline rank, over all of its chunks."""
+    pp, vpp = int(layout.pp[0]), int(layout.vpp[0])
+    stages = even_stages(model.num_layers, pp * vpp, "")
+    return [
+        np.concatenate(
+            [np.arange(s.layers[0], s.layers[1] + 1) for s in stages[rank::pp]], dtype=np.intp
+        )
+        for rank in range(pp)
+    ]
+
+
+def _group_of_layers(model: Model) -> Ints:
+    """The layer group of each layer."""
+    return np.repeat(np.arange(len(model.layers)), [layer.repeat for layer in model.layers])
+
+
+def _pairs(
+    on_rank: Sequence[Ints], groups: Ints, num_policies: int, num_groups: int
+) -> tuple[Ints, NDArray[np.float64], Ints]:
+    """All choices: (layers under the first of a pair, that policy, the other), the counts by
+    policy and group, and the rank of each."""
+    rows: list[tuple[int, int, int]] = []
+    counts: list[NDArray[np.float64]] = []
+    ranks: list[int] = []
+    pairs = list(permutations(range(num_policies), 2)) or [(0, 0)]
+    for rank, layers in enumerate(on_rank):
+        of_group = np.zeros((len(layers) + 1, num_groups))
+        np.add.at(of_group[1:], (np.arange(len(layers)), groups[layers]), 1.0)
+        below = np.cumsum(of_group, axis=0)  # in the first x layers
+        for one, other in pairs:
+            table = np.zeros((len(layers), num_policies, num_groups))
+            table[:, one] += below[:-1]
+            table[:, other] += below[-1] - below[:-1]
+            counts.append(table)
+            rows += [(x, one, other) for x in range(len(layers))]
+            ranks += [rank] * len(layers)
+    return np.array(rows, dtype=np.intp), np.concatenate(counts), np.array(ranks, dtype=np.intp)
+
+
+def _spread(num_layers: int, some: int, chunks: int) -> Ints:
+    """`some` of a rank's layers, the first of every chunk and as many of each as can be.
+
+    >>> _spread(6, 3, 2)
+    array([0, 1, 3])
+    """
+    sizes = [len(part) for part in np.array_split(np.arange(num_layers), chunks)]
+    starts = np.cumsum([0, *sizes[:-1]])
+    places = sorted(
+        (offset, start + offset)
+        for start, size in zip(starts, sizes, strict=True)
+        for offset in range(size)
+    )
+    return np.array(sorted(place for _, place in places[:some]), dtype=np.intp)
