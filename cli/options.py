@@ -254,6 +254,16 @@ def say_job(job: Job) -> None:
         say(f"warning: {warning}")
 
 
+def say_not_executed(plan: Plan) -> None:
+    """Say what `forerun run` would refuse in a plan, so that nobody finds out on the cluster."""
+    from ..executors.support import check_executed
+
+    try:
+        check_executed(plan)
+    except InputError as error:
+        say(f"note: forerun run does not execute this plan yet: {error}")
+
+
 def plan_file_of(plan: Plan) -> PlanFile:
     """The plan priced by the cost model, as the file that `run` and `diff` read."""
     from ..costmodel import estimate

@@ -20,6 +20,7 @@ from .options import (
     read_job,
     read_pins,
     say_job,
+    say_not_executed,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def command(
             f"give 1 to {len(result.plans)}",
         )
     plan_files = ranked_files(result)
+    say_not_executed(plan_files[pick - 1].plan)
     if output is not None:
         document.write(output, plan_files[pick - 1])
     if as_json:

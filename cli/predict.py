@@ -17,6 +17,7 @@ from .options import (
     read_job,
     read_pins,
     say_job,
+    say_not_executed,
 )
 
 
@@ -37,6 +38,7 @@ def command(as_json: bool, output: Path | None, **flags: Any) -> None:
     job = read_job(flags)
     say_job(job)
     plan_file = plan_file_of(fixed_plan(job.model, job.cluster, job.workload, read_pins(flags)))
+    say_not_executed(plan_file.plan)
     if output is not None:
         document.write(output, plan_file)
     if as_json:

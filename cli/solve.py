@@ -6,7 +6,7 @@ import click
 
 from .lazy import LazyGroup
 
-SOLVERS = ()
+SOLVERS = ("memory", "activations", "sequences", "pipeline", "precision", "experts")
 
 
 @click.command("solve", cls=LazyGroup, names=SOLVERS, package="solvers", kind="solver")

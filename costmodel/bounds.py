@@ -36,7 +36,7 @@ from .graph import Array
 from .layout import Layouts
 from .memory import InFlight
 from .options import Options
-from .pieces import Pieces, pieces
+from .pieces import Pieces, pieces_of_each
 from .prices import Prices
 from .ranks import hop_s, rank_bytes, stage_times, update
 from .schedule import chain_s
@@ -108,11 +108,11 @@ class _Grid:
         self.alone = self.everyone
         first, self.local = _alike(_cuts_of_a_layer(model, layouts))
         cut = layouts.take(first)
-        priced = [pieces(model, cut, workload.seq_tokens, self.everyone, o) for o in policies]
+        priced = pieces_of_each(model, cut, workload.seq_tokens, self.everyone, policies)
         self.costs = self.quick = priced
         if pool.shared_cores is not None:
             self.alone = Prices(pool, cluster.profile, busy_ranks)
-            self.quick = [pieces(model, cut, workload.seq_tokens, self.alone, o) for o in policies]
+            self.quick = pieces_of_each(model, cut, workload.seq_tokens, self.alone, policies)
         self.capacity_bytes = float(pool.device.memory_bytes)
         self.least_memory = workload.objective == "memory"
 
@@ -141,10 +141,13 @@ class _Grid:
     def _memory(self, which: int, rows: Index) -> tuple[Array, Array]:
         """Peak, and what live micro-batches keep of it, by rank looked at and row."""
         peaks, kept = np.zeros((2, len(_RANKS), len(rows)))
+        like = len(self.model.layers) == 1  # the second rank never holds more than the first
         for start in range(0, len(rows), BLOCK_ROWS):
             here = slice(start, start + BLOCK_ROWS)
             block, costs = self.layouts.take(rows[here]), self._pieces(which, rows[here])
             for r, rank in enumerate(_ranks(block)):
+                if like and r == 1:
+                    continue
                 load, flight = rank_load(self.model, block, rank), _in_flight(block, rank)
                 peaks[r, here], kept[r, here] = rank_bytes(
                     load, costs, block, self.everyone, self.policies[which], flight
@@ -160,14 +163,30 @@ class _Grid:
         some = rows.take(first)
         least = np.full(len(first), np.inf)
         for which, options in enumerate(self.policies):
+            if which not in self._hiding():
+                continue
             costs = self._pieces(which, first)
             longest = np.zeros(len(first))
-            for rank in _ranks(some):
+            for rank in self._fullest(some):
                 load = rank_load(self.model, some, rank)
                 once = update(load, costs, some, self.everyone, options)
                 longest = np.maximum(longest, once.total_s)
             least = np.minimum(least, longest)
         return least[inverse]
+
+    def _hiding(self) -> Sequence[int]:
+        """The policies under which updates may be shortest: the exchange hides behind backward, so
+        where ranks meet on time it is the one that recomputes most."""
+        if self.everyone.profile is not None:
+            return range(len(self.policies))
+        again = [sum(float(x.recompute_s.sum()) for x in costs.layers) for costs in self.costs]
+        return (int(np.argmax(again)),)
+
+    def _fullest(self, layouts: Layouts) -> list[Array]:
+        """The ranks that hold most. Among like layers the second never holds more than the first,
+        which has as many, as many micro-batches in flight, and the embedding."""
+        ranks = _ranks(layouts)
+        return [ranks[0], ranks[2]] if len(self.model.layers) == 1 else ranks
 
     def _makespan(self, extra: _Extra | None) -> Array:
         """The longest chain through the ranks looked at, with the least time that memory asks of

@@ -133,38 +133,66 @@ def pieces(
     each = tuple(by_layer or (options,) * len(model.layers))
     if model.traced is not None:
         return _traced_pieces(model, layouts, prices, options, each)
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
-    sp_values = np.unique(layouts.sequence_parallel)
-
-    known: dict[tuple[str, Layer, Options], Piece] = {}
-
-    def priced(build: str, layer: Layer, options: Options) -> Piece:
-        key = (build, msgspec.structs.replace(layer, repeat=1), options)
-        if key not in known:
-            known[key] = both(*key)
-        return known[key]
-
-    def both(build: str, layer: Layer, options: Options) -> Piece:
-        sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
-        variants: list[Piece] = []
-        for sp in sp_values:
-            graph = _graph(build, model, layer, bool(sp), fused, options, keeps)
-            variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
-        if len(variants) == 1:
-            return variants[0]
-        return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
-
+    known: dict[tuple[Layer, Options], Piece] = {}
+    for layer, own in zip(map(_once, model.layers), each, strict=True):
+        if (layer, own) not in known:
+            known[layer, own] = _both("layer", model, layer, layouts, seq_tokens, prices, own)
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
     return Pieces(
-        embedding=priced("embedding", first, options),
-        layers=tuple(
-            priced("layer", layer, own) for layer, own in zip(model.layers, each, strict=True)
-        ),
-        head=priced("head", last, options),
+        embedding=_both("embedding", model, first, layouts, seq_tokens, prices, options),
+        layers=tuple(known[_once(x), own] for x, own in zip(model.layers, each, strict=True)),
+        head=_both("head", model, last, layouts, seq_tokens, prices, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
     )
+
+
+def pieces_of_each(
+    model: Model,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    policies: Sequence[Options],
+) -> list[Pieces]:
+    """`pieces` under each of several options that differ in what layers keep for backward: the ends
+    of the model, which keep all, are the same."""
+    first = pieces(model, layouts, seq_tokens, prices, policies[0])
+    others = [
+        pieces(model, layouts, seq_tokens, prices, own).layers
+        if model.traced is not None
+        else tuple(
+            _both("layer", model, _once(layer), layouts, seq_tokens, prices, own)
+            for layer in model.layers
+        )
+        for own in policies[1:]
+    ]
+    return [first, *(replace(first, layers=layers) for layers in others)]
+
+
+def _once(layer: Layer) -> Layer:
+    return msgspec.structs.replace(layer, repeat=1)
+
+
+def _both(
+    build: str,
+    model: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> Piece:
+    """A piece under layouts with a split sequence and without."""
+    fused = prices.pool.device.kind == "gpu"
+    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
+    sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
+    variants: list[Piece] = []
+    for sp in np.unique(layouts.sequence_parallel):
+        graph = _graph(build, model, layer, bool(sp), fused, options, keeps)
+        variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
+    if len(variants) == 1:
+        return variants[0]
+    return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
 
 
 def _traced_pieces(

@@ -11,80 +11,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..errors import InputError
 from ..mesh import Mesh
-from ..model import Model
-from ..plan import SCHEDULES, Phase, Plan
+from ..plan import Plan
 from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .marks import Marks
-from .optimizer import check_optimizer, make_adamw
+from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
-from .support import check_model_kind
-from .techniques import precision, recompute
+from .support import check_executed
+from .techniques import recompute
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
-
-EXECUTED = ("precision", "recompute")
-"""Techniques that have a file in `executors/techniques/`."""
 
 
 def check_supported(plan: Plan) -> None:
     """Raise InputError for a plan that contradicts itself or that this executor cannot run."""
     plan.check()
-    if len(plan.phases) != 1:
-        raise InputError("phases", len(plan.phases), "runs have one phase for now",
-                         "give a plan with one phase")  # fmt: skip
-    _check_phase(plan.phase)
+    check_executed(plan)
     if plan.model.traced is not None:
         traced.check_supported(plan)
-    else:
-        _check_model(plan.model, plan.phase.seq_tokens)
-    check_optimizer(plan.workload.optimizer)
-
-
-def _check_phase(phase: Phase) -> None:
-    for axis in ("cp", "ep"):
-        degree = getattr(phase.mesh, axis)
-        if degree > 1:
-            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
-    for setting in phase.settings:
-        for name in setting.techniques:
-            if name not in EXECUTED:
-                raise InputError("settings.techniques", name, "cannot be run yet",
-                                 f"use {', '.join(EXECUTED)} only")  # fmt: skip
-    num_layers = phase.stages[-1].layers[1] + 1
-    dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
-    if len(dtypes) > 1:
-        raise InputError("precision", ", ".join(sorted(dtypes)),
-                         "layers of different precision cannot be run yet",
-                         "use one for all layers")  # fmt: skip
-    precision.compute_dtype(phase)
-
-
-def _check_model(model: Model, seq_tokens: int) -> None:
-    check_model_kind(model)
-    for layer in model.layers:
-        if layer.experts is not None:
-            raise InputError("layers.experts", layer.experts.num_experts,
-                             "mixtures of experts cannot be run yet",
-                             "use a dense model")  # fmt: skip
-        if layer.latent is not None:
-            raise InputError("layers.latent", layer.latent.kv_lora_rank,
-                             "latent attention cannot be run yet",
-                             "use a model with grouped-query attention")  # fmt: skip
-    if len({layer.head_dim for layer in model.layers}) > 1 and model.positions == "rope":
-        raise InputError("layers.head_dim", "unequal", "rotary positions take one head size",
-                         "give all layers the same head_dim")  # fmt: skip
-    if model.positions == "alibi":
-        raise InputError("positions", "alibi", "cannot be run yet", "use rope, learned or none")
-    if model.positions == "learned" and seq_tokens > (model.max_positions or 0):
-        raise InputError("seq-len", seq_tokens,
-                         f"{model.name} has {model.max_positions} learned positions",
-                         "use a shorter sequence")  # fmt: skip
 
 
 def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:

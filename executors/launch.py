@@ -28,7 +28,7 @@ from ..units import format_bytes
 from . import corpus, failures, job
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
-from .support import check_model_kind
+from .support import check_executed
 
 OnProgress = Callable[[int, int, float], None]
 """Hears (step, steps, loss) after every step, warm-up included."""
@@ -69,7 +69,7 @@ def run(
     plan = plan_file.plan
     plan.check()
     check_module(plan, module)
-    check_model_kind(plan.model)
+    check_executed(plan)
     _check_counts(steps, warmup_steps)
     device = check_machine(plan)
     check_memory(plan_file, device)

@@ -7,14 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..errors import InputError
-
-
-def check_optimizer(name: str) -> None:
-    """Raise InputError for an optimiser that is priced but not executed."""
-    if name != "adamw":
-        raise InputError("optimizer", name, "not executed yet", "use adamw")
-
 
 def make_adamw(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
     """Fused AdamW; its states have the dtype of the parameters, fp32."""

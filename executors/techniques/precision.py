@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import InputError
 from ...plan import Phase
 from ..torch_compat import MixedPrecisionPolicy
 
@@ -13,16 +12,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def compute_dtype(phase: Phase) -> torch.dtype:
     """Dtype of matmuls and of hidden states."""
-    for setting in phase.settings:
-        for key in ("recipe", "activations"):
-            if key in setting.techniques.get("precision", {}):
-                raise InputError(f"precision.{key}", setting.techniques["precision"][key],
-                                 "not executed yet", "leave it out")  # fmt: skip
-    name = phase.compute_dtype
-    if name not in DTYPES:
-        raise InputError("precision", name, "the executor has no such compute dtype",
-                         f"use one of {', '.join(DTYPES)}")  # fmt: skip
-    return DTYPES[name]
+    return DTYPES[phase.compute_dtype]
 
 
 def policy(phase: Phase) -> MixedPrecisionPolicy:

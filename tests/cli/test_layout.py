@@ -73,7 +73,9 @@ def test_every_axis_given_stands_in_the_plan() -> None:
         ({"micro_batch": 3}, "micro-batch"),
         ({"sp": True}, "sp"),
         ({"tp": 2, "sp": True, "seq": 63}, "sp"),
-        ({"cp": 2}, "cp"),
+        ({"cp": 3}, "mesh"),
+        ({"cp": 2, "seq": 62}, "cp"),  # 2 * 2 blocks of a balanced ring
+        ({"cp": 2, "cp_kind": "usp"}, "cp-kind"),
         ({"ep": 2}, "ep"),
         ({"pp": 4, "seqs": 2}, "num_microbatches"),
         ({"pp": 2, "vpp": 2, "schedule": "1f1b"}, "vpp"),
@@ -92,3 +94,13 @@ def test_pools_of_unlike_devices_are_refused() -> None:
     model: Model = load_model("tiny-1m")
     with pytest.raises(InputError, match="pools"):
         fixed_plan(model, two, Workload(seq_tokens=64, global_batch_seqs=8), Pins())
+
+
+def test_context_and_expert_parallelism_reach_the_plan() -> None:
+    phase = plan(cp=4, cp_kind="usp", gpus="8xcpu").phase
+    assert (phase.mesh.cp, phase.mesh.ulysses, phase.mesh.dp) == (4, 2, 2)
+    phase = plan(cp=2, cp_kind="ulysses", offload=0.5, attention="unfused").phase
+    assert phase.mesh.ulysses == 2
+    assert phase.technique("context-parallel") == {"kind": "ulysses"}
+    assert phase.technique("offload") == {"activations": 0.5}
+    assert phase.technique("attention") == {"kernel": "unfused"}

@@ -143,7 +143,7 @@ def test_a_sequence_beyond_the_positions_is_warned_about(invoke: Any) -> None:
         ({"--steps": "-1"}, "--steps"),
         ({"--tp": "3", "--gpus": "3xcpu", "--global-batch": "3"}, "tp=3"),
         ({"--dp": "5"}, "dp"),
-        ({"--cp": "2"}, "not available yet"),
+        ({"--ep": "2"}, "ep=2"),
         ({"--model": "package.module:function"}, "no module package"),
         ({"--model": "/nonexistent/config.json"}, "/nonexistent/config.json"),
     ],
