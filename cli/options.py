@@ -39,6 +39,21 @@ debug_option = click.option(
 plan_argument = click.argument("plan_path", metavar="PLAN", type=click.Path(path_type=Path))
 
 
+space_option = click.option(
+    "--space",
+    type=click.Choice(["run", "all"]),
+    help="What free axes take: what forerun run executes (default on one node), or all that is "
+    "predicted: cp, ep, offload and zero-bubble schedules, too (default on several).",
+)
+fit_option = click.option(
+    "--fit",
+    type=click.Choice(["yes", "marginal"]),
+    default="yes",
+    show_default=True,
+    help="Plans that fit for certain (yes), or by the median of their predicted peak.",
+)
+
+
 def output_option(what: str) -> Callable[[F], F]:
     """The option -o, which writes `what` to a file."""
     return click.option(
@@ -232,6 +247,28 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     if given["recompute"] == "solve":
         given["recompute"] = None
     return Pins(**given)
+
+
+def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
+    """The pins of a search; on one node free axes take what can be run there, unless told."""
+    import msgspec
+
+    (pool, *others) = job.cluster.pools
+    run_only = flags["space"] == "run"
+    if flags["space"] is None and not others and pool.num_nodes == 1:
+        run_only = can_be_executed(job.model)
+    return msgspec.structs.replace(read_pins(flags), run_only=run_only)
+
+
+def can_be_executed(model: Model) -> bool:
+    """Whether `forerun run` has code for a model at all."""
+    from ..executors.support import check_model
+
+    try:
+        check_model(model)
+    except InputError:
+        return False
+    return True
 
 
 def read_plan_file(path: Path) -> PlanFile:

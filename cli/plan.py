@@ -15,12 +15,14 @@ from .options import (
     Job,
     axis_options,
     common_options,
+    fit_option,
     job_options,
     output_option,
     read_job,
-    read_pins,
     say_job,
     say_not_executed,
+    search_pins,
+    space_option,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="Stop the search after this long and say what gap is left.",
 )
+@fit_option
+@space_option
 @output_option("the plan file")
 @common_options
 def command(
@@ -49,6 +53,7 @@ def command(
     **flags: Any,
 ) -> None:
     """Search the best layout; an axis that is given is pinned, the rest is searched."""
+    from ..planner import what_if
     from . import render
 
     job = read_job(flags)
@@ -69,13 +74,15 @@ def command(
     say_not_executed(plan_files[pick - 1].plan)
     if output is not None:
         document.write(output, plan_files[pick - 1])
+    more = what_if(result.plans[0], search_pins(job, flags), flags["fit"])
     if as_json:
-        render.print_json(result.document())
+        render.print_json({**result.document(), "what_if": more})
     else:
         render.print_job(job)
         render.print_plans(plan_files, [ranked.lost for ranked in result.plans])
         render.print_terms(plan_files[pick - 1].estimate)
         render.print_search(result)
+        render.print_what_if(more)
 
 
 def find_plans(
@@ -88,7 +95,8 @@ def find_plans(
         job.model,
         job.cluster,
         job.workload,
-        read_pins(flags),
+        search_pins(job, flags),
+        fit=flags["fit"],
         keep=keep,
         time_limit_s=time_limit_s,
     )

@@ -15,7 +15,7 @@ from ..units import GIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..planner import SearchResult
+    from ..planner import SearchResult, WhatIf
     from .options import Job
 
 PIPED_WIDTH = 110
@@ -185,9 +185,16 @@ def print_search(result: SearchResult) -> None:
         verdict = f"gap {percent(stats.gap)}: a layout not simulated may be faster by up to that"
     limit = f", stopped by the {stats.limit} limit" if stats.limit else ""
     print_line(
-        f"{verdict} ({stats.bounded:,} layouts bounded, {stats.simulated:,} simulated, "
+        f"{verdict} ({stats.bounded:,} candidates bounded, {stats.simulated:,} simulated, "
         f"{stats.seconds:.2f} s{limit})"
     )
+
+
+def print_what_if(changes: Sequence[WhatIf]) -> None:
+    """Print what more of something would buy."""
+    for change in changes:
+        faster = "nothing" if change.gain < 0.0005 else f"{percent(change.gain)} faster"
+        print_line(f"with {change.change}: {faster}")
 
 
 def print_measurement(measurement: Measurement) -> None:

@@ -17,12 +17,14 @@ from .options import (
     POSITIVE,
     axis_options,
     common_options,
+    fit_option,
     is_traced,
     job_options,
     output_option,
     read_job,
     say,
     say_job,
+    space_option,
 )
 from .plan import find_plans, ranked_files
 from .progress import step_progress
@@ -56,6 +58,8 @@ NOISE_LIMIT = 0.1
     show_default=True,
     help="Fold what was measured into the stored profile.",
 )
+@fit_option
+@space_option
 @output_option("the fastest plan")
 @common_options
 def command(

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..estimate import MEMORY_TERMS
 from ..stack import Stack
@@ -82,10 +83,14 @@ class _Rank:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
     """Live chunk activations of a rank at its first backward of a step (no gradients yet), and at
-    later ones."""
+    later ones; zero where there is none, or none is looked at."""
 
     first: Array
     later: Array
+
+
+Moment = tuple[NDArray[np.bool_], dict[str, Array]]
+"""Where a moment occurs, and its terms in bytes."""
 
 
 def peak_memory(
@@ -100,7 +105,28 @@ def peak_memory(
     """Live tensors at the peak of one pipeline rank; `load` is all chunks of the rank."""
     rank = _Rank.of(load, costs, layouts, options, stack)
     per_chunk = _saved(rank) / layouts.vpp
-    return _largest(list(_every_moment(rank, per_chunk, in_flight)))
+    moments = [
+        {name: np.where(exists, value, 0.0) for name, value in moment.items()}
+        for _, exists, moment in _every_moment(rank, per_chunk, in_flight)
+    ]
+    return _largest(moments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peaks:
+    """Bytes of one rank under many layouts; the peak is one of two kinds of moments."""
+
+    total: Array
+    """The peak."""
+    kept: Array
+    """What live micro-batches keep while the head or any layer runs backward."""
+    working: Array
+    """The most that is there beside `kept` then."""
+    closing: Array
+    """What is there in the backward of the rank's first layer, or after it, beside `kept` of the
+    other micro-batches."""
+    others: Array
+    """These others as a share of all live micro-batches."""
 
 
 def peak_bytes(
@@ -111,31 +137,47 @@ def peak_bytes(
     options: Options,
     stack: Stack,
     in_flight: InFlight,
-) -> tuple[Array, Array]:
-    """The total of `peak_memory`, and what live micro-batches keep of it throughout."""
+) -> Peaks:
+    """The total of `peak_memory`, and what it consists of."""
     rank = _Rank.of(load, costs, layouts, options, stack)
     per_chunk = _saved(rank) / layouts.vpp
-    peak = np.zeros(len(layouts))
-    for moment in _every_moment(rank, per_chunk, in_flight):
-        peak = np.maximum(peak, sum(moment.values(), np.zeros(1)))
     later = np.where(in_flight.later > 0, in_flight.later, in_flight.first)
-    return peak, np.minimum(in_flight.first, later) * per_chunk
+    live = np.where(in_flight.first > 0, np.minimum(in_flight.first, later), later)
+    others = np.maximum(live - 1.0, 0.0)
+    peak, working, closing = np.zeros((3, len(layouts)))
+    for whole, exists, moment in _every_moment(rank, per_chunk, in_flight):
+        now = np.where(exists, sum(moment.values(), np.zeros(1)), 0.0)
+        peak = np.maximum(peak, now)
+        if whole:
+            working = np.maximum(working, now - live * per_chunk)
+        else:
+            closing = np.maximum(closing, now - others * per_chunk)
+    return Peaks(
+        total=peak,
+        kept=live * per_chunk,
+        working=working,
+        closing=closing,
+        others=others / np.maximum(live, 1.0),
+    )
 
 
-def _every_moment(rank: _Rank, per_chunk: Array, in_flight: InFlight) -> Iterator[dict[str, Array]]:
-    """The candidate moments of a step."""
+def _every_moment(
+    rank: _Rank, per_chunk: Array, in_flight: InFlight
+) -> Iterator[tuple[bool, NDArray[np.bool_], dict[str, Array]]]:
+    """The candidate moments of a step: whether all live micro-batches are whole, where the moment
+    occurs, and its terms."""
     rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
     standing = rank.kept.sequence_buffers
     first, later = _gradients(rank)
     for live, grads in ((in_flight.first, first), (in_flight.later, later)):
         others = np.maximum(live - 1.0, 0.0) * per_chunk
-        exists = live > 0
-        for moment in _moments(rank, per_chunk, grads):
+        *whole, closing = _moments(rank, per_chunk, grads)
+        for is_whole, (present, moment) in [*((True, m) for m in whole), (False, closing)]:
             moment["activations"] = moment["activations"] + others
             moment["comm_buffers"] = moment["comm_buffers"] + standing
-            whole = {**rest, **moment}
-            yield {name: np.where(exists, value, 0.0) for name, value in whole.items()}
-    yield {**rest, "gradients": later.after, "comm_buffers": standing}
+            yield is_whole, (live > 0) & present, {**rest, **moment}
+    always = np.ones(1, dtype=bool)
+    yield False, always, {**rest, "gradients": later.after, "comm_buffers": standing}
 
 
 def _saved(rank: _Rank) -> Array:
@@ -191,15 +233,15 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     return first, _Gradients(before=after, after=after, fresh=streams)
 
 
-def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[dict[str, Array]]:
+def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[Moment]:
     """The candidate moments of one micro-batch's backward on this rank."""
     result = [_head(rank, per_chunk, grads)]
     for count, live in rank.each_layer():
         result += _layer(rank, count, live, per_chunk, grads)
-    return [*result, _first_layer(rank, grads)]
+    return [*result, (np.ones(1, dtype=bool), _first_layer(rank, grads))]
 
 
-def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> dict[str, Array]:
+def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> Moment:
     """Backward of the loss."""
     present, live = rank.load.head > 0, rank.kept.head
     working = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
@@ -208,19 +250,18 @@ def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> dict[str, Array]:
     loss = rank.kept.loss_peak
     if loss is None:
         loss = live.loss + np.maximum(working - live.saved, 0.0)
-    moment = {
+    return present, {
         "activations": below + live.saved - live.loss,
         "logits_loss": loss,
         "gradients": grads.before,
         "gathered_parameters": rank.copies.at_head,
         "comm_buffers": rank.copies.fetched,
     }
-    return {name: np.where(present, value, 0.0) for name, value in moment.items()}
 
 
 def _layer(
     rank: _Rank, count: Array, live: Liveness, per_chunk: Array, grads: _Gradients
-) -> list[dict[str, Array]]:
+) -> list[Moment]:
     """Backward of the rank's last layer, if it is of this kind, and of the one before it."""
     copies, head = rank.copies, rank.load.head
     present, own = count > 0, live.saved
@@ -243,10 +284,7 @@ def _layer(
         "comm_buffers": copies.fetched_at_layer + copies.on_wire,
     }
     beside = present & (count > 1) & (copies.on_wire > 0)
-    return [
-        {name: np.where(where, value, 0.0) for name, value in moment.items()}
-        for where, moment in ((present, last), (beside, second))
-    ]
+    return [(present, last), (beside, second)]
 
 
 def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:

@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from ..cluster import Cluster
 from ..model import Model
-from ..plan import SCHEDULES
+from ..plan import SCHEDULES, rank_of
 from ..workload import Workload
 from .graph import Array
+from .in_flight import in_flight
 from .layout import Layouts
 from .memory import InFlight
 from .options import Options
-from .pieces import Pieces, pieces
+from .pieces import Pieces, pieces_of_each
 from .prices import Prices
 from .ranks import rank_bytes, stage_times
-from .schedule import live_chunks
 from .stages import Load
 
 Counts = NDArray[np.float64]
@@ -34,7 +34,6 @@ class Mixed:
     policies: tuple[Options, ...]
     costs: Pieces
     """With the layer groups of the model once per policy: those of the first, of the second, ..."""
-    capacity_bytes: float
 
     @staticmethod
     def of(
@@ -47,7 +46,7 @@ class Mixed:
         """The costs of a model's layers under each policy."""
         pool = cluster.pools[0]
         prices = Prices(pool, cluster.profile, min(cluster.num_devices, pool.devices_per_node))
-        each = [pieces(model, layouts, workload.seq_tokens, prices, o) for o in policies]
+        each = pieces_of_each(model, layouts, workload.seq_tokens, prices, policies)
         first = each[0]
         return Mixed(
             layouts=layouts,
@@ -59,25 +58,29 @@ class Mixed:
                 head=first.head,
                 tied_params=first.tied_params,
             ),
-            capacity_bytes=float(pool.device.memory_bytes),
         )
 
-    def in_flight(self, ranks: NDArray[np.intp]) -> InFlight:
-        """Live chunk activations of pipeline ranks."""
+    @property
+    def schedule(self) -> str:
+        """The pipeline schedule."""
+        return SCHEDULES[int(self.layouts.schedule[0])]
+
+    def in_flight(self, load: Load, ranks: NDArray[np.intp]) -> InFlight:
+        """Live chunk activations of pipeline ranks that hold `load`."""
         x = self.layouts
-        schedule = SCHEDULES[int(x.schedule[0])]
-        shape = (schedule, int(x.pp[0]), int(x.vpp[0]), int(x.num_microbatches[0]))
-        known = {int(r): live_chunks(*shape, int(r)) for r in np.unique(ranks)}
-        first, later = (np.array([float(known[int(r)][i]) for r in ranks]) for i in (0, 1))
-        return InFlight(first=first, later=later)
+        shape = (int(x.pp[0]), int(x.vpp[0]), int(x.num_microbatches[0]))
+        rows = x.take(np.zeros(len(ranks), dtype=np.intp))
+        stack = self.prices.pool.stack
+        return in_flight(self.schedule, shape, ranks, load, self.costs, rows, stack)
 
     def peaks(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:
         """Peak bytes of ranks that hold `counts` layers: (rows, policies, groups)."""
         rows = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         load = self._load(counts, ranks)
-        flight = self.in_flight(ranks)
+        flight = self.in_flight(load, ranks)
         base = self.policies[0]
-        return rank_bytes(load, self.costs, rows, self.prices, base, flight)[0] + 0.0 * flight.first
+        peaks = rank_bytes(load, self.costs, rows, self.prices, base, flight)
+        return peaks.total + 0.0 * flight.first
 
     def seconds(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:
         """Seconds of a micro-batch through those ranks, forward and backward."""
@@ -86,8 +89,10 @@ class Mixed:
 
     def _load(self, counts: Counts, ranks: NDArray[np.intp]) -> Load:
         flat = counts.reshape(len(counts), -1)
+        pp = int(self.layouts.pp[0])
+        last_stage = pp * int(self.layouts.vpp[0]) - 1
         return Load(
             layers=tuple(flat[:, i] for i in range(flat.shape[1])),
             embedding=(ranks == 0).astype(float),
-            head=(ranks == int(self.layouts.pp[0]) - 1).astype(float),
+            head=(ranks == rank_of(self.schedule, last_stage, pp)).astype(float),
         )

@@ -26,6 +26,11 @@ long sequences: about 1.7 from the first to the second, 1.5 to the third on H100
 in backward."""
 
 
+BOTH_GRADIENTS = ("grouped_linear", "conv")
+"""Kinds whose backward is the input's gradient and the weights', each with the FLOPs of a forward
+(`operators.KINDS`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorTimes:
     """Seconds per micro-batch, without communication."""
@@ -33,6 +38,8 @@ class OperatorTimes:
     forward_s: Array
     backward_s: Array
     """Without what runs again."""
+    weight_s: Array
+    """Part of `backward_s` for which no other operator waits: gradients of weights."""
     recompute_s: Array
     forward_launches: int
     backward_launches: int
@@ -49,6 +56,7 @@ def operator_times(
     """The sums over a graph's operators."""
     zero = np.zeros(len(layouts))
     forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
+    weight = zero.copy()
     forward_launches = backward_launches = 0
     beside_forward: dict[str, Array] = {}
     beside_backward: dict[str, Array] = {}
@@ -57,7 +65,8 @@ def operator_times(
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back = _operator(op, sizes, layouts, prices, options)
+            there, back, of_weights = _operator(op, sizes, layouts, prices, options)
+            weight = weight + of_weights
             forward_launches += KINDS[op.kind].launches
             backward_launches += 2 * KINDS[op.kind].launches
         forward, backward = forward + there, backward + back
@@ -70,6 +79,7 @@ def operator_times(
     return OperatorTimes(
         forward_s=forward,
         backward_s=backward + _joins(graph, sizes, prices),
+        weight_s=weight,
         recompute_s=recompute,
         forward_launches=forward_launches,
         backward_launches=backward_launches,
@@ -77,6 +87,20 @@ def operator_times(
         beside_backward=beside_backward,
         again=again,
     )
+
+
+def waiting_bytes(graph: Graph, sizes: Sizes) -> Array:
+    """Inputs and output gradients of the operators whose weights' gradients may be put off.
+
+    Of a layer without recomputation about as much as it keeps from forward to backward: 32 against
+    34 bytes per token and hidden unit in Qi et al. 2023, table 1.
+    """
+    tensors: dict[str, Array] = {}
+    for op in graph.operators:
+        if op.kind in ("linear", *BOTH_GRADIENTS) and op.weights[0].trainable:
+            for end, group in (("input", op.inputs), ("gradient", op.outputs)):
+                tensors |= {f"{end} {t.name}": t.num_bytes(sizes) for t in group}
+    return sum(tensors.values(), np.zeros(1))
 
 
 def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
@@ -95,15 +119,24 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
 
 def _operator(
     op: Operator, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
-) -> tuple[Array, Array]:
-    """One operator, its weight gradient included."""
+) -> tuple[Array, Array, Array]:
+    """One operator: forward, backward, and of the backward the gradients of weights.
+
+    Those of norms, which are small, are left with the rest.
+    """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
     forward, backward = prices.operator(op.kind, shape, dtype)
+    weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
-        backward = backward + prices.operator("linear_wgrad", shape, dtype)[0]
+        weight = prices.operator("linear_wgrad", shape, dtype)[0]
+        backward = backward + weight
+    elif op.kind in BOTH_GRADIENTS:
+        weight = backward / 2
+    if not op.grad_inputs:
+        weight = backward
     factor = _factor(op.kind, dtype, layouts, prices, options)
-    return forward * factor, backward * factor
+    return forward * factor, backward * factor, weight * factor
 
 
 def _factor(

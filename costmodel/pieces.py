@@ -32,7 +32,7 @@ from .layers import decoder_layer, embedding, head
 from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
-from .operator_times import operator_times
+from .operator_times import operator_times, waiting_bytes
 from .options import Options
 from .prices import Prices
 from .state_bytes import in_units
@@ -48,6 +48,10 @@ class Piece:
     forward_s: Array
     backward_s: Array
     """Without recomputation and communication."""
+    weight_s: Array
+    """Part of `backward_s` that no other stage waits for: the gradients of weights."""
+    waiting_bytes: Array
+    """What that part needs where it is put off: inputs and output gradients of matmuls."""
     recompute_s: Array
     comm_forward_s: dict[str, Array]
     """Exposed communication by mesh axis (tp, cp, ep)."""
@@ -287,6 +291,8 @@ def _piece(
         options=options,
         forward_s=times.forward_s * prices.scale("forward"),
         backward_s=times.backward_s * prices.scale("backward"),
+        weight_s=times.weight_s * prices.scale("backward"),
+        waiting_bytes=waiting_bytes(graph, sizes) + zero,
         recompute_s=times.recompute_s * prices.scale("recompute"),
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
@@ -388,6 +394,8 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         options=yes.options,
         forward_s=pick(yes.forward_s, no.forward_s),
         backward_s=pick(yes.backward_s, no.backward_s),
+        weight_s=pick(yes.weight_s, no.weight_s),
+        waiting_bytes=pick(yes.waiting_bytes, no.waiting_bytes),
         recompute_s=pick(yes.recompute_s, no.recompute_s),
         comm_forward_s=pick_each(yes.comm_forward_s, no.comm_forward_s),
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),

@@ -12,7 +12,7 @@ import numpy as np
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .layout import Layouts
-from .memory import InFlight, Peak, peak_bytes, peak_memory
+from .memory import InFlight, Peak, Peaks, peak_bytes, peak_memory
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -128,10 +128,16 @@ def rank_bytes(
     prices: Prices,
     options: Options,
     in_flight: InFlight,
-) -> tuple[Array, Array]:
-    """The total of `rank_memory`, and what live micro-batches keep of it throughout."""
+) -> Peaks:
+    """The total of `rank_memory`, and what it consists of."""
     stack = prices.pool.stack
-    peak, kept = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    peaks = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
     grown = 1.0 + stack.fragmentation
     fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
-    return peak * grown + fixed, kept * grown
+    return Peaks(
+        total=peaks.total * grown + fixed,
+        kept=peaks.kept * grown,
+        working=peaks.working * grown + fixed,
+        closing=peaks.closing * grown + fixed,
+        others=peaks.others,
+    )

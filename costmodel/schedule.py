@@ -1,20 +1,23 @@
 """Pipeline schedules: the order of actions on every rank, played to a makespan and a memory curve.
 
-An action is (kind, stage, micro-batch) with kind "F" or "B". Stage i runs on rank i mod p. The
-order on a rank is fixed by the schedule; an action starts when the rank is free and the action that
-it waits for is done: F(i, j) after F(i-1, j), B(i, j) after B(i+1, j) and F(i, j), each plus the
-transfer between the ranks. With one resource per rank this is a longest path; where the processes
-of a node share its cores, the speed of an action falls with the number of busy ranks
-(`play_shared`).
+An action is (kind, stage, micro-batch) with kind "F" or "B", or where the backward is split "I"
+and "W" (`zero_bubble.py`). Stage i runs on rank `rank_of(schedule, i, p)`. The order on a rank is
+fixed by the schedule; an action starts when the rank is free and the action that it waits for is
+done: F(i, j) after F(i-1, j), B(i, j) after B(i+1, j) and F(i, j), each plus the transfer where
+they are on different ranks; I as B, and W(i, j) after I(i, j). With one resource per rank this is a
+longest path; where the processes of a node share its cores, the speed of an action falls with the
+number of busy ranks (`play_shared`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from ..plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from .graph import Array
 
 Action = tuple[str, int, int]
@@ -36,7 +39,7 @@ def orders(schedule: str, p: int, v: int, m: int) -> Orders:
     gpipe: all forwards, then all backwards. 1f1b: p - rank forwards, then one backward and one
     forward in turn. interleaved: the same over v chunks, micro-batches in rounds of p (Narayanan et
     al. 2021, section 2.2), with 2 (p - rank - 1) + (v - 1) p + 1 forwards before the first
-    backward.
+    backward. The others split the backward: `zero_bubble.py`.
 
     >>> orders("1f1b", 2, 1, 2)[0]
     [('F', 0, 0), ('F', 0, 1), ('B', 0, 0), ('B', 0, 1)]
@@ -46,6 +49,10 @@ def orders(schedule: str, p: int, v: int, m: int) -> Orders:
 
 def order_of(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
     """The actions of one rank in order."""
+    if schedule in SPLIT_SCHEDULES:
+        from .zero_bubble import split_order  # built on the whole schedules of this module
+
+        return split_order(schedule, p, v, m, rank)
     if schedule == "interleaved" and v > 1:
         return _interleaved(rank, p, v, m)
     warm_up = m if schedule == "gpipe" else min(m, p - rank)
@@ -82,11 +89,20 @@ def _interleaved(rank: int, p: int, v: int, m: int) -> list[Action]:
 
 
 def _needs(action: Action, last_stage: int) -> list[Action]:
+    """What an action waits for; the gradient of a stage's input is called B."""
     kind, stage, micro = action
     if kind == "F":
         return [("F", stage - 1, micro)] if stage else []
+    if kind == "W":
+        return [("B", stage, micro)]
     own = [("F", stage, micro)]
     return own if stage == last_stage else [*own, ("B", stage + 1, micro)]
+
+
+def owners(order: Orders) -> list[int]:
+    """The rank of every stage."""
+    found = {stage: rank for rank, some in enumerate(order) for stage in {a[1] for a in some}}
+    return [found[stage] for stage in range(len(found))]
 
 
 def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:
@@ -97,9 +113,12 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     33.0
     """
     p = len(order)
-    last_stage = max(stage for _, stage, _ in order[-1])
+    owner = owners(order)
+    last_stage = len(owner) - 1
     num_micro = 1 + max(micro for _, _, micro in order[0])
-    hop = p2p_s if p > 1 else 0.0
+    # neighbours on one rank, and the ends of the model, wait for no transfer
+    hops = [0.0 if a == b else p2p_s for a, b in pairwise(owner)]
+    into_forward, into_backward = [0.0, *hops], [*hops, 0.0]
     forward = [[-1.0] * num_micro for _ in range(last_stage + 1)]  # when it ends; -1: not yet
     backward = [[-1.0] * num_micro for _ in range(last_stage + 1)]
     position, clock, busy = [0] * p, [0.0] * p, [0.0] * p
@@ -111,22 +130,25 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
             while at < len(actions):
                 action = actions[at]
                 kind, stage, micro = action
-                own = now
+                before = hop = 0.0
                 if kind == "F":
-                    before = forward[stage - 1][micro] if stage else 0.0
-                else:
-                    own = max(now, forward[stage][micro])
-                    if forward[stage][micro] < 0:
-                        break
-                    before = backward[stage + 1][micro] if stage < last_stage else 0.0
+                    if stage:
+                        before, hop = forward[stage - 1][micro], into_forward[stage]
+                elif kind == "W":
+                    before = backward[stage][micro]
+                elif forward[stage][micro] < 0:
+                    break
+                elif stage < last_stage:
+                    before, hop = backward[stage + 1][micro], into_backward[stage]
                 if before < 0:
                     break
-                neighbour = stage > 0 if kind == "F" else stage < last_stage
-                start = max(own, before + hop) if neighbour else own
                 length = duration(action)
-                now = start + length
+                now = max(now, before + hop) + length
                 spent += length
-                (forward if kind == "F" else backward)[stage][micro] = now
+                if kind == "F":
+                    forward[stage][micro] = now
+                elif kind != "W":
+                    backward[stage][micro] = now
                 at += 1
                 progress = True
             clock[rank], busy[rank], position[rank] = now, spent, at
@@ -145,6 +167,7 @@ def play_long(
     others takes longer to become the bottleneck, its own chain of actions does.
     """
     fill = 2 * p + m % p
+    fill += FILL_OF_V * p if schedule in V_SCHEDULES else 0
     if m <= fill + p or _must_play(schedule, p, v, m, duration):
         return play(orders(schedule, p, v, m), duration, p2p_s)
     short = play(orders(schedule, p, v, fill), duration, p2p_s)
@@ -161,6 +184,8 @@ def play_long(
     )
 
 
+FILL_OF_V = 2
+"""Further rounds of p micro-batches until unlike chunks placed in a V repeat, to 0.2 %."""
 LONGEST_PLAY = 400_000
 """Actions of an interleaved schedule of unlike chunks up to which it is played in full."""
 
@@ -179,6 +204,8 @@ def slowest_chain_s(
     """The longest chain through all actions of one rank: what leads to its first one, its work, the
     gaps in which it must wait for its first and for its last backward, what follows its last one.
     """
+    if schedule in SPLIT_SCHEDULES:
+        return _slowest_split_chain_s(schedule, p, v, m, duration, p2p_s)
     stages = range(p * v)
     forward = np.array([duration(("F", stage, 0)) for stage in stages])
     backward = np.array([duration(("B", stage, 0)) for stage in stages])
@@ -195,6 +222,84 @@ def slowest_chain_s(
         warm_up=np.full(p, m) if schedule == "gpipe" else np.minimum(m, p - ranks),
     )
     return float(chains.max())
+
+
+def _slowest_split_chain_s(
+    schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float], p2p_s: float
+) -> float:
+    """`slowest_chain_s` of a split backward."""
+    forward, whole, inputs, weights = (
+        np.array([duration((kind, stage, 0)) for stage in range(p * v)]) for kind in "FBIW"
+    )
+    backward = np.minimum(whole, inputs + weights)
+    owner = np.array([rank_of(schedule, stage, p) for stage in range(p * v)])
+    ranks = np.arange(p)
+    last = np.array([np.flatnonzero(owner == rank)[-1] for rank in ranks])
+    counts = split_warm_up(np.full(p, SCHEDULES.index(schedule)), p, v, m, ranks)
+    total = np.bincount(owner, weights=forward)
+    path = forward.sum() - np.cumsum(forward)[:p] + inputs.sum() - np.cumsum(inputs)[last]
+    chains = split_chain_s(
+        forward_s=total,
+        backward_s=np.bincount(owner, weights=backward),
+        before_s=np.cumsum(forward)[:p] - forward[:p] + ranks * p2p_s,
+        path_s=path + split_hops(schedule in V_SCHEDULES, p, v, ranks) * p2p_s,
+        warm_up_s=counts[0] * forward[:p] + counts[1] * total + counts[2] * forward[last],
+        micro_batches=m,
+        chunks=v,
+        warm_up=counts[0] + 1,
+    )
+    return float(chains.max())
+
+
+def split_hops(folded: Array | bool, p: Array | int, v: Array | int, rank: Array) -> Array:
+    """Transfers from a rank's first forward to its first backward, both of one micro-batch."""
+    there = p * v - 1 - rank
+    return np.where(folded, 2 * (p - 1) + 0 * rank, there + p - 1 - rank)
+
+
+def split_warm_up(
+    schedule: Array, p: Array | int, v: Array | int, m: Array | int, rank: Array
+) -> tuple[Array, Array, Array]:
+    """Forwards of a rank after its first one and before its first backward: of its first chunk, of
+    every chunk and of its last chunk besides. `schedule` indexes `SCHEDULES`."""
+    zb_h2, dual = (schedule == SCHEDULES.index(name) for name in ("zb-h2", "dualpipev"))
+    folded = np.isin(schedule, [SCHEDULES.index(name) for name in V_SCHEDULES])
+    looped = ~folded & (np.asarray(v) > 1)
+    down = np.minimum(m, 2 * p - 1 - rank + (dual & (rank == p - 1))) - 1
+    one = np.minimum(m, np.where(zb_h2, 2, 1) * (p - 1 - rank) + 1) - 1
+    return (
+        np.where(folded, down, np.where(looped, -1, one)),
+        np.where(looped, p, 0),
+        np.where(folded, rank + 1, np.where(looped, -rank, 0)),
+    )
+
+
+def split_chain_s(
+    *,
+    forward_s: Array,
+    backward_s: Array,
+    before_s: Array,
+    path_s: Array,
+    warm_up_s: Array,
+    micro_batches: Array | int,
+    chunks: Array | int,
+    warm_up: Array,
+) -> Array:
+    """`chain_s` of a rank with a split backward: nothing need follow its last action.
+
+    F and B are the rank's work for a micro-batch in all of its chunks, `path` leads from its first
+    forward to its first backward through other stages, and `warm_up` seconds of forwards fill it:
+
+        before + m (F + B) + max(0, path - warm_up)
+
+    With one chunk and w forwards before the first backward the last micro-batch waits as long, and
+    w - 1 backwards fill that gap, as in `chain_s`.
+    """
+    gap = np.maximum(0.0, path_s - warm_up_s)
+    last = np.maximum(0.0, path_s - (warm_up - 1) * backward_s)
+    last = np.where(np.asarray(chunks) == 1, last, 0.0)
+    idle = np.where(micro_batches > warm_up, gap + last, np.maximum(gap, last))
+    return before_s + micro_batches * (forward_s + backward_s) + idle
 
 
 def chain_s(
@@ -246,11 +351,10 @@ def play_shared(
     `duration` is the time of an action when its rank alone is busy; speed[0] is 1. A waiting rank
     uses nothing.
     """
-    last_stage = max(stage for actions in order for _, stage, _ in actions)
-    p = len(order)
+    owner = owners(order)
     finish: dict[Action, float] = {}
-    position = [0] * p
-    busy = [0.0] * p
+    position = [0] * len(order)
+    busy = [0.0] * len(order)
     active: dict[int, float] = {}
     now = 0.0
     remaining = sum(len(actions) for actions in order)
@@ -259,7 +363,7 @@ def play_shared(
         for rank, actions in enumerate(order):
             if rank in active or position[rank] >= len(actions):
                 continue
-            start = _start(actions[position[rank]], rank, p, last_stage, finish, p2p_s)
+            start = _start(actions[position[rank]], owner, finish, p2p_s)
             if start <= now + 1e-15:
                 active[rank] = duration(actions[position[rank]])
             else:
@@ -277,21 +381,22 @@ def play_shared(
             active[rank] -= step * rate
             if active[rank] <= 1e-12:
                 del active[rank]
-                finish[order[rank][position[rank]]] = now
+                kind, stage, micro = order[rank][position[rank]]
+                finish["B" if kind == "I" else kind, stage, micro] = now
                 position[rank] += 1
                 remaining -= 1
     return Played(makespan_s=now, busy_s=tuple(busy))
 
 
 def _start(
-    action: Action, rank: int, p: int, last_stage: int, finish: dict[Action, float], p2p_s: float
+    action: Action, owner: Sequence[int], finish: dict[Action, float], p2p_s: float
 ) -> float:
     start = 0.0
-    for need in _needs(action, last_stage):
+    for need in _needs(action, len(owner) - 1):
         end = finish.get(need)
         if end is None:
             return float("inf")
-        hop = p2p_s if need[1] != action[1] and need[1] % p != rank else 0.0
+        hop = p2p_s if owner[need[1]] != owner[action[1]] else 0.0
         start = max(start, end + hop)
     return start
 

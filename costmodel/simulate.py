@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,11 +13,12 @@ from ..cluster import Pool
 from ..errors import InputError
 from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
-from ..plan import Phase, Plan
+from ..plan import SPLIT_SCHEDULES, Phase, Plan, rank_of
 from .graph import Array
 from .groups import Grouped
+from .in_flight import in_flight
 from .layout import Layouts
-from .memory import InFlight, Peak
+from .memory import Peak
 from .options import Options
 from .pieces import Pieces, pieces
 from .prices import Prices
@@ -30,8 +32,8 @@ from .ranks import (
     stage_times,
     update,
 )
-from .schedule import Action, Played, live_chunks, orders, play_long, play_shared
-from .stages import Load, for_each, merge
+from .schedule import Action, Played, orders, play_long, play_shared
+from .stages import Load, for_each, merge, stacked
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -68,8 +70,12 @@ class Simulation:
         self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
         self.costs = self._pieces(self.prices)
         self.stage_loads = self.grouped.loads(phase.stages)
+        self.owners = [rank_of(phase.schedule, i, mesh.pp) for i in range(mesh.num_stages)]
+        """The rank of each stage."""
         self.rank_loads = [
-            merge([self.stage_loads[r + c * mesh.pp] for c in range(mesh.vpp)])
+            merge(
+                [load for load, own in zip(self.stage_loads, self.owners, strict=True) if own == r]
+            )
             for r in range(mesh.pp)
         ]
         self.updates: list[Update] = for_each(
@@ -91,6 +97,11 @@ class Simulation:
         return for_each(self.stage_loads, lambda load: stage_times(load, costs, prices))
 
     @property
+    def split(self) -> bool:
+        """Whether the backward pass is split, so that gradients of weights may wait."""
+        return self.phase.schedule in SPLIT_SCHEDULES
+
+    @property
     def shares_cores(self) -> bool:
         """Whether pipeline ranks slow one another down by sharing a node's cores."""
         return self.pool.shared_cores is not None and self.mesh.pp > 1
@@ -102,18 +113,25 @@ class Simulation:
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
         shape = (self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         if not self.shares_cores:
-            durations = self._durations(self._times(prices, self.costs), action_s)
+            durations = self._durations(self._times(prices, self.costs), self.costs, action_s)
             if not self.pool.stack.can_overlap:
                 return play_long(*shape, durations, hop)
             played = play_long(*shape, durations, 0.0)
             return replace(played, makespan_s=played.makespan_s + self.fill_hops_s())
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
-        base = self._times(alone, self._pieces(alone))
+        costs = self._pieces(alone)
+        base = self._times(alone, costs)
         speeds = self.speeds(base)
-        return play_shared(orders(*shape), self._durations(base, action_s), hop, speeds)
+        return play_shared(orders(*shape), self._durations(base, costs, action_s), hop, speeds)
 
-    def _durations(self, times: list[StageTimes], action_s: float) -> Callable[[Action], float]:
-        """Seconds of each action, with what neighbours lose when they meet after it."""
+    def _durations(
+        self, times: list[StageTimes], costs: Pieces, action_s: float
+    ) -> Callable[[Action], float]:
+        """Seconds of each action, with what neighbours lose when they meet after it.
+
+        Splitting a backward takes no time beyond the host's for a further action: gradients of
+        inputs and of weights come from kernels of their own either way.
+        """
 
         def whole(compute_s: Array) -> float:
             if self.mesh.pp == 1:
@@ -122,11 +140,18 @@ class Simulation:
             lost = self.prices.wait(compute_s, np.array([2.0]), replicas)
             return float(compute_s[0] + lost[0]) + action_s
 
-        forward = [whole(t.forward_s) for t in times]
-        backward = [whole(t.backward_s) for t in times]
+        seconds = {
+            "F": [whole(t.forward_s) for t in times],
+            "B": [whole(t.backward_s) for t in times],
+        }
+        if self.split:
+            weights = for_each(self.stage_loads, lambda load: load.total(costs, "weight_s"))
+            pairs = zip(times, weights, strict=True)
+            seconds["I"] = [whole(t.backward_s - weight) for t, weight in pairs]
+            seconds["W"] = [float(weight[0]) + action_s for weight in weights]
 
         def duration(action: Action) -> float:
-            return forward[action[1]] if action[0] == "F" else backward[action[1]]
+            return seconds[action[0]][action[1]]
 
         return duration
 
@@ -149,27 +174,20 @@ class Simulation:
 
     def memory(self) -> Peak:
         """Peak memory of the fullest rank."""
-        peaks: list[Peak] = []
-        ranks = range(self.mesh.pp)
-        if len(self.phase.settings) <= 1:  # those between hold less of the same than the second
+        ranks = list(range(self.mesh.pp))
+        if len(self.phase.settings) <= 1 and not self.split:
+            # those between hold less of the same than the second
             ranks = sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1})
-        for rank in ranks:
-            counts = live_chunks(
-                self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches, rank
-            )
-            peaks.append(
-                rank_memory(
-                    self.rank_loads[rank],
-                    self.costs,
-                    self.layouts,
-                    self.prices,
-                    self.options,
-                    InFlight(
-                        first=np.array([float(counts[0])]), later=np.array([float(counts[1])])
-                    ),
-                )
-            )
-        return max(peaks, key=lambda peak: float(peak.total[0]))
+        load = stacked([self.rank_loads[rank] for rank in ranks])
+        layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
+        shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
+        flight = in_flight(
+            self.phase.schedule, shape, np.array(ranks), load, self.costs, layouts, self.pool.stack
+        )
+        peak = rank_memory(load, self.costs, layouts, self.prices, self.options, flight)
+        fullest = int(np.argmax(peak.total))
+        terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
+        return Peak(total=peak.total[fullest : fullest + 1], terms=terms)
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes handed to each collective, per rank and step, mean over ranks."""
@@ -190,9 +208,9 @@ class Simulation:
             add("all_reduce@tp", load.total(self.costs, "uncut_gradient_bytes") / step.dp.shard)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
-            crossings = 2 * (len(self.stage_loads) - 1)
+            crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
             add("send@pp", sent_bytes(boundary, self.layouts, self.prices) * m * crossings)
-            if self.plan.model.tied_embeddings:
+            if self.plan.model.tied_embeddings and self.owners[-1] != self.owners[0]:
                 table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
                 add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)
         return dict(sorted(total.items()))
@@ -231,7 +249,9 @@ class Simulation:
         def exposed(axis: str) -> float:
             return m * shared * float(sum(load.communication(self.costs, axis))[0])
 
-        actions = 2 * m * self.mesh.vpp if self.mesh.pp > 1 else 0
+        # dualpipev splits few backwards, the other schedules all or none
+        kinds = 3 if self.split and self.phase.schedule != "dualpipev" else 2
+        actions = kinds * m * self.mesh.vpp if self.mesh.pp > 1 else 0
         return {
             "forward": micro("forward_s") + micro("host_forward_s") + float(once.dp.forward_s[0]),
             "backward": micro("backward_s")

@@ -9,11 +9,13 @@ from typing import TypeVar
 import numpy as np
 
 from ..model import Model
+from ..plan import SCHEDULES, V_SCHEDULES
 from .graph import Array
 from .layout import Layouts
 from .pieces import Piece, Pieces
 
 Result = TypeVar("Result")
+V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,16 @@ def stage_load(model: Model, first: Array, last: Array) -> Load:
     )
 
 
+def stacked(loads: Sequence[Load]) -> Load:
+    """Loads of one layout each as one of many."""
+    groups = zip(*(load.layers for load in loads), strict=True)
+    return Load(
+        layers=tuple(np.concatenate(group) for group in groups),
+        embedding=np.concatenate([load.embedding for load in loads]),
+        head=np.concatenate([load.head for load in loads]),
+    )
+
+
 def merge(loads: list[Load]) -> Load:
     """Several stages of one rank together."""
     groups = zip(*(load.layers for load in loads), strict=True)
@@ -129,16 +141,21 @@ def even_load(model: Model, layouts: Layouts, stage: Array) -> Load:
 
 
 def rank_load(model: Model, layouts: Layouts, rank: Array) -> Load:
-    """All chunks of pipeline rank number `rank` under an even cut."""
+    """All chunks of pipeline rank number `rank` under an even cut, placed as `rank_of` says."""
     p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
+    folded = np.isin(layouts.schedule, V_SHAPED)
     if len(model.layers) > 1:
-        here = [even_load(model, layouts, rank + c * p) for c in range(int(v.max(initial=1)))]
+        stages = [rank + c * p for c in range(int(v.max(initial=1)))]
+        stages[1:2] = [np.where(folded, 2 * p - 1 - rank, stage) for stage in stages[1:2]]
+        here = [even_load(model, layouts, stage) for stage in stages]
         return merge([load.times((c < v).astype(float)) for c, load in enumerate(here)])
     base = np.floor(model.num_layers / (p * v))
     extra = model.num_layers - base * p * v
     more = np.clip(np.ceil((extra - rank) / p), 0.0, v)
+    up = 1.0 * (rank < extra) + (2 * p - 1 - rank < extra)
+    more = np.where(folded, up, more)
     return Load(
         layers=(base * v + more,),
         embedding=(rank == 0).astype(float),
-        head=(rank == p - 1).astype(float),
+        head=(rank == np.where(folded, 0.0, p - 1)).astype(float),
     )

@@ -22,11 +22,18 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..plan import SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from .schedule import Action, Orders, order_of
 
-SPLIT_SCHEDULES: tuple[str, ...] = ("zb-h1", "zb-h2", "interleaved-zb", "zb-v", "dualpipev")
-V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
-"""Those of two chunks per rank, placed in a V."""
+__all__ = [
+    "SPLIT_SCHEDULES",
+    "V_SCHEDULES",
+    "not_possible",
+    "peak_live",
+    "rank_of",
+    "split_order",
+    "split_orders",
+]
 
 Step = tuple[str, int | None]
 """Kind and stage of an action not yet numbered; stage None: that of the oldest I without W."""
@@ -46,11 +53,16 @@ def split_orders(schedule: str, p: int, v: int, m: int) -> Orders:
     reason = not_possible(schedule, p, v, m)
     if reason:
         raise ValueError(f"{schedule}: {reason}")
+    return [split_order(schedule, p, v, m, rank) for rank in range(p)]
+
+
+def split_order(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
+    """The actions of one rank in order, where the schedule is possible."""
     if schedule == "zb-v":
-        return [_zb_v(rank, p, m) for rank in range(p)]
+        return _zb_v(rank, p, m)
     if schedule == "dualpipev":
-        return [_dualpipe_v(rank, p, m) for rank in range(p)]
-    return [_delayed(schedule, rank, p, v, m) for rank in range(p)]
+        return _dualpipe_v(rank, p, m)
+    return _delayed(schedule, rank, p, v, m)
 
 
 def not_possible(schedule: str, p: int, v: int, m: int) -> str:
@@ -70,15 +82,6 @@ def not_possible(schedule: str, p: int, v: int, m: int) -> str:
     if schedule == "interleaved-zb" and m % max(1, m // p):
         return f"needs micro-batches in rounds of equal size (a multiple of {m // p})"
     return ""
-
-
-def rank_of(schedule: str, stage: int, p: int) -> int:
-    """The rank that runs a stage: folded in a V for `V_SCHEDULES`, else stage mod p.
-
-    >>> [rank_of("zb-v", stage, 3) for stage in range(6)]
-    [0, 1, 2, 2, 1, 0]
-    """
-    return min(stage, 2 * p - 1 - stage) if schedule in V_SCHEDULES else stage % p
 
 
 def peak_live(actions: Sequence[Action]) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..errors import InputError
 from ..model import Model
-from ..plan import SCHEDULES, Phase, Plan
+from ..plan import Phase, Plan
 
 TECHNIQUES = ("precision", "recompute")
 """Those that have a file in `executors/techniques/`."""
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
 RECOMPUTE_MODES = ("none", "selective", "full")
 
@@ -19,7 +20,8 @@ def check_executed(plan: Plan) -> None:
                          "give a plan with one phase")  # fmt: skip
     _check_phase(plan.phase)
     if plan.model.traced is None:
-        _check_model(plan.model, plan.phase.seq_tokens)
+        check_model(plan.model)
+        _check_length(plan.model, plan.phase.seq_tokens)
     if plan.workload.optimizer != "adamw":
         raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
 
@@ -29,6 +31,9 @@ def _check_phase(phase: Phase) -> None:
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
+    if phase.schedule not in SCHEDULES:
+        raise InputError("schedule", phase.schedule, "cannot be run yet",
+                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
     if phase.orders is not None:
         raise InputError("orders", "given", "orders of one's own cannot be run yet",
                          f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
@@ -58,7 +63,10 @@ def _check_phase(phase: Phase) -> None:
                          f"use one of {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
 
 
-def _check_model(model: Model, seq_tokens: int) -> None:
+def check_model(model: Model) -> None:
+    """Raise InputError for a model that is predicted but not executed yet."""
+    if model.traced is not None:
+        return
     if not model.is_decoder:
         raise InputError("model", model.name,
                          "encoders, images and convolutions are not executed yet",
@@ -77,6 +85,9 @@ def _check_model(model: Model, seq_tokens: int) -> None:
                          "give all layers the same head_dim")  # fmt: skip
     if model.positions == "alibi":
         raise InputError("positions", "alibi", "cannot be run yet", "use rope, learned or none")
+
+
+def _check_length(model: Model, seq_tokens: int) -> None:
     if model.positions == "learned" and seq_tokens > (model.max_positions or 0):
         raise InputError("seq-len", seq_tokens,
                          f"{model.name} has {model.max_positions} learned positions",

@@ -5,8 +5,9 @@ from .explain import RuledOut, why
 from .infeasible import Infeasible
 from .pins import Pins
 from .search import SearchResult, SearchStats, search
+from .what_if import WhatIf, what_if
 
 __all__ = [
     "CostModel", "Infeasible", "Pins", "Ranked", "RuledOut", "SearchResult", "SearchStats",
-    "search", "why",
+    "WhatIf", "search", "what_if", "why",
 ]  # fmt: skip

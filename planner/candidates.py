@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from ..plan import Plan
 from ..workload import Workload
 from .mixing import choose_layers
 from .pins import Pins
-from .space import compute_dtype, enumerate_grid, only_pool, plan_at, policies
+from .space import base_options, enumerate_grid, only_pool, ordinary, plan_at, policies
 
 Floats = NDArray[np.float64]
 
@@ -34,6 +34,8 @@ class LowerBounds(Protocol):
     def memory_bytes(self) -> Floats: ...
     @property
     def capacity_bytes(self) -> float: ...
+    @property
+    def evaluated(self) -> int: ...
 
 
 class CostModel(Protocol):
@@ -45,14 +47,15 @@ class CostModel(Protocol):
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Sequence[Options],
+        options: Sequence[Options], capacity_bytes: float, worth_s: float,
     ) -> LowerBounds:  # fmt: skip
-        """Lower bounds of `estimate` for every row, each layer under any of the options."""
+        """Lower bounds of `estimate` for every row, each layer under any of the options; rows that
+        take longer than `worth_s` need no bound of memory."""
         ...
 
     def choose_layers(
         self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
-        policies: Sequence[Options],
+        policies: Sequence[Options], capacity_bytes: float,
     ) -> tuple[Options, ...]:  # fmt: skip
         """What every layer of one layout keeps (one for all, or one each), out of the policies."""
         ...
@@ -76,6 +79,11 @@ class Ranked(Value, frozen=True, kw_only=True):
     """Why it is not the best; empty for the best."""
 
 
+FIT_Z = 1.645
+"""Standard deviations of a predicted peak between a plan that fits for certain and the capacity:
+what `fits: yes` asks for."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What is searched, and with which cost model."""
@@ -85,6 +93,17 @@ class Request:
     workload: Workload
     pins: Pins
     cost: CostModel
+    fixed: Options | None = None
+    """What every layer does besides; None = as the pins say."""
+    fit: str = "yes"
+    """What a plan must be predicted to do: fit for certain (yes), or by its median (marginal)."""
+
+    @property
+    def capacity_bytes(self) -> float:
+        """What the median of a plan's peak may reach."""
+        pool = only_pool(self.cluster)
+        doubt = 1 + FIT_Z * pool.stack.memory_spread if self.fit == "yes" else 1.0
+        return pool.device.memory_bytes / doubt
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,10 @@ class Candidates:
     time_s: Floats
     memory_bytes: Floats
     capacity_bytes: float
+    evaluated: int
+    """Pairs of a layout and a policy whose time and memory were both bounded."""
+    known: Mapping[int, Ranked]
+    """Candidates that are simulated already."""
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -108,24 +131,71 @@ class Candidates:
         row = self.grid.take(slice(index, index + 1))
         chosen = self.policies
         if len(chosen) > 1:
-            chosen = r.cost.choose_layers(r.model, r.cluster, r.workload, row, chosen)
+            chosen = r.cost.choose_layers(
+                r.model, r.cluster, r.workload, row, chosen, self.capacity_bytes
+            )
         return plan_at(r.model, r.cluster, r.workload, self.grid, index, chosen)
 
     def simulate(self, index: int) -> Ranked:
         """A candidate with its estimate."""
+        if index in self.known:
+            return self.known[index]
         plan = self.plan(index)
         return Ranked(
             label=plan.label, plan=plan, estimate=self.request.cost.estimate(plan), lost=""
         )
 
+    def in_order(self) -> NDArray[np.intp]:
+        """Those that may fit, by the bound of what is optimised."""
+        least = self.request.workload.objective == "memory"
+        bound = self.memory_bytes if least else self.time_s
+        order = np.flatnonzero(self.memory_bytes <= self.capacity_bytes)
+        return order[np.argsort(bound[order], kind="stable")]
 
-def bound_all(request: Request) -> Candidates:
-    """Bounds of the whole grid; empty for an empty grid."""
+    def fits(self, estimate: Estimate) -> bool:
+        """Whether a plan may be proposed."""
+        return fits(estimate, self.request.fit)
+
+
+SMALL_GRID = 20_000
+"""Layouts that are bounded without a first guess at the best."""
+GUESSES = 12
+"""Ordinary layouts that are simulated for it at most."""
+
+
+def bound_all(request: Request, keep: int = 1) -> Candidates:
+    """Bounds of the whole grid; empty for an empty grid.
+
+    In a large grid ordinary layouts are tried first: what takes longer than the `keep` best of
+    them, even without its updates, needs no further look.
+    """
+    grid = enumerate_grid(request.model, request.cluster, request.workload, request.pins)
+    if len(grid) <= SMALL_GRID or request.workload.objective == "memory":
+        return _bounded(request, grid, np.inf, {}, 0)
+    rows = np.flatnonzero(ordinary(grid))
+    first = _bounded(request, grid.take(rows), np.inf, {}, 0)
+    known: dict[int, Ranked] = {}
+    fitting: list[float] = []
+    for index in first.in_order()[:GUESSES]:
+        ranked = known[int(rows[index])] = first.simulate(int(index))
+        if first.fits(ranked.estimate):
+            fitting.append(ranked.estimate.step_s.median)
+        if len(fitting) == keep:
+            break
+    worth_s = max(fitting) if len(fitting) == keep else np.inf
+    return _bounded(request, grid, worth_s, known, first.evaluated)
+
+
+def _bounded(
+    request: Request, grid: Layouts, worth_s: float, known: Mapping[int, Ranked], before: int
+) -> Candidates:
+    """Bounds of the rows of a grid; `before` counts pairs that were bounded already."""
     model, cluster, workload, pins = request.model, request.cluster, request.workload, request.pins
     pool = only_pool(cluster)
-    grid = enumerate_grid(model, cluster, workload, pins)
-    kept = policies(pool, workload, compute_dtype(pool, pins), pins)
-    bounds = request.cost.bound_layouts(model, cluster, workload, grid, kept)
+    kept = policies(pool, request.fixed or base_options(pool, workload, pins), pins)
+    bounds = request.cost.bound_layouts(
+        model, cluster, workload, grid, kept, request.capacity_bytes, worth_s
+    )
     return Candidates(
         request=request,
         grid=grid,
@@ -133,13 +203,16 @@ def bound_all(request: Request) -> Candidates:
         time_s=bounds.time_s,
         memory_bytes=bounds.memory_bytes,
         capacity_bytes=bounds.capacity_bytes,
+        evaluated=bounds.evaluated + before,
+        known=known,
     )
 
 
-def fits(estimate: Estimate) -> bool:
-    """Whether a plan may be proposed: its median peak is within the usable memory."""
-    peak_bytes = estimate.peak_memory_bytes.median
-    return estimate.fits != "no" and peak_bytes <= estimate.capacity_bytes
+def fits(estimate: Estimate, fit: str = "yes") -> bool:
+    """Whether a plan may be proposed: it fits for certain, or at least by its median."""
+    if fit == "yes":
+        return estimate.fits == "yes"
+    return estimate.peak_memory_bytes.median <= estimate.capacity_bytes
 
 
 def nearest_to_fit(
@@ -150,7 +223,7 @@ def nearest_to_fit(
     for index in np.argsort(candidates.memory_bytes, kind="stable")[:tries]:
         ranked = candidates.simulate(int(index))
         tried.append(ranked)
-        if fits(ranked.estimate):
+        if candidates.fits(ranked.estimate):
             return ranked
     return min(tried, key=lambda r: (r.estimate.peak_memory_bytes.median, r.label), default=None)
 

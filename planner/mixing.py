@@ -37,6 +37,7 @@ def choose_layers(
     workload: Workload,
     layout: Layouts,
     policies: Sequence[Options],
+    capacity_bytes: float,
 ) -> tuple[Options, ...]:
     """The options of every layer with the least time that fits; where none does, the least peak.
 
@@ -52,7 +53,7 @@ def choose_layers(
     chosen = np.zeros(model.num_layers, dtype=np.intp)
     for rank, layers in enumerate(on_rank):
         here = np.flatnonzero(ranks == rank)
-        fitting = here[peaks[here] <= mixed.capacity_bytes]
+        fitting = here[peaks[here] <= capacity_bytes]
         if workload.objective == "memory" or not len(fitting):
             best = here[np.argmin(peaks[here])]
         else:

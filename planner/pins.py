@@ -47,6 +47,8 @@ class Pins(Value, frozen=True, kw_only=True):
     """Fraction of saved activations that waits on the host."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
+    run_only: bool = False
+    """Not an axis: whether free axes take only what `forerun run` executes."""
 
     def given(self) -> dict[str, Any]:
         """The axes that are fixed, in the order of the fields.
@@ -55,11 +57,13 @@ class Pins(Value, frozen=True, kw_only=True):
         {'tp': 4, 'pp': 2}
         """
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        del fields["run_only"]
         return {name: value for name, value in fields.items() if value is not None}
 
     def only(self, names: Iterable[str]) -> Pins:
         """The same pins with every axis but `names` free."""
-        return Pins(**{name: getattr(self, name) for name in names})
+        kept = {name: getattr(self, name) for name in names}
+        return Pins(run_only=self.run_only, **kept)
 
     def without(self, name: str) -> Pins:
         """The same pins with axis `name` free."""

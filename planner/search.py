@@ -1,7 +1,7 @@
 """Branch and bound over the grid: the fastest plan that fits, the gap, the runners-up.
 
     minimise    value(x)                       x a row of the grid, its layers as `mixing` chooses
-    subject to  peak(x) <= capacity            and the estimate does not say that it cannot fit
+    subject to  peak(x) <= capacity            less what the peak may be wrong by, where fit is yes
 
 `value` is the simulated median step time (objective throughput, and cost: the devices are given, so
 that money is time) or the median peak memory (objective memory). The cost model gives lower bounds
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..cluster import Cluster
+from ..costmodel.options import Options
 from ..document import Value, to_raw
 from ..estimate import Estimate
 from ..model import Model
@@ -54,7 +55,7 @@ class SearchStats(Value, frozen=True, kw_only=True):
     """How the answer came about."""
 
     bounded: int
-    """Legal layouts whose time and memory were bounded."""
+    """Candidates whose time and memory were bounded: layouts, times what their layers may keep."""
     solved: int
     """Inner problems given to a solver."""
     simulated: int
@@ -92,6 +93,8 @@ def search(
     keep: int = 5,
     time_limit_s: float | None = None,
     tolerance: float = TOLERANCE,
+    fit: Literal["yes", "marginal"] = "yes",
+    fixed: Options | None = None,
     cost: CostModel | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> SearchResult:
@@ -103,6 +106,9 @@ def search(
     keep : plans returned at most; as many are simulated, where they can be found.
     time_limit_s : seconds by `clock` after which the best so far is returned.
     tolerance : gap at which the search may stop; 0 searches until the best is proven.
+    fit : whether a plan must be predicted to fit for certain, or may do so by its median alone.
+    fixed : techniques of all layers, but for what they keep; None = flash attention, and the dtypes
+        of the pins.
     cost : the cost model; None = `forerun.costmodel`.
 
     Raises
@@ -112,8 +118,10 @@ def search(
     started = clock()
     pins = Pins() if pins is None else pins
     check_pins(pins, only_pool(cluster).device)
-    request = Request(model, cluster, workload, pins, OwnCost() if cost is None else cost)
-    candidates = bound_all(request)
+    request = Request(
+        model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
+    )
+    candidates = bound_all(request, max(keep, 1))
     if not len(candidates):
         raise contradiction(model, cluster, workload, pins)
     deadline = None if time_limit_s is None else started + time_limit_s
@@ -122,7 +130,7 @@ def search(
     best = plans[0] if plans else None
     infeasible = _infeasible(candidates, outcome) if best is None else None
     stats = SearchStats(
-        bounded=len(candidates),
+        bounded=candidates.evaluated,
         solved=outcome.simulated if len(candidates.policies) > 1 else 0,
         simulated=outcome.simulated,
         gap=_gap(best, outcome.next_bound, workload.objective),
@@ -161,12 +169,10 @@ def _best_first(
     """Simulate in the order of the bound until the best is proven, near enough, or time is up."""
     objective = candidates.request.workload.objective
     bound = candidates.memory_bytes if objective == "memory" else candidates.time_s
-    order = np.flatnonzero(candidates.memory_bytes <= candidates.capacity_bytes)
-    order = order[np.argsort(bound[order], kind="stable")]
     fitting: list[Ranked] = []
     unfit: list[Ranked] = []
     best = np.inf
-    for index in order:
+    for index in candidates.in_order():
         following = float(bound[index])
         tried = len(fitting) + len(unfit)
         patient = bool(fitting) and tried >= TRIES_PER_PLAN * keep
@@ -177,7 +183,7 @@ def _best_first(
         if deadline is not None and clock() >= deadline:
             return _Outcome(fitting, unfit, following, None if following >= best else "time")
         ranked = candidates.simulate(int(index))
-        if fits(ranked.estimate):
+        if candidates.fits(ranked.estimate):
             fitting.append(ranked)
             best = min(best, _value(ranked.estimate, objective))
         else:
@@ -245,11 +251,21 @@ def _infeasible(candidates: Candidates, outcome: _Outcome) -> Infeasible:
     nearest = nearest_to_fit(candidates, outcome.unfit)
 
     def fitting_label(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> str | None:
-        changed = bound_all(Request(model, cluster, workload, pins, request.cost))
+        changed = bound_all(
+            Request(model, cluster, workload, pins, request.cost, request.fixed, request.fit)
+        )
         found = nearest_to_fit(changed, []) if may_fit(changed) else None
-        return found.label if found is not None and fits(found.estimate) else None
+        return found.label if found is not None and changed.fits(found.estimate) else None
 
     assert nearest is not None
+    if request.fit == "yes" and fits(nearest.estimate, "marginal"):
+        chance = f"fits with probability {nearest.estimate.fit_probability:.0%}"
+        change = f"--fit marginal ({nearest.label}, {chance})"
+        return Infeasible(
+            reason=f"{nearest.label} comes nearest and {chance}, not for certain",
+            smallest_change=change,
+            changes=(change,),
+        )
     return why_nothing_fits(
         nearest.label,
         nearest.estimate,

@@ -11,10 +11,12 @@ Where an axis is free, rows that would run exactly like another row are left out
 - pipelines gather and scatter once per step whatever the stage, so that zero 2 and 3 equal zero 1;
 - with one micro-batch, gradients are reduced once either way: zero 2 equals zero 1.
 Limits of the space itself: a free tp stays within a node, a free vpp takes the smallest value for
-each size of the largest chunk, a free cp leaves every rank 1,024 tokens or more, is a power of two
-and a balanced ring, an exchange of heads or groups of such exchanges within a node, and a free ep
-is whole on its node or takes whole nodes. On CPUs, whose plans run here, cp, ep and offload are off
-unless they are asked for.
+each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
+and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
+that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
+below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp, ep,
+offload and the schedules that split the backward, which the executors lack, are off unless they are
+asked for.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..plan import (
+    LOOPED_SCHEDULES,
     SCHEDULES,
+    SPLIT_SCHEDULES,
     UNDIVIDED,
+    V_SCHEDULES,
     Phase,
     Plan,
     Schedule,
@@ -48,6 +53,10 @@ from .pins import Pins
 GPIPE = SCHEDULES.index("gpipe")
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
 INTERLEAVED = SCHEDULES.index("interleaved")
+DUALPIPEV = SCHEDULES.index("dualpipev")
+SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
+LOOPED = tuple(map(SCHEDULES.index, LOOPED_SCHEDULES))
+V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
 
 
 def only_pool(cluster: Cluster) -> Pool:
@@ -57,6 +66,12 @@ def only_pool(cluster: Cluster) -> Pool:
         raise InputError("gpus", cluster.name, "pools of unlike devices are not available yet",
                          "give one kind of node")  # fmt: skip
     return first
+
+
+def everything(pool: Pool, pins: Pins) -> bool:
+    """Whether free axes take what is predicted but not executed yet, too: never on CPUs, whose
+    plans are made to be run here."""
+    return pool.device.kind == "gpu" and not pins.run_only
 
 
 def compute_dtype(pool: Pool, pins: Pins) -> str:
@@ -71,29 +86,29 @@ SEARCHED_MODES = ("none", "selective", "full")
 """Recompute modes that every executor runs; others are predicted when pinned."""
 SEARCHED_OFFLOADS = (0.5, 1.0)
 """Fractions of a layer's saved activations that may wait on the host."""
-CP_TOKENS = 1024
+CP_TOKENS = 2048
 """Tokens that a free cp leaves on a rank at least: below, a ring sends more than it computes."""
 
 
-def policies(pool: Pool, workload: Workload, compute: str, pins: Pins) -> tuple[Options, ...]:
-    """What a layer may keep for backward: the options that the search mixes over layers."""
-    kernel = pins.attention or "flash"
-    kind = "ring" if pins.cp_kind == "ring" else "zigzag"
-    modes = SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
-    kept = [(mode, pins.offload or 0.0) for mode in modes]
-    if pins.offload is None and "none" in modes and pool.device.kind == "gpu" and pool.host:
-        kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
-    return tuple(
-        Options(
-            compute=compute,
-            recompute=mode,
-            offload=fraction,
-            attention=kernel,
-            cp_kind=kind,
-            optimizer=workload.optimizer,
-        )
-        for mode, fraction in kept
+def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
+    """What every layer of a plan does, whatever the search chooses."""
+    return Options(
+        compute=compute_dtype(pool, pins),
+        attention=pins.attention or "flash",
+        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+        optimizer=workload.optimizer,
     )
+
+
+def policies(pool: Pool, base: Options, pins: Pins) -> tuple[Options, ...]:
+    """What a layer may keep for backward: the options that the search mixes over layers."""
+    modes = SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
+    if pins.recompute is None and pool.device.kind == "gpu" and base.attention.startswith("flash"):
+        modes = ("none", "full")  # a flash kernel keeps nothing that is worth running it twice
+    kept = [(mode, pins.offload or 0.0) for mode in modes]
+    if pins.offload is None and "none" in modes and pool.host and everything(pool, pins):
+        kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
+    return tuple(replace(base, recompute=mode, offload=fraction) for mode, fraction in kept)
 
 
 def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Layouts:
@@ -131,16 +146,17 @@ def _contexts(
     model: Model, pool: Pool, workload: Workload, pins: Pins, tp: int
 ) -> list[tuple[int, int]]:
     """Pairs (cp, ulysses)."""
-    shortest = min(model.lengths(workload.seq_tokens))
+    shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if pool.device.kind == "gpu" and model.traced is None:
+    if everything(pool, pins) and model.traced is None:
         free = [n for n in _powers(pool.num_devices) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
     for cp in _free_or(pins.cp, free):
         inside = max(1, pool.devices_per_node // tp)
         hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
         kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
-        ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *hybrids, cp]
+        mixed = hybrids[-1:] if cp > inside else []
+        ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *mixed, cp]
         if cp == 1:
             ways = [1]
         pairs += [(cp, ulysses) for ulysses in dict.fromkeys(ways)]
@@ -152,7 +168,7 @@ def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
     counts = {layer.experts.num_experts for layer in model.layers if layer.experts is not None}
     if pins.ep is not None:
         return [pins.ep]
-    if not counts or pool.device.kind == "cpu":
+    if not counts or not everything(pool, pins):
         return [1]
     holders = shape.dp * shape.cp * shape.tp
     per_node = pool.devices_per_node
@@ -171,8 +187,9 @@ def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Sha
         n for n in divisors(replica_seqs) if pins.micro_batch is None or n == pins.micro_batch
     ]
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
-    schedules = _schedules(model.num_layers, pins, pp)
-    shards = _shards(pins, pp, dp)
+    schedules = _schedules(model.num_layers, pool, pins, pp)
+    near = max(1, pool.devices_per_node // (tp * shape.cp))
+    shards = _shards(pins, pp, dp, near)
     experts = _experts(model, pool, pins, shape)
     axes = (micro_batches, sp_options, schedules, shards, experts)
     if not all(axes):
@@ -200,7 +217,7 @@ def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Sha
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
 
-def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
+def _schedules(num_layers: int, pool: Pool, pins: Pins, pp: int) -> list[tuple[int, int]]:
     """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own."""
     if pp == 1:
         kind = ONE_F_ONE_B if pins.schedule is None else SCHEDULES.index(pins.schedule)
@@ -208,11 +225,20 @@ def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
     else:
         chunks = _chunk_counts(num_layers, pp) if pins.vpp is None else [pins.vpp]
         pairs = [(ONE_F_ONE_B, 1), (GPIPE, 1), *((INTERLEAVED, n) for n in chunks if n > 1)]
+        if everything(pool, pins) or pins.schedule is not None:
+            pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
     return [
         (kind, vpp)
         for kind, vpp in pairs
         if pins.schedule in (None, SCHEDULES[kind]) and pins.vpp in (None, vpp)
     ]
+
+
+def _chunks_of_split(kind: int, chunks: Sequence[int]) -> list[int]:
+    """The chunks per rank that a zero-bubble schedule may have."""
+    if kind in LOOPED:
+        return [n for n in chunks if n > 1]
+    return [2 if kind in V_SHAPED else 1]
 
 
 def _chunk_counts(num_layers: int, pp: int) -> list[int]:
@@ -227,11 +253,13 @@ def _chunk_counts(num_layers: int, pp: int) -> list[int]:
     return sorted(smallest.values())
 
 
-def _shards(pins: Pins, pp: int, dp: int) -> list[tuple[int, int]]:
-    """Pairs (zero, dp_shard) over dp replicas."""
+def _shards(pins: Pins, pp: int, dp: int, near: int) -> list[tuple[int, int]]:
+    """Pairs (zero, dp_shard) over dp replicas, `near` of which share a node."""
     sharded = [n for n in divisors(dp) if n > 1]
     if pins.zero is None:
-        pairs = [(0, 1), *((zero, n) for zero in ((1,) if pp > 1 else (1, 2, 3)) for n in sharded)]
+        pairs = [(0, 1)]
+        for zero in (1,) if pp > 1 else (1, 2, 3):
+            pairs += [(zero, n) for n in sharded if zero == 3 or n == dp or n <= near]
     elif pins.zero == 0:
         pairs = [(0, 1)]
     else:
@@ -247,8 +275,7 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     ok = np.ones(len(grid), dtype=bool)
     for width in sorted(widths):
         ok &= width % grid.tp == 0
-    sp, pipeline = grid.sequence_parallel == 1, grid.pp > 1
-    interleaved = grid.schedule == INTERLEAVED
+    sp = grid.sequence_parallel == 1
     ok &= ~sp | (grid.tp > 1)
     for tokens in model.lengths(seq_tokens):
         ok &= ~sp | ((tokens // grid.cp) % grid.tp == 0)
@@ -257,12 +284,31 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
         for axis in axes if any(layer.kind == kind for layer in model.layers) else ():
             ok &= getattr(grid, axis) == 1
     ok &= grid.pp * grid.vpp <= model.num_layers
-    ok &= (grid.vpp == 1) | (pipeline & interleaved)
-    ok &= ~(interleaved & pipeline) | ((grid.vpp > 1) & (grid.num_microbatches % grid.pp == 0))
-    ok &= ~pipeline | (grid.schedule == GPIPE) | (grid.num_microbatches >= grid.pp)
+    ok &= _legal_schedules(grid)
     ok &= (grid.dp_shard == 1) | (grid.zero > 0)
     ok &= grid.cp % grid.ulysses == 0
     return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
+
+
+def _legal_schedules(grid: Layouts) -> NDArray[np.bool_]:
+    """Each schedule has its chunks per rank and its least number of micro-batches."""
+    pipeline, count = grid.pp > 1, grid.num_microbatches
+    looped, folded = np.isin(grid.schedule, LOOPED), np.isin(grid.schedule, V_SHAPED)
+    ok = (grid.vpp == 1) | (pipeline & (looped | folded))
+    ok &= pipeline | ~np.isin(grid.schedule, SPLIT)
+    ok &= ~folded | (grid.vpp == 2)
+    ok &= ~(looped & pipeline) | ((grid.vpp > 1) & (count % grid.pp == 0))
+    rounds = np.where(grid.schedule == DUALPIPEV, 2, 1)
+    return ok & (~pipeline | (grid.schedule == GPIPE) | (count >= rounds * grid.pp))
+
+
+def ordinary(grid: Layouts) -> NDArray[np.bool_]:
+    """True for the layouts that people try first: a small part of the grid in which a good one is
+    found soon. States are sharded over all replicas, sequences split beside tp, cp is one ring."""
+    sharded = np.where(grid.pp > 1, grid.zero == 1, grid.zero == 3) & (grid.dp_shard == grid.dp)
+    whole = (grid.dp == 1) & (grid.zero == 0)
+    split = (grid.sequence_parallel == 1) == (grid.tp > 1)
+    return (sharded | whole) & split & (grid.ulysses == 1) & (grid.vpp <= 4)
 
 
 def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:

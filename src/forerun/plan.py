@@ -16,8 +16,18 @@ from .mesh import Mesh
 from .model import Layer, Model
 from .workload import Workload
 
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
-SCHEDULES: tuple[str, ...] = ("gpipe", "1f1b", "interleaved")
+Schedule = Literal[
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "interleaved-zb", "zb-v", "dualpipev"
+]
+SCHEDULES: tuple[str, ...] = (
+    "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "interleaved-zb", "zb-v", "dualpipev"
+)  # fmt: skip
+SPLIT_SCHEDULES: tuple[str, ...] = SCHEDULES[3:]
+"""Those that split the backward pass: gradients of inputs first, of weights later."""
+V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
+"""Those of two chunks per rank, placed in a V."""
+LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
+"""Those of two or more chunks per rank, placed in rounds."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
@@ -71,7 +81,7 @@ class Phase(Value, frozen=True, kw_only=True):
     schedule: Schedule = "1f1b"
     orders: dict[str, tuple[str, ...]] | None = None
     stages: tuple[Stage, ...]
-    """Stage i runs on pipeline rank i mod pp."""
+    """Stage i runs on pipeline rank `rank_of(schedule, i, pp)`: i mod pp, or folded in a V."""
     settings: tuple[Setting, ...] = ()
 
     def technique(self, name: str, layer: int = 0) -> Mapping[str, Any]:
@@ -178,6 +188,15 @@ class PlanFile(Document, frozen=True, kw_only=True):
     estimate: Estimate
 
 
+def rank_of(schedule: str, stage: int, pp: int) -> int:
+    """The pipeline rank that runs a stage: folded in a V for `V_SCHEDULES`, else stage mod pp.
+
+    >>> [rank_of("zb-v", stage, 3) for stage in range(6)]
+    [0, 1, 2, 2, 1, 0]
+    """
+    return min(stage, 2 * pp - 1 - stage) if schedule in V_SCHEDULES else stage % pp
+
+
 def _refuse(field: str, value: object, problem: str, remedy: str) -> InputError:
     return InputError(field, value, problem, remedy)
 
@@ -276,18 +295,7 @@ def layout_problems(
                       "lower pp or vpp")  # fmt: skip
     if mesh.vpp > 1 and mesh.pp == 1:
         yield _refuse("vpp", mesh.vpp, "needs pp > 1", "drop vpp or raise pp")
-    if mesh.vpp > 1 and schedule != "interleaved":
-        yield _refuse("vpp", mesh.vpp, f"schedule {schedule} has one chunk per rank",
-                      "use --schedule interleaved")  # fmt: skip
-    if schedule == "interleaved" and mesh.pp > 1 and mesh.vpp == 1:
-        yield _refuse("schedule", schedule, "needs vpp of 2 or more", "raise --vpp or use 1f1b")
-    if mesh.pp > 1 and schedule != "gpipe" and num_microbatches < mesh.pp:
-        problem = f"{schedule} needs pp={mesh.pp} or more"
-        yield _refuse("num_microbatches", num_microbatches, problem,
-                      "lower the micro-batch or pp, or use gpipe")  # fmt: skip
-    if schedule == "interleaved" and mesh.pp > 1 and num_microbatches % mesh.pp:
-        problem = f"interleaved needs a multiple of pp={mesh.pp}"
-        yield _refuse("num_microbatches", num_microbatches, problem, "change the micro-batch")
+    yield from _schedule_problems(mesh, schedule, num_microbatches)
     if mesh.dp_shard > 1 and zero == 0:
         yield _refuse("zero", 0, f"dp_shard={mesh.dp_shard} shards states",
                       "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
@@ -300,6 +308,31 @@ def layout_problems(
                           "give a divisor")  # fmt: skip
         if mesh.ulysses > 1:
             yield from _ulysses_problems(model, layer, mesh)
+
+
+def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iterator[InputError]:
+    """Each schedule has its number of chunks per rank and its least number of micro-batches."""
+    chunked = schedule in (*LOOPED_SCHEDULES, *V_SCHEDULES)
+    if mesh.vpp > 1 and not chunked:
+        yield _refuse("vpp", mesh.vpp, f"schedule {schedule} has one chunk per rank",
+                      "use --schedule interleaved")  # fmt: skip
+    if mesh.pp == 1:
+        if schedule in SPLIT_SCHEDULES:
+            yield _refuse("schedule", schedule, "needs pp > 1", "raise --pp or use 1f1b")
+        return
+    if schedule in V_SCHEDULES and mesh.vpp != 2:
+        yield _refuse("schedule", schedule, f"has two chunks per rank, not vpp={mesh.vpp}",
+                      "use --vpp 2")  # fmt: skip
+    if schedule in LOOPED_SCHEDULES and mesh.vpp == 1:
+        yield _refuse("schedule", schedule, "needs vpp of 2 or more", "raise --vpp or use 1f1b")
+    least = {"gpipe": 1, "dualpipev": 2 * mesh.pp}.get(schedule, mesh.pp)
+    if num_microbatches < least:
+        of_pp = f"2*pp={least}" if least > mesh.pp else f"pp={mesh.pp}"
+        yield _refuse("num_microbatches", num_microbatches, f"{schedule} needs {of_pp} or more",
+                      "lower the micro-batch or pp, or use gpipe")  # fmt: skip
+    if schedule in LOOPED_SCHEDULES and num_microbatches % mesh.pp:
+        problem = f"{schedule} needs a multiple of pp={mesh.pp}"
+        yield _refuse("num_microbatches", num_microbatches, problem, "change the micro-batch")
 
 
 def _ulysses_problems(model: Model, layer: Layer, mesh: Mesh) -> Iterator[InputError]:

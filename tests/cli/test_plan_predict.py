@@ -31,7 +31,7 @@ def test_json_is_one_document_and_nothing_else(invoke: Any, command: str) -> Non
 
 def test_plan_document_says_how_the_search_went(invoke: Any) -> None:
     found = json.loads(invoke("plan", *H100, "--json").stdout)
-    assert set(found) == {"plans", "search", "infeasible"}
+    assert set(found) == {"plans", "search", "infeasible", "what_if"}
     assert set(found["search"]) >= {
         "bounded", "solved", "simulated", "gap", "proven", "limit", "seconds",
     }  # fmt: skip

@@ -36,6 +36,10 @@ class RandomBounds:
     memory_bytes: Floats
     capacity_bytes: float
 
+    @property
+    def evaluated(self) -> int:
+        return len(self.time_s)
+
 
 @dataclass(frozen=True)
 class RandomCost:
@@ -75,7 +79,7 @@ class RandomCost:
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Sequence[Options],
+        options: Sequence[Options], capacity_bytes: float, worth_s: float,
     ) -> RandomBounds:  # fmt: skip
         """The least times and peaks of any option, lowered at random."""
         times: list[Floats] = []
@@ -88,7 +92,7 @@ class RandomCost:
 
     def choose_layers(
         self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
-        policies: Sequence[Options],
+        policies: Sequence[Options], capacity_bytes: float,
     ) -> tuple[Options, ...]:  # fmt: skip
         """One option for all layers: the best that fits, else the one with the least peak."""
 

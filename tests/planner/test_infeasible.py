@@ -31,15 +31,17 @@ class ShareCost:
         return GIB * (self.model_gib / shards + activations + in_flight)
 
     def bound_layouts(
-        self, model: Any, cluster: Any, workload: Any, layouts: Any, options: Any
-    ) -> Any:
+        self, model: Any, cluster: Any, workload: Any, layouts: Any, options: Any,
+        capacity_bytes: float, worth_s: float,
+    ) -> Any:  # fmt: skip
         time_s, _ = self.random.exact(layouts, options[0].recompute)
         peak_bytes = self.peak_bytes(layouts, workload.seq_tokens)
         return Bounds(time_s, peak_bytes, self.capacity_gib * GIB)
 
     def choose_layers(
-        self, model: Any, cluster: Any, workload: Any, layout: Any, policies: Any
-    ) -> Any:
+        self, model: Any, cluster: Any, workload: Any, layout: Any, policies: Any,
+        capacity_bytes: float,
+    ) -> Any:  # fmt: skip
         return policies[:1]
 
     def estimate(self, plan: Any) -> Any:
@@ -63,6 +65,7 @@ class Bounds:
     time_s: Any
     memory_bytes: Any
     capacity_bytes: float
+    evaluated: int = 1
 
 
 def test_says_by_how_much_and_which_pin_to_free(random_cost, cluster_of, model_of):

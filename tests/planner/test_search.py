@@ -19,13 +19,14 @@ from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
 from forerun.plan import (
+    LOOPED_SCHEDULES,
     SCHEDULES,
+    V_SCHEDULES,
     Phase,
     Plan,
     even_stages,
 )
 from forerun.planner import Pins, search, why
-from forerun.planner.space import SEARCHED_MODES
 from forerun.workload import Workload
 
 
@@ -50,7 +51,8 @@ def all_plans(model: Model, cluster: Cluster, workload: Workload) -> Iterator[Pl
             count, rest = divmod(workload.global_batch_seqs, replicas * shard * micro)
             if rest or not count or (zero and shard == 1) or (pp == 1 and schedule != "1f1b"):
                 continue
-            for vpp in range(1, (layers // pp if schedule == "interleaved" else 1) + 1):
+            chunked = schedule in (*LOOPED_SCHEDULES, *V_SCHEDULES)
+            for vpp in range(1, (layers // pp if chunked else 1) + 1):
                 mesh = Mesh(dp_replicate=replicas, dp_shard=shard, tp=tp, pp=pp, vpp=vpp)
                 phase = Phase(
                     steps=1, seq_tokens=workload.seq_tokens, micro_batch_seqs=micro,
@@ -79,7 +81,7 @@ def join(plans: list[Plan]) -> Layouts:
 def brute_force(cost: Any, layouts: Layouts, objective: str) -> float | None:
     """The best value over all layouts and recompute modes that fit."""
     best: list[float] = []
-    for recompute in SEARCHED_MODES:
+    for recompute in ("none", "full"):  # selective gains nothing with a flash kernel
         time_s, memory_bytes = cost.exact(layouts, recompute)
         value = memory_bytes if objective == "memory" else time_s
         best += [float(v) for v in value[memory_bytes <= cost.capacity_bytes]]
@@ -194,7 +196,7 @@ def test_why_names_the_layout_that_memory_ruled_out(random_cost, cluster_of, mod
 PIN_VALUES: dict[str, list[Any]] = {
     "tp": [1, 2, 4], "sp": [False, True], "pp": [1, 2, 4], "vpp": [1, 2],
     "schedule": list(SCHEDULES), "dp": [1, 2, 4, 8], "dp_shard": [1, 2, 4], "zero": [0, 1, 2, 3],
-    "micro_batch": [1, 2, 4], "recompute": list(SEARCHED_MODES), "precision": ["fp32", "bf16"],
+    "micro_batch": [1, 2, 4], "recompute": ["none", "full"], "precision": ["fp32", "bf16"],
 }  # fmt: skip
 PINS = st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in PIN_VALUES.items()})
 

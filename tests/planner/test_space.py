@@ -20,7 +20,8 @@ ROW = st.fixed_dictionaries(
         "micro_batch_seqs": SMALL, "num_microbatches": st.integers(1, 12), "dp_replicate": SMALL,
         "dp_shard": SMALL, "tp": SMALL, "pp": SMALL, "vpp": st.integers(1, 3),
         "zero": st.integers(0, 3), "sequence_parallel": st.integers(0, 1),
-        "schedule": st.integers(0, 2), "cp": st.just(1), "ulysses": st.just(1), "ep": st.just(1),
+        "schedule": st.integers(0, len(SCHEDULES) - 1), "cp": st.just(1), "ulysses": st.just(1),
+        "ep": st.just(1),
     }
 )  # fmt: skip
 

@@ -143,6 +143,20 @@ def test_a_plan_without_phases() -> None:
             {"mesh": Mesh(pp=2, vpp=2), "schedule": "interleaved", "num_microbatches": 3},
             ["num_microbatches"],
         ),
+        ({"schedule": "zb-h1"}, ["schedule"]),  # without a pipeline
+        ({"mesh": Mesh(pp=2), "schedule": "zb-h1"}, []),
+        ({"mesh": Mesh(pp=2, vpp=2), "schedule": "zb-h2"}, ["vpp"]),
+        ({"mesh": Mesh(pp=2), "schedule": "interleaved-zb"}, ["schedule"]),
+        (
+            {"mesh": Mesh(pp=2, vpp=2), "schedule": "interleaved-zb", "num_microbatches": 3},
+            ["num_microbatches"],
+        ),
+        ({"mesh": Mesh(pp=2, vpp=2), "schedule": "zb-v", "num_microbatches": 3}, []),
+        ({"mesh": Mesh(pp=2), "schedule": "zb-v"}, ["schedule"]),
+        (
+            {"mesh": Mesh(pp=2, vpp=2), "schedule": "dualpipev", "num_microbatches": 3},
+            ["num_microbatches"],
+        ),
         ({"mesh": Mesh(dp_shard=2)}, ["zero"]),
         ({"mesh": Mesh(dp_replicate=2)}, []),
         ({"mesh": Mesh(cp=2), "seq_tokens": 30}, ["cp"]),
