@@ -45,11 +45,13 @@ def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool
     """
     intra, inter, stack = pool.intra_node, pool.inter_node or pool.intra_node, pool.stack
     per_node = float(pool.devices_per_node)
-    local = np.clip(np.floor(per_node / stride), 1.0, ranks)
+    local = np.minimum(np.maximum(np.floor(per_node / stride), 1.0), ranks)
     nodes = np.ceil(ranks / local)
     intra_rate = np.full_like(local, intra.bytes_per_s * stack.intra_node_efficiency)
     nic_rate = inter.bytes_per_s * stack.inter_node_efficiency
     inside = ring_s(kind, num_bytes, ranks, _latency(intra), intra_rate)
+    if kind != "p2p" and np.all(nodes <= 1):
+        return inside
     if kind == "p2p":
         across = ring_s(kind, num_bytes, ranks, _latency(inter), np.full_like(local, nic_rate))
         return np.where(stride * ranks <= per_node, inside, across)

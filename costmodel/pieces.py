@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -82,25 +83,42 @@ class Pieces:
     """Local parameters of the table where embedding and head share one, else zero."""
 
 
+Known = dict[bytes, Piece]
+"""Pieces by all that they depend on: plans of one model share most of theirs."""
+
+
 def pieces(
     model: Model,
     layouts: Layouts,
     seq_tokens: int,
     prices: Prices,
     options: Options,
+    known: Known | None = None,
 ) -> Pieces:
-    """The costs of every piece of a model under each layout."""
+    """The costs of every piece of a model under each layout.
+
+    What is in `known` is taken from there, what is not is added.
+    """
     if model.traced is not None:
         return _traced_pieces(model, layouts, prices, options)
     fused = prices.pool.device.kind == "gpu"
     keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sp_values = np.unique(layouts.sequence_parallel)
 
-    def both(build: str, layer: Layer) -> Piece:
-        sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
+    def one(build: str, layer: Layer) -> Piece:
+        near, layer = _nearby(model, layer)
+        if known is None or prices.profile is not None:  # curves depend on the whole mesh
+            return both(build, near, layer)
+        key = _key(build, near, layer, layouts, seq_tokens, prices, options)
+        if key not in known:
+            known[key] = both(build, near, layer)
+        return known[key]
+
+    def both(build: str, near: Model, layer: Layer) -> Piece:
+        sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
         variants: list[Piece] = []
         for sp in sp_values:
-            graph = _graph(build, model, layer, bool(sp), fused, options, keeps)
+            graph = _graph(build, near, layer, bool(sp), fused, options, keeps)
             variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
         if len(variants) == 1:
             return variants[0]
@@ -109,11 +127,41 @@ def pieces(
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
     return Pieces(
-        embedding=both("embedding", first),
-        layers=tuple(both("layer", layer) for layer in model.layers),
-        head=both("head", last),
+        embedding=one("embedding", first),
+        layers=tuple(one("layer", layer) for layer in model.layers),
+        head=one("head", last),
         tied_params=table if model.tied_embeddings else 0.0 * table,
     )
+
+
+def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
+    """What a piece depends on: of a decoder neither its depth nor its other layers."""
+    if not model.is_decoder:
+        return model, layer
+    once = msgspec.structs.replace(layer, repeat=1)
+    return msgspec.structs.replace(model, name="", layers=(once,), source=""), once
+
+
+def _key(
+    build: str,
+    near: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> bytes:
+    """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
+    losses over all samples, dp."""
+    degrees = [
+        layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
+        layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
+    ]  # fmt: skip
+    if not near.is_decoder:
+        degrees.append(layouts.dp)
+    pool = msgspec.structs.replace(prices.pool, num_nodes=1)
+    local = [degree.tolist() for degree in degrees]
+    return msgspec.json.encode((build, near, layer, local, seq_tokens, pool, options))
 
 
 def _traced_pieces(model: Model, layouts: Layouts, prices: Prices, options: Options) -> Pieces:

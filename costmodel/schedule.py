@@ -10,6 +10,7 @@ of a node share its cores, the speed of an action falls with the number of busy 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,27 +59,27 @@ def order_of(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
 
 
 def _interleaved(rank: int, p: int, v: int, m: int) -> list[Action]:
+    steps = _interleaved_steps(p, v, m)
+    forward: list[Action] = [("F", chunk * p + rank, micro) for chunk, micro in steps]
+    backward: list[Action] = [("B", (v - 1 - chunk) * p + rank, micro) for chunk, micro in steps]
+    total, per_round = m * v, m // max(1, m // p)
+    warm_up = min((v - 1) * per_round + 2 * (p - 1 - rank), total)
+    actions = forward[:warm_up]
+    for pair in zip(forward[warm_up:], backward, strict=False):
+        actions += pair
+    return actions + backward[total - warm_up :]
+
+
+@functools.lru_cache(maxsize=8)
+def _interleaved_steps(p: int, v: int, m: int) -> tuple[tuple[int, int], ...]:
+    """(chunk, micro-batch) of a rank's forwards in order; its backwards count chunks from the
+    end."""
     rounds = max(1, m // p)
     per_round = m // rounds
-    total = m * v
-
-    def forward(step: int) -> Action:
-        chunk = (step // per_round) % v
-        micro = (step // (per_round * v)) * per_round + step % per_round
-        return ("F", chunk * p + rank, micro)
-
-    def backward(step: int) -> Action:
-        chunk = v - 1 - (step // per_round) % v
-        micro = (step // (per_round * v)) * per_round + step % per_round
-        return ("B", chunk * p + rank, micro)
-
-    warm_up = min((v - 1) * per_round + 2 * (p - 1 - rank), total)
-    actions = [forward(step) for step in range(warm_up)]
-    for step in range(total - warm_up):
-        actions.append(forward(warm_up + step))
-        actions.append(backward(step))
-    actions += [backward(step) for step in range(total - warm_up, total)]
-    return actions
+    return tuple(
+        ((step // per_round) % v, (step // (per_round * v)) * per_round + step % per_round)
+        for step in range(m * v)
+    )
 
 
 def _needs(action: Action, last_stage: int) -> list[Action]:
@@ -92,6 +93,8 @@ def _needs(action: Action, last_stage: int) -> list[Action]:
 def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:
     """Longest path through the actions; every rank is a resource of its own.
 
+    Durations depend on kind and stage alone.
+
     >>> done = play(orders("1f1b", 4, 1, 8), lambda a: 1.0 if a[0] == "F" else 2.0, 0.0)
     >>> done.makespan_s
     33.0
@@ -100,36 +103,49 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     last_stage = max(stage for _, stage, _ in order[-1])
     num_micro = 1 + max(micro for _, _, micro in order[0])
     hop = p2p_s if p > 1 else 0.0
-    forward = [[-1.0] * num_micro for _ in range(last_stage + 1)]  # when it ends; -1: not yet
-    backward = [[-1.0] * num_micro for _ in range(last_stage + 1)]
+    forward_s = [duration(("F", stage, 0)) for stage in range(last_stage + 1)]
+    backward_s = [duration(("B", stage, 0)) for stage in range(last_stage + 1)]
+    forward = [[-1.0] * num_micro for _ in forward_s]  # when it ends; -1: not yet
+    backward = [[-1.0] * num_micro for _ in forward_s]
     position, clock, busy = [0] * p, [0.0] * p, [0.0] * p
     progress = True
     while progress:
         progress = False
         for rank, actions in enumerate(order):
-            now, spent, at = clock[rank], busy[rank], position[rank]
-            while at < len(actions):
-                action = actions[at]
-                kind, stage, micro = action
-                own = now
+            now, spent, first = clock[rank], busy[rank], position[rank]
+            at, end = first, len(actions)
+            while at < end:
+                kind, stage, micro = actions[at]
                 if kind == "F":
-                    before = forward[stage - 1][micro] if stage else 0.0
+                    if stage:
+                        before = forward[stage - 1][micro]
+                        if before < 0:
+                            break
+                        if before + hop > now:
+                            now = before + hop
+                    length = forward_s[stage]
+                    now += length
+                    forward[stage][micro] = now
                 else:
-                    own = max(now, forward[stage][micro])
-                    if forward[stage][micro] < 0:
+                    before = forward[stage][micro]
+                    if before < 0:
                         break
-                    before = backward[stage + 1][micro] if stage < last_stage else 0.0
-                if before < 0:
-                    break
-                neighbour = stage > 0 if kind == "F" else stage < last_stage
-                start = max(own, before + hop) if neighbour else own
-                length = duration(action)
-                now = start + length
+                    if before > now:
+                        now = before
+                    if stage < last_stage:
+                        after = backward[stage + 1][micro]
+                        if after < 0:
+                            break
+                        if after + hop > now:
+                            now = after + hop
+                    length = backward_s[stage]
+                    now += length
+                    backward[stage][micro] = now
                 spent += length
-                (forward if kind == "F" else backward)[stage][micro] = now
                 at += 1
+            if at > first:
+                clock[rank], busy[rank], position[rank] = now, spent, at
                 progress = True
-            clock[rank], busy[rank], position[rank] = now, spent, at
     if any(at < len(actions) for at, actions in zip(position, order, strict=True)):
         raise ValueError("the orders deadlock: an action waits for one behind it")
     return Played(makespan_s=max(clock), busy_s=tuple(busy))
