@@ -27,6 +27,9 @@ class Stack(Value, frozen=True, kw_only=True):
     """Traffic of elementwise operators relative to one read and one write per tensor."""
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.8
+    interface_sharing: float = 1.0
+    """Where a group has several members in a node: the part of their network interfaces that it
+    uses when it crosses nodes, one at least."""
     host_s_per_op: float = 5e-6
     """Host time to launch one operator; a layer cannot go faster than its launches."""
     overlap_contention: float = 0.3
