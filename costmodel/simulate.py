@@ -263,7 +263,8 @@ def _sum(times: list[StageTimes]) -> float:
 def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     """The predicted cost of one optimiser step of a plan's first phase.
 
-    With `known` what plans have in common is priced once. Raises InputError when the plan contradicts itself or its model is not covered.
+    With `known` what plans have in common is priced once. Raises InputError when the plan
+    contradicts itself or its model is not covered.
     """
     plan.check()
     sim = Simulation(plan, plan.phase, known)

@@ -135,6 +135,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether gradients stay allocated from step to step, zeroed instead of freed."""
     reshards: bool = True
     """Whether ZeRO 3 frees a gathered unit after use; else it stays to the end of backward."""
+    frees_copies: bool = False
+    """Whether 16-bit copies of parameters that no rank shares are freed unit by unit as well."""
     # and what comes on top of tensors:
     context_bytes: int = 0
     """Memory of the device context and communicators before the first tensor."""
