@@ -88,6 +88,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What the stack does where a table does not say; None = it depends on the layout."""
+    runtime: Literal["eager", "compiled", "graphs"] | None = None
+    """How the host launches operators where a table does not say; None = eager."""
     lora_targets: Literal["all", "qkv", "qv"] = "all"
     """Linears that get adapters where a table does not say: the stack's recipe."""
     optimizer_multiplier: float = 1.0
