@@ -108,10 +108,12 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     forward = [[-1.0] * num_micro for _ in forward_s]  # when it ends; -1: not yet
     backward = [[-1.0] * num_micro for _ in forward_s]
     position, clock, busy = [0] * p, [0.0] * p, [0.0] * p
+    sweep = [*range(p), *reversed(range(p - 1))]  # forwards go up the ranks, backwards down
     progress = True
     while progress:
         progress = False
-        for rank, actions in enumerate(order):
+        for rank in sweep:
+            actions = order[rank]
             now, spent, first = clock[rank], busy[rank], position[rank]
             at, end = first, len(actions)
             while at < end:
