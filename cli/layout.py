@@ -10,7 +10,7 @@ from ..costmodel.options import Options
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
-from ..plan import Phase, Plan, Schedule, Setting, Stage, even_stages
+from ..plan import V_SCHEDULES, Phase, Plan, Schedule, Setting, Stage, even_stages
 from ..workload import Workload
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _mesh(cluster: Cluster, pins: Pins) -> Mesh:
         ulysses=_ulysses(cluster, pins, tp, cp),
         tp=tp,
         pp=pp,
-        vpp=pins.vpp or 1,
+        vpp=pins.vpp or (2 if pins.schedule in V_SCHEDULES else 1),
         ep=pins.ep or 1,
     )
 

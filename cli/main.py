@@ -21,7 +21,7 @@ from .lazy import LazyGroup
 
 COMMANDS = (
     "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "solve",
-    "catalog", "demo",
+    "sweep", "catalog", "demo",
 )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 n is the full logical buffer in bytes (reduced buffer, gathered output, scattered input), p the
 ranks of the group, of which `local` share a node. Within a node the bandwidth is the device's; a
 group over several nodes is limited by its members' network interfaces: with `local` ranks of one
-group in a node, the ring enters and leaves through `local` interfaces.
+group in a node, the ring enters and leaves through `local` interfaces, or the part of them that the
+stack's `interface_sharing` says.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool
     """
     intra, inter, stack = pool.intra_node, pool.inter_node or pool.intra_node, pool.stack
     per_node = float(pool.devices_per_node)
-    local = np.clip(np.floor(per_node / stride), 1.0, ranks)
+    local = np.minimum(np.maximum(np.floor(per_node / stride), 1.0), ranks)
     nodes = np.ceil(ranks / local)
     intra_rate = np.full_like(local, intra.bytes_per_s * stack.intra_node_efficiency)
     nic_rate = inter.bytes_per_s * stack.inter_node_efficiency
     inside = ring_s(kind, num_bytes, ranks, _latency(intra), intra_rate)
+    if kind != "p2p" and np.all(nodes <= 1):
+        return inside
     if kind == "p2p":
         across = ring_s(kind, num_bytes, ranks, _latency(inter), np.full_like(local, nic_rate))
         return np.where(stride * ranks <= per_node, inside, across)
@@ -59,11 +62,12 @@ def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool
         at_home = (local - 1) * share / intra_rate
         latency = inter.latency_s * (nodes - 1) + intra.latency_s * (local - 1)
         return np.where(nodes > 1, latency + np.maximum(abroad, at_home), inside)
-    flat_rate = np.minimum(nic_rate * local, intra_rate)
+    interfaces = np.maximum(1.0, local * stack.interface_sharing)
+    flat_rate = np.minimum(nic_rate * interfaces, intra_rate)
     flat_latency = (inter.latency_s * nodes + intra.latency_s * (ranks - nodes)) / ranks
     flat = ring_s(kind, num_bytes, ranks, flat_latency, flat_rate)
     within = ring_s(kind, num_bytes, local, _latency(intra), intra_rate)
-    across_rate = np.full_like(local, nic_rate)
+    across_rate = nic_rate * interfaces / local
     hierarchical = within + ring_s(kind, num_bytes / local, nodes, _latency(inter), across_rate)
     return np.where(nodes > 1, np.minimum(flat, hierarchical), inside)
 

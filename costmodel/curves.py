@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
 from .graph import Array
 
@@ -36,6 +35,8 @@ def affine_time(sizes: Sequence[float], seconds: Sequence[float], size: Array) -
     >>> affine_time([1.0, 3.0, 9.0], [3.0, 5.0, 11.0], np.array([0.0, 5.0, 36.0])).round(6).tolist()
     [2.0, 7.0, 22.0]
     """
+    from scipy.optimize import nnls  # takes a second to import
+
     xs, ys = np.asarray(sizes, dtype=float), np.asarray(seconds, dtype=float)
     weights = 1.0 / (xs + np.median(xs))
     rows = np.stack([weights, weights * xs], axis=1)

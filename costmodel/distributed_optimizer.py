@@ -30,7 +30,10 @@ def exchange_s(
     stack = prices.pool.stack
     seconds = np.zeros(1)
     for params, group in _exchanged(load, costs, layouts):
-        ranks, groups = group.ranks, layouts.world / group.ranks
+        ranks = group.ranks
+        if not np.any((params > 0) & (ranks > 1)):
+            continue
+        groups = layouts.world / ranks
         reduced = params * stack.reduce_bytes
         gathered = params * DTYPE_BYTES[options.tensor_dtype]
         whole = prices.collective("all_reduce", reduced, ranks, group.stride, groups)

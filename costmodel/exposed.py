@@ -99,8 +99,12 @@ def exposed_s(
     for c in group:
         meetings = meetings + ((ranks_of(c.axis, layouts) > 1) & (c.overlaps is None))
     for c in group:
-        ranks, stride = ranks_of(c.axis, layouts), stride_of(c.axis, layouts)
-        groups = layouts.world / ranks
+        ranks = ranks_of(c.axis, layouts)
+        if np.all(ranks == 1):
+            if c.overlaps is None:
+                seconds.setdefault(mesh_axis(c.axis), np.zeros(len(layouts)))
+            continue
+        stride, groups = stride_of(c.axis, layouts), layouts.world / ranks
         key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype)
         if key not in known:
             moved = c.buffer.num_bytes(sizes)

@@ -27,8 +27,10 @@ Axes = tuple[str, ...]
 
 def volume(axes: Axes, sizes: Sizes) -> Array:
     """Elements of a local tensor: the product of its axes' local sizes."""
-    total = np.ones(1)
-    for axis in axes:
+    if not axes:
+        return np.ones(1)
+    total = sizes[axes[0]]
+    for axis in axes[1:]:
         total = total * sizes[axis]
     return total
 

@@ -81,13 +81,12 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
         for tensor in op.inputs:
             last_use[tensor.name] = index
     live: dict[str, Array] = {graph.boundary.name: graph.boundary.num_bytes(sizes)}
-    peak = np.zeros(1)
+    peak, before = np.zeros(1), live[graph.boundary.name]
     for index, op in enumerate(graph.operators):
         new = {t.name: t.num_bytes(sizes) for t in op.outputs}
         for tensor in op.saves:
             if tensor.name not in live and tensor.name not in new:
                 new[tensor.name] = tensor.num_bytes(sizes)
-        before = sum(live.values(), np.zeros(1))
         added = sum(new.values(), np.zeros(1))
         if op.kind == "edge":  # where nothing is exchanged the edge hands the tensor on
             peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
@@ -95,13 +94,11 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
             peak = np.maximum(peak, before + added + extra)
         live.update(new)
-        for name in list(live):
-            used = last_use.get(name)
-            if name not in keep and (used is None or used <= index) and name not in _names(op):
-                del live[name]
-        for tensor in op.inputs:
-            if last_use[tensor.name] == index and tensor.name not in keep:
-                live.pop(tensor.name, None)
+        made, read = _names(op), {t.name for t in op.inputs}
+        gone = (n for n in live if n not in keep and last_use.get(n, -1) <= index)
+        before = before + added
+        for name in [n for n in gone if n not in made or n in read]:
+            before = before - live.pop(name)
     saved = sum((size for name, size in live.items() if name in keep), np.zeros(1))
     return peak, saved
 
@@ -173,8 +170,9 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
     grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in last.outputs}
     again = _remade(graph, sizes)
     peak, fresh, stayed = np.zeros(1), np.zeros(1), np.zeros(1)
+    held = sum((*saved.values(), *again.values(), *grads.values()), np.zeros(1))
     for op in reversed(graph.operators):
-        standing = sum((*saved.values(), *again.values(), *grads.values()), _inside(op, sizes))
+        standing = held + _inside(op, sizes)
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
@@ -182,17 +180,17 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
         stayed = stayed + weights
         fresh = np.maximum(fresh, standing + making + stayed)
         for tensor in op.outputs:
-            grads.pop(tensor.name, None)
-            again.pop(tensor.name, None)
+            held = held - grads.pop(tensor.name, 0.0) - again.pop(tensor.name, 0.0)
         for tensor in op.saves:
             holders[tensor.name] -= 1
             if holders[tensor.name] == 0:
-                del saved[tensor.name]
+                held = held - saved.pop(tensor.name)
         for name, size in made.items():
             if name in grads:  # two consumers: both gradients and their sum live for a moment
-                held = sum((*saved.values(), *again.values(), *grads.values()), np.zeros(1))
                 peak = np.maximum(peak, held + 2 * size)
                 fresh = np.maximum(fresh, held + 2 * size + stayed)
+                held = held - grads[name]
+            held = held + size
             grads[name] = size
     return peak, fresh
 

@@ -317,10 +317,9 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
 def _largest(moments: Sequence[dict[str, Array]]) -> Peak:
     totals = np.stack([sum(moment.values(), np.zeros(1)) for moment in moments])
     index = np.argmax(totals, axis=0)
-    terms: dict[str, Array] = {}
-    for name in MEMORY_TERMS:
-        stacked = np.stack(
-            [np.broadcast_to(m.get(name, np.zeros(1)), totals.shape[1:]) for m in moments]
-        )
-        terms[name] = np.take_along_axis(stacked, index[None], axis=0)[0]
+    terms = dict.fromkeys(MEMORY_TERMS, np.zeros(len(index)))
+    for i in sorted(set(index.tolist())):
+        here = index == i
+        for name, value in moments[i].items():
+            terms[name] = np.where(here, value, terms[name])
     return Peak(total=np.max(totals, axis=0), terms=terms)

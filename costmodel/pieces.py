@@ -122,6 +122,10 @@ def taken(value: T, rows: NDArray[np.intp]) -> T:
     return value
 
 
+Known = dict[bytes, Piece]
+"""Pieces by all that they depend on: plans of one model share most of theirs."""
+
+
 def pieces(
     model: Model,
     layouts: Layouts,
@@ -129,24 +133,38 @@ def pieces(
     prices: Prices,
     options: Options,
     by_layer: Sequence[Options] | None = None,
+    known: Known | None = None,
 ) -> Pieces:
     """The costs of every piece of a model under each layout.
 
     `options` are those of the whole, `by_layer` those of each of `model.layers` where they differ.
+    What is in `known` is taken from there, what is not is added.
     """
     each = tuple(by_layer or (options,) * len(model.layers))
     if model.traced is not None:
         return _traced_pieces(model, layouts, prices, options, each)
-    known: dict[tuple[Layer, Options], Piece] = {}
-    for layer, own in zip(map(_once, model.layers), each, strict=True):
-        if (layer, own) not in known:
-            known[layer, own] = _both("layer", model, layer, layouts, seq_tokens, prices, own)
+    here: dict[tuple[str, Layer, Options], Piece] = {}
+
+    def one(build: str, layer: Layer, options: Options) -> Piece:
+        near, layer = _nearby(model, layer)
+        place = (build, layer, options)
+        if place in here:
+            return here[place]
+        if known is None or prices.profile is not None:  # curves depend on the whole mesh
+            here[place] = _both(build, near, layer, layouts, seq_tokens, prices, options)
+            return here[place]
+        key = _key(build, near, layer, layouts, seq_tokens, prices, options)
+        if key not in known:
+            known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
+        here[place] = known[key]
+        return known[key]
+
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
     return Pieces(
-        embedding=_both("embedding", model, first, layouts, seq_tokens, prices, options),
-        layers=tuple(known[_once(x), own] for x, own in zip(model.layers, each, strict=True)),
-        head=_both("head", model, last, layouts, seq_tokens, prices, options),
+        embedding=one("embedding", first, options),
+        layers=tuple(one("layer", x, own) for x, own in zip(model.layers, each, strict=True)),
+        head=one("head", last, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
     )
 
@@ -165,7 +183,7 @@ def pieces_of_each(
         pieces(model, layouts, seq_tokens, prices, own).layers
         if model.traced is not None
         else tuple(
-            _both("layer", model, _once(layer), layouts, seq_tokens, prices, own)
+            _both("layer", *_nearby(model, layer), layouts, seq_tokens, prices, own)
             for layer in model.layers
         )
         for own in policies[1:]
@@ -173,13 +191,9 @@ def pieces_of_each(
     return [first, *(replace(first, layers=layers) for layers in others)]
 
 
-def _once(layer: Layer) -> Layer:
-    return msgspec.structs.replace(layer, repeat=1)
-
-
 def _both(
     build: str,
-    model: Model,
+    near: Model,
     layer: Layer,
     layouts: Layouts,
     seq_tokens: int,
@@ -189,14 +203,44 @@ def _both(
     """A piece under layouts with a split sequence and without."""
     fused = prices.pool.device.kind == "gpu"
     keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
-    sizes = local_axes(local_sizes(model, layer, layouts, seq_tokens), options)
+    sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, model, layer, bool(sp), fused, options, keeps)
+        graph = _graph(build, near, layer, bool(sp), fused, options, keeps)
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
     return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
+
+
+def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
+    """What a piece depends on: of a decoder neither its depth nor its other layers."""
+    once = msgspec.structs.replace(layer, repeat=1)
+    if not model.is_decoder:
+        return model, once
+    return msgspec.structs.replace(model, name="", layers=(once,), source=""), once
+
+
+def _key(
+    build: str,
+    near: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> bytes:
+    """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
+    losses over all samples, dp."""
+    degrees = [
+        layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
+        layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
+    ]  # fmt: skip
+    if not near.is_decoder:
+        degrees.append(layouts.dp)
+    pool = msgspec.structs.replace(prices.pool, num_nodes=1)
+    local = [degree.tolist() for degree in degrees]
+    return msgspec.json.encode((build, near, layer, local, seq_tokens, pool, options))
 
 
 def _traced_pieces(

@@ -26,7 +26,7 @@ from . import collectives
 from .curves import affine_time, interpolate_rate, interpolate_time
 from .graph import Array
 from .operators import KINDS
-from .rates import is_matmul, rates
+from .rates import is_compute, is_matmul, rates
 
 
 class Prices:
@@ -127,6 +127,11 @@ class Prices:
         bandwidth = self.pool.device.memory_bytes_per_s * self.pool.stack.memory_efficiency
         x = DTYPE_BYTES[dtype]
         factor = self._traffic(kind)
+        if not is_compute(kind):
+            return (
+                _smooth_max(0.0, factor * entry.forward_bytes(sizes, x) / bandwidth),
+                _smooth_max(0.0, factor * entry.backward_bytes(sizes, x) / bandwidth),
+            )
         forward_rate, backward_rate = rates(kind, sizes, dtype, self.pool)
         return (
             _smooth_max(
@@ -198,7 +203,7 @@ def _nearest(curves: Sequence[Curve], ranks: int, groups: int) -> Curve:
     )
 
 
-def _smooth_max(x: Array, y: Array) -> Array:
+def _smooth_max(x: Array | float, y: Array) -> Array:
     """(x^4 + y^4)^(1/4): near max(x, y), above it where both bind."""
     return (x**4 + y**4) ** 0.25
 

@@ -57,6 +57,8 @@ def sent_bytes(boundary_bytes: Array, layouts: Layouts, prices: Prices) -> Array
 
 def hop_s(costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
     """Transfer of one micro-batch's activations between neighbouring pipeline ranks."""
+    if np.all(layouts.pp == 1):
+        return np.zeros(len(layouts))
     whole = costs.layers[0].boundary_bytes
     part = sent_bytes(whole, layouts, prices)
     replicas = (layouts.dp * layouts.cp * layouts.tp).astype(float)

@@ -23,6 +23,7 @@ from .graph import Array
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9))
 """(rows, columns, relative rate): the large tiles of vendor libraries; the smaller one reuses less
 of what it loads."""
+TILE_ROWS, TILE_COLUMNS, TILE_RATE = (column[:, None] for column in np.array(TILES).T)
 LOW_PRECISION = ("fp8", "fp4", "int8")
 HEAD_REFERENCE = 128.0
 ONE = np.ones(1)
@@ -33,11 +34,13 @@ def is_matmul(kind: str) -> bool:
     return kind.startswith(("linear", "grouped", "conv"))
 
 
-def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Array, Array]:
-    """FLOP/s of an operator's forward and backward; `sizes` as in `KINDS`.
+def is_compute(kind: str) -> bool:
+    """Whether an operator kind does FLOPs that count: GEMMs and attention."""
+    return is_matmul(kind) or kind.startswith("attention")
 
-    Operators that do no FLOPs get the device's peak, which then does not matter.
-    """
+
+def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Array, Array]:
+    """FLOP/s of a matmul's or an attention's forward and backward; `sizes` as in `KINDS`."""
     device, stack = pool.device, pool.stack
     peak = peak_flops_per_s(device, dtype)
     if is_matmul(kind):
@@ -56,12 +59,9 @@ def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Ar
         shape = np.minimum(1.0, sizes[-1] / HEAD_REFERENCE) ** 0.3
         rate = peak * device.sustained_fraction * stack.unfused_attention_efficiency * shape
         return rate, rate
-    if kind.startswith("attention"):
-        shape = np.minimum(1.0, sizes[2] / HEAD_REFERENCE) ** stack.attention_head_exponent
-        rate = peak * device.sustained_fraction * shape
-        return rate * stack.attention_forward_efficiency, rate * stack.attention_backward_efficiency
-    everything = peak + 0.0 * sizes[0]
-    return everything, everything
+    shape = np.minimum(1.0, sizes[2] / HEAD_REFERENCE) ** stack.attention_head_exponent
+    rate = peak * device.sustained_fraction * shape
+    return rate * stack.attention_forward_efficiency, rate * stack.attention_backward_efficiency
 
 
 def peak_flops_per_s(device: Device, dtype: str) -> float:
@@ -104,9 +104,8 @@ def fill(m: Array, n: Array, num_sms: int, groups: Array = ONE) -> Array:
     >>> fill(np.array([128.0 * 108]), np.array([256.0]), 108).round(6).tolist()
     [1.0]
     """
-    rows, columns, relative = (column[:, None] for column in np.array(TILES).T)
-    down, across = groups * np.ceil(m / groups / rows), np.ceil(n / columns)
+    down, across = groups * np.ceil(m / groups / TILE_ROWS), np.ceil(n / TILE_COLUMNS)
     tiles = down * across
-    padded = (m / rows / down) * (n / columns / across)
+    padded = (m / TILE_ROWS / down) * (n / TILE_COLUMNS / across)
     waves = np.ceil(tiles / num_sms)
-    return np.max(relative * padded * tiles / (waves * num_sms), axis=0)
+    return np.max(TILE_RATE * padded * tiles / (waves * num_sms), axis=0)

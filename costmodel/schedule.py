@@ -11,6 +11,7 @@ number of busy ranks (`play_shared`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -65,27 +66,27 @@ def order_of(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
 
 
 def _interleaved(rank: int, p: int, v: int, m: int) -> list[Action]:
+    steps = _interleaved_steps(p, v, m)
+    forward: list[Action] = [("F", chunk * p + rank, micro) for chunk, micro in steps]
+    backward: list[Action] = [("B", (v - 1 - chunk) * p + rank, micro) for chunk, micro in steps]
+    total, per_round = m * v, m // max(1, m // p)
+    warm_up = min((v - 1) * per_round + 2 * (p - 1 - rank), total)
+    actions = forward[:warm_up]
+    for pair in zip(forward[warm_up:], backward, strict=False):
+        actions += pair
+    return actions + backward[total - warm_up :]
+
+
+@functools.lru_cache(maxsize=8)
+def _interleaved_steps(p: int, v: int, m: int) -> tuple[tuple[int, int], ...]:
+    """(chunk, micro-batch) of a rank's forwards in order; its backwards count chunks from the
+    end."""
     rounds = max(1, m // p)
     per_round = m // rounds
-    total = m * v
-
-    def forward(step: int) -> Action:
-        chunk = (step // per_round) % v
-        micro = (step // (per_round * v)) * per_round + step % per_round
-        return ("F", chunk * p + rank, micro)
-
-    def backward(step: int) -> Action:
-        chunk = v - 1 - (step // per_round) % v
-        micro = (step // (per_round * v)) * per_round + step % per_round
-        return ("B", chunk * p + rank, micro)
-
-    warm_up = min((v - 1) * per_round + 2 * (p - 1 - rank), total)
-    actions = [forward(step) for step in range(warm_up)]
-    for step in range(total - warm_up):
-        actions.append(forward(warm_up + step))
-        actions.append(backward(step))
-    actions += [backward(step) for step in range(total - warm_up, total)]
-    return actions
+    return tuple(
+        ((step // per_round) % v, (step // (per_round * v)) * per_round + step % per_round)
+        for step in range(m * v)
+    )
 
 
 def _needs(action: Action, last_stage: int) -> list[Action]:
@@ -108,6 +109,8 @@ def owners(order: Orders) -> list[int]:
 def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:
     """Longest path through the actions; every rank is a resource of its own.
 
+    Durations depend on kind and stage alone.
+
     >>> done = play(orders("1f1b", 4, 1, 8), lambda a: 1.0 if a[0] == "F" else 2.0, 0.0)
     >>> done.makespan_s
     33.0
@@ -119,39 +122,53 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     # neighbours on one rank, and the ends of the model, wait for no transfer
     hops = [0.0 if a == b else p2p_s for a, b in pairwise(owner)]
     into_forward, into_backward = [0.0, *hops], [*hops, 0.0]
-    forward = [[-1.0] * num_micro for _ in range(last_stage + 1)]  # when it ends; -1: not yet
-    backward = [[-1.0] * num_micro for _ in range(last_stage + 1)]
+    kinds = {kind for actions in order for kind, _, _ in actions}
+    stages = range(last_stage + 1)
+    seconds = {kind: [duration((kind, stage, 0)) for stage in stages] for kind in kinds}
+    forward = [[-1.0] * num_micro for _ in stages]  # when it ends; -1: not yet
+    backward = [[-1.0] * num_micro for _ in stages]
     position, clock, busy = [0] * p, [0.0] * p, [0.0] * p
+    sweep = [*range(p), *reversed(range(p - 1))]  # forwards go up the ranks, backwards down
     progress = True
     while progress:
         progress = False
-        for rank, actions in enumerate(order):
-            now, spent, at = clock[rank], busy[rank], position[rank]
-            while at < len(actions):
-                action = actions[at]
-                kind, stage, micro = action
-                before = hop = 0.0
+        for rank in sweep:
+            actions = order[rank]
+            now, spent, first = clock[rank], busy[rank], position[rank]
+            at, end = first, len(actions)
+            while at < end:
+                kind, stage, micro = actions[at]
+                length = seconds[kind][stage]
                 if kind == "F":
                     if stage:
-                        before, hop = forward[stage - 1][micro], into_forward[stage]
+                        before = forward[stage - 1][micro]
+                        if before < 0:
+                            break
+                        if before + into_forward[stage] > now:
+                            now = before + into_forward[stage]
+                    now += length
+                    forward[stage][micro] = now
                 elif kind == "W":
                     before = backward[stage][micro]
-                elif forward[stage][micro] < 0:
-                    break
-                elif stage < last_stage:
-                    before, hop = backward[stage + 1][micro], into_backward[stage]
-                if before < 0:
-                    break
-                length = duration(action)
-                now = max(now, before + hop) + length
-                spent += length
-                if kind == "F":
-                    forward[stage][micro] = now
-                elif kind != "W":
+                    if before < 0:
+                        break
+                    now = max(now, before) + length
+                else:
+                    if forward[stage][micro] < 0:
+                        break
+                    if stage < last_stage:
+                        after = backward[stage + 1][micro]
+                        if after < 0:
+                            break
+                        if after + into_backward[stage] > now:
+                            now = after + into_backward[stage]
+                    now += length
                     backward[stage][micro] = now
+                spent += length
                 at += 1
+            if at > first:
+                clock[rank], busy[rank], position[rank] = now, spent, at
                 progress = True
-            clock[rank], busy[rank], position[rank] = now, spent, at
     if any(at < len(actions) for at, actions in zip(position, order, strict=True)):
         raise ValueError("the orders deadlock: an action waits for one behind it")
     return Played(makespan_s=max(clock), busy_s=tuple(busy))

@@ -20,7 +20,7 @@ from .in_flight import in_flight
 from .layout import Layouts
 from .memory import Peak
 from .options import Options
-from .pieces import Pieces, pieces
+from .pieces import Known, Pieces, pieces
 from .prices import Prices
 from .ranks import (
     IN_LAYER_AXES,
@@ -56,8 +56,9 @@ def check_covered(model: Model) -> None:
 class Simulation:
     """One phase of a plan with all its intermediate costs; arrays have length one."""
 
-    def __init__(self, plan: Plan, phase: Phase) -> None:
+    def __init__(self, plan: Plan, phase: Phase, known: Known | None = None) -> None:
         check_covered(plan.model)
+        self._known = known
         self.plan, self.phase, self.mesh = plan, phase, phase.mesh
         self.pool: Pool = plan.cluster.pool(phase.stages[0].pool)
         self.layouts = Layouts.of(phase)
@@ -91,6 +92,7 @@ class Simulation:
             prices,
             self.options,
             self.grouped.options,
+            self._known,
         )
 
     def _times(self, prices: Prices, costs: Pieces) -> list[StageTimes]:
@@ -286,13 +288,14 @@ def _sum(times: list[StageTimes]) -> float:
     return sum(float(t.forward_s[0] + t.backward_s[0]) for t in times)
 
 
-def estimate(plan: Plan) -> Estimate:
+def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     """The predicted cost of one optimiser step of a plan's first phase.
 
-    Raises InputError when the plan contradicts itself or its model is not covered.
+    With `known` what plans have in common is priced once. Raises InputError when the plan
+    contradicts itself or its model is not covered.
     """
     plan.check()
-    sim = Simulation(plan, plan.phase)
+    sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)
     peak = sim.memory()

@@ -2,7 +2,8 @@
 
 ZeRO 3 without pipeline holds the rest of the piece (embedding, head) for the whole step and streams
 the layers: the current one and the one fetched ahead. Other FSDP modes hold every unit for the
-whole step, and so does a stack that does not free units after use. Stacks that keep parameters
+whole step, and so does a stack that does not free units after use; one may free copies of
+parameters that are not sharded too. Stacks that keep parameters
 whole use them where they lie, up to ZeRO 2; their ZeRO 3 gathers and scatters by buckets of
 elements, whatever the size of a layer.
 """
@@ -65,7 +66,8 @@ class WorkingCopies:
         rest = load.rest_params(costs) * states.used
         everything = Counts.of(load, costs).used_bytes(states)
         streams = (layouts.zero == 3) & (layouts.pp == 1)
-        frees = streams & stack.reshards
+        refetches = streams & stack.reshards
+        frees = refetches | ((layouts.zero == 0) & stack.frees_copies)
         more = np.where(load.num_layers > 1, layer, 0.0)
         at_layer = np.where(frees, np.minimum(rest + layer, everything), everything)
         at_head = np.where(frees, rest, everything)
@@ -74,8 +76,8 @@ class WorkingCopies:
         return WorkingCopies(
             at_head=np.where(units, at_head, 0.0),
             at_layer=np.where(units, at_layer, 0.0),
-            fetched=np.where(units & frees, layer, 0.0),
-            fetched_at_layer=np.where(units & frees, more, 0.0),
+            fetched=np.where(units & refetches, layer, 0.0),
+            fetched_at_layer=np.where(units & refetches, more, 0.0),
             on_wire=np.where(beside, gradients * stack.reduce_bytes, 0.0),
             scattered=np.where(units, scattered, 0.0),
             gradient_bytes=np.where(units, states.used, states.gradient),

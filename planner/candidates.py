@@ -193,6 +193,9 @@ def _bounded(
     model, cluster, workload, pins = request.model, request.cluster, request.workload, request.pins
     pool = only_pool(cluster)
     kept = policies(pool, request.fixed or base_options(pool, workload, pins), pins)
+    if not len(grid):
+        none = np.zeros(0)
+        return Candidates(request, grid, kept, none, none, request.capacity_bytes, 0, {})
     bounds = request.cost.bound_layouts(
         model, cluster, workload, grid, kept, request.capacity_bytes, worth_s
     )

@@ -25,7 +25,7 @@ from ..costmodel.layout import Layouts
 from ..costmodel.mixed import Mixed
 from ..costmodel.options import Options
 from ..model import Model
-from ..plan import even_stages
+from ..plan import SCHEDULES, even_stages, rank_of
 from ..workload import Workload
 
 Ints = NDArray[np.intp]
@@ -67,13 +67,12 @@ def choose_layers(
 def _layers_of_ranks(model: Model, layout: Layouts) -> list[Ints]:
     """The layers of each pipeline rank, over all of its chunks."""
     pp, vpp = int(layout.pp[0]), int(layout.vpp[0])
-    stages = even_stages(model.num_layers, pp * vpp, "")
-    return [
-        np.concatenate(
-            [np.arange(s.layers[0], s.layers[1] + 1) for s in stages[rank::pp]], dtype=np.intp
-        )
-        for rank in range(pp)
-    ]
+    schedule = SCHEDULES[int(layout.schedule[0])]
+    held: list[list[Ints]] = [[] for _ in range(pp)]
+    for index, stage in enumerate(even_stages(model.num_layers, pp * vpp, "")):
+        first, last = stage.layers
+        held[rank_of(schedule, index, pp)].append(np.arange(first, last + 1, dtype=np.intp))
+    return [np.concatenate(stages) for stages in held]
 
 
 def _group_of_layers(model: Model) -> Ints:

@@ -28,7 +28,7 @@ class Pins(Value, frozen=True, kw_only=True):
     """Sequence parallelism; True needs tp > 1."""
     pp: int | None = None
     vpp: int | None = None
-    """Model chunks per pipeline rank; above 1 the schedule is interleaved."""
+    """Model chunks per pipeline rank; above 1 the schedule is an interleaved one or a V."""
     schedule: str | None = None
     dp: int | None = None
     """All data-parallel replicas: dp_replicate * dp_shard."""

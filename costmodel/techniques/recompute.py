@@ -15,8 +15,8 @@ def rewrite(graph: Graph, mode: str) -> Graph:
 
     none: everything autograd saves is kept. selective: the attention core runs again in backward,
     so its statistics (or, unfused, its scores) are not kept. elementwise: norms, activation
-    functions and rotary positions run again, so that matmuls' inputs that they make are not kept
-    (Megatron-Core's recompute modules). per_op: of the layer's tensors only
+    functions, rotary positions and the up-projections of latent attention run again, so that what
+    they make is not kept (Megatron-Core's recompute modules). per_op: of the layer's tensors only
     its input, the attention's output and the output of every second matmul are kept, and all other
     operators run again. full: only the layer's input is kept. Embedding and head are never
     recomputed.
@@ -44,6 +44,12 @@ CHEAP = ("rmsnorm", "layernorm", "swiglu", "geglu", "gelu", "squared_relu", "rel
 """Kinds that cost little time and leave large outputs."""
 
 
+UP_PROJECTIONS = ("q_b", "kv_b")
+"""Matmuls that expand the low ranks of latent attention to all heads: their outputs are large for
+their time, and run again as the norms do (DeepSeek-AI 2024, arXiv 2412.19437, section 3.2.3;
+`mla_up_proj` of Megatron-Core)."""
+
+
 def _elementwise(graph: Graph) -> Graph:
     """Cheap operators keep their inputs alone, and nothing keeps what they make.
 
@@ -59,6 +65,9 @@ def _elementwise(graph: Graph) -> Graph:
             made.update(t.name for t in op.outputs)
             saves = () if op.kind == "edge" else op.inputs
             op = replace(op, saves=saves, recomputed=True)
+        elif op.name in UP_PROJECTIONS:
+            made.update(t.name for t in op.outputs)
+            op = replace(op, recomputed=True)
         operators.append(replace(op, saves=tuple(t for t in op.saves if t.name not in made)))
     return replace(graph, operators=tuple(operators))
 

@@ -17,6 +17,7 @@ from ...errors import ForerunError, InputError
 from ...estimate import Estimate, Interval
 from ...plan import Plan
 from ...stack import Stack
+from ..pieces import Known
 from ..simulate import estimate
 from .build import Candidate, Case, PublishedPlan, unread
 from .conventions import memory_unit_bytes, to_seconds, work
@@ -55,7 +56,7 @@ class Outcome:
     prediction: Prediction
 
 
-def predict(plan: Plan) -> Estimate:
+def predict(plan: Plan, known: Known | None = None) -> Estimate:
     """The estimate of a published plan: the one way from here into the simulator."""
     phase = plan.phase
     actions = 2 * phase.num_microbatches * phase.mesh.num_stages
@@ -63,7 +64,7 @@ def predict(plan: Plan) -> Estimate:
         raise InputError("num_microbatches", phase.num_microbatches,
                          f"{actions} pipeline actions are too many to play",
                          "check batch, micro-batch and dp")  # fmt: skip
-    return estimate(plan)
+    return estimate(plan, known)
 
 
 def price(candidate: Candidate, predicted: Callable[[Plan], Estimate] = predict) -> Prediction:
@@ -141,15 +142,16 @@ def _seconds_per_sequence(prediction: Prediction) -> float:
 
 
 class _Memory:
-    """Estimates by plan: rows of one run differ in metric alone."""
+    """Estimates by plan: rows of one run differ in metric alone, and others in few pieces."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, Estimate] = {}
+        self._pieces: Known = {}
 
     def __call__(self, plan: Plan) -> Estimate:
         key = to_json(plan, indent=0)
         if key not in self._known:
-            self._known[key] = predict(plan)
+            self._known[key] = predict(plan, self._pieces)
         return self._known[key]
 
 

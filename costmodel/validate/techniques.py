@@ -60,7 +60,7 @@ def techniques_of(
     kind = _cp_kind(row)
     if kind:
         chosen["context-parallel"] = {"kind": kind}
-    runtime = _runtime(row)
+    runtime = _runtime(row, stack)
     if runtime:
         chosen["runtime"] = {"mode": runtime}
     offload = _offload(row, model)
@@ -124,10 +124,10 @@ def _cp_kind(row: Row) -> str | None:
     return "ulysses" if row.says("ulysses") else "ring" if row.says("ring CP") else None
 
 
-def _runtime(row: Row) -> str | None:
+def _runtime(row: Row, stack: Stack) -> str | None:
     if row.says("cuda graph"):
         return "graphs"
-    return "compiled" if row.says("torch.compile") else None
+    return "compiled" if row.says("torch.compile") else stack.runtime
 
 
 def _offload(row: Row, model: Model) -> float | None:

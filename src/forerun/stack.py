@@ -27,6 +27,9 @@ class Stack(Value, frozen=True, kw_only=True):
     """Traffic of elementwise operators relative to one read and one write per tensor."""
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.8
+    interface_sharing: float = 1.0
+    """Where a group has several members in a node: the part of their network interfaces that it
+    uses when it crosses nodes, one at least."""
     host_s_per_op: float = 5e-6
     """Host time to launch one operator; a layer cannot go faster than its launches."""
     overlap_contention: float = 0.3
@@ -85,6 +88,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What the stack does where a table does not say; None = it depends on the layout."""
+    runtime: Literal["eager", "compiled", "graphs"] | None = None
+    """How the host launches operators where a table does not say; None = eager."""
     lora_targets: Literal["all", "qkv", "qv"] = "all"
     """Linears that get adapters where a table does not say: the stack's recipe."""
     optimizer_multiplier: float = 1.0
@@ -132,6 +137,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether gradients stay allocated from step to step, zeroed instead of freed."""
     reshards: bool = True
     """Whether ZeRO 3 frees a gathered unit after use; else it stays to the end of backward."""
+    frees_copies: bool = False
+    """Whether 16-bit copies of parameters that no rank shares are freed unit by unit as well."""
     # and what comes on top of tensors:
     context_bytes: int = 0
     """Memory of the device context and communicators before the first tensor."""

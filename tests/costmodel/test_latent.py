@@ -11,6 +11,7 @@ from forerun.costmodel.layers import decoder_layer
 from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.options import Options
+from forerun.costmodel.techniques import recompute
 from forerun.model import Model
 
 from .graphs import forward_flops, layer_graph, layouts_of, moved, num_bytes
@@ -82,3 +83,16 @@ def test_saved_activations_of_the_dense_layer() -> None:
     core = 2 * 2 * HEADS * (NOPE + ROPE) + 2 * 2 * HEADS * V + 4 * HEADS
     mlp = 4 * 2 * FFN  # gate, up, silu of gate, product
     assert liveness(graph, sizes).saved[0] / SEQ == norms + low + core + mlp
+
+
+def test_elementwise_recompute_keeps_the_low_ranks_alone() -> None:
+    """Norms and up-projections run again (arXiv 2412.19437, section 3.2.3): of attention stay its
+    input, the low ranks before their norms, the rotary key, output and statistics."""
+    graph, sizes = layer_graph("deepseek-v3", SEQ)
+    again = recompute.rewrite(graph, "elementwise")
+    attention = 2 * H + 2 * (Q_RANK + KV_RANK + ROPE) + 2 * HEADS * V + 4 * HEADS
+    mlp = 2 * H + 2 * 2 * FFN  # its input, gate and up
+    assert liveness(again, sizes).saved[0] / SEQ == attention + mlp
+    names = {op.name for op in again.operators if op.recomputed}
+    assert {"q_b", "kv_b", "attention_norm", "q_a_norm", "kv_a_norm"} <= names
+    assert not {"q_a", "kv_a", "wo", "attention"} & names

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from forerun.costmodel import estimate
+from forerun.costmodel.pieces import Known
 from forerun.plan import Plan
 
 MakePlan = Callable[..., Plan]
@@ -118,3 +119,48 @@ def test_jitter_grows_with_the_devices(make_plan: MakePlan) -> None:
     drifting = with_stack(plan, drift_per_doubling=0.01)
     ratio = estimate(drifting).step_s.median / estimate(plan).step_s.median
     assert ratio == pytest.approx(1.03, rel=1e-9)
+
+
+def test_a_group_uses_a_part_of_its_members_interfaces(make_plan: MakePlan) -> None:
+    """tp 2 on nodes of 8 leaves four members of a group in a node, tp 8 one, which has its own."""
+
+    def exchange_s(tp: int, share: float) -> float:
+        plan = make_plan(gpus="16xH100", dp_replicate=16 // tp, tp=tp)
+        plan = with_stack(plan, sharding="megatron", interface_sharing=share)
+        return terms(plan)["exposed.dp"]
+
+    assert exchange_s(2, 0.5) > 1.3 * exchange_s(2, 1.0)
+    assert exchange_s(2, 0.1) == exchange_s(2, 0.25)
+    assert exchange_s(8, 0.5) == exchange_s(8, 1.0)
+
+
+def test_copies_of_unsharded_parameters_may_be_freed_by_unit(make_plan: MakePlan) -> None:
+    """Of fp32 parameters, as FSDP on one device keeps them."""
+    plan = make_plan(gpus="1xH100", dp_shard=1)
+    freed = with_stack(plan, frees_copies=True)
+    copies = estimate(plan).memory_terms_bytes["gathered_parameters"]
+    assert copies == pytest.approx(2 * plan.model.num_params, rel=1e-6)
+    assert estimate(freed).memory_terms_bytes["gathered_parameters"] < copies / 4
+
+
+def test_shared_pieces_change_nothing(make_plan: MakePlan) -> None:
+    """Plans that differ in dp, pp, stage of ZeRO, length, or stack."""
+    plans = [
+        make_plan(dp_shard=8, zero=3),
+        make_plan(dp_shard=8, zero=1),
+        make_plan(dp_replicate=8),
+        make_plan(dp_shard=4, zero=3, pp=2),
+        make_plan(dp_shard=4, zero=3, tp=2),
+        make_plan(dp_shard=4, zero=3, tp=2, sp=True),
+        make_plan(dp_shard=4, zero=3, cp=2),
+        make_plan(dp_shard=8, zero=3, seq_tokens=4096),
+        make_plan(dp_shard=8, zero=3, recompute="full"),
+        make_plan("mixtral-8x7b", dp_shard=8, zero=3, ep=8),
+        make_plan("mixtral-8x7b", dp_shard=8, zero=3, ep=4),
+    ]
+    plans.append(with_stack(plans[0], elementwise_multiplier=3.0))
+    known: Known = {}
+    shared = [estimate(plan, known) for plan in plans]
+    assert shared == [estimate(plan) for plan in plans]
+    assert shared == [estimate(plan, known) for plan in plans]
+    assert len(known) < 3 * len(plans)

@@ -176,6 +176,17 @@ def test_techniques_of_a_row() -> None:
     }
 
 
+def test_a_stack_says_how_it_launches_where_the_row_does_not() -> None:
+    def runtime(**cells: object) -> object:
+        return candidates(case(gpus=1, dp=1, zero_stage=0, **cells))[0].plan.phase.technique(
+            "runtime"
+        )
+
+    assert runtime(stack="torchtune-a100") == {"mode": "compiled"}
+    assert runtime(stack="torchtune-baseline-a100") == {}
+    assert runtime(stack="torchtune-a100", notes="CUDA graphs") == {"mode": "graphs"}
+
+
 def test_adapters_have_the_stated_parameters() -> None:
     """litgpt's phi-1.5 rows: 1,572,864 parameters = rank 8 on Q and V, about rank 2 everywhere."""
     lora = candidates(case(model="phi-1.5", notes="task=lora;trainable_params=1572864"))[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from forerun.costmodel.validate import read_table, validate
+from forerun.costmodel.validate import Outcome, Row, build_cases, outcomes, read_table, validate
 
 HERE = Path(__file__).parent
 HALF_A_POINT = 0.005
@@ -38,6 +39,32 @@ def test_errors_have_not_grown(found: dict, name: str) -> None:
 
 def test_intervals_hold_what_they_promise(found: dict) -> None:
     assert 0.85 <= found["summary"]["coverage"] <= 0.95
+
+
+def test_memory_intervals_hold_what_they_promise(found: dict) -> None:
+    assert 0.85 <= found["summary"]["memory"]["coverage"] <= 0.95
+
+
+def test_twice_the_largest_batch_is_not_said_to_fit() -> None:
+    """COAT states speed at the largest batch that fits (2410.19313, table 7)."""
+    largest = [
+        row
+        for row in read_table(HERE / "published_dev.csv")
+        if isinstance(row, Row) and row.source == "coat" and row.is_time
+    ]
+    assert len(largest) == 9
+    twice = [
+        replace(
+            row,
+            micro_batch_seqs=2 * (row.micro_batch_seqs or 1),
+            global_batch_seqs=2 * (row.global_batch_seqs or 1),
+        )
+        for row in largest
+    ]
+    predicted = outcomes(build_cases(twice))
+    assert all(isinstance(outcome, Outcome) for outcome in predicted)
+    said = {o.case.row.id: o.prediction.fits for o in predicted if isinstance(o, Outcome)}
+    assert [name for name, fits in said.items() if fits == "yes"] == []
 
 
 def test_better_than_one_constant_per_gpu(found: dict) -> None:
