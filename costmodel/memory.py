@@ -16,7 +16,7 @@ each with the micro-batches in flight of its schedule.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,8 +89,16 @@ class InFlight:
     later: Array
 
 
-Moment = tuple[NDArray[np.bool_], dict[str, Array]]
-"""Where a moment occurs, and its terms in bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moment:
+    """A moment of a step."""
+
+    exists: NDArray[np.bool_]
+    terms: dict[str, Array]
+    """Bytes."""
+    shortfall: Array
+    """How far one micro-batch's activations are below what the moment needs of them; infinite where
+    the moment needs several layers of one kind."""
 
 
 def peak_memory(
@@ -106,8 +114,8 @@ def peak_memory(
     rank = _Rank.of(load, costs, layouts, options, stack)
     per_chunk = _saved(rank) / layouts.vpp
     moments = [
-        {name: np.where(exists, value, 0.0) for name, value in moment.items()}
-        for _, exists, moment in _every_moment(rank, per_chunk, in_flight)
+        {name: np.where(moment.exists, value, 0.0) for name, value in moment.terms.items()}
+        for _, moment in _every_moment(rank, per_chunk, in_flight)
     ]
     return _largest(moments)
 
@@ -145,13 +153,13 @@ def peak_bytes(
     live = np.where(in_flight.first > 0, np.minimum(in_flight.first, later), later)
     others = np.maximum(live - 1.0, 0.0)
     peak, working, closing = np.zeros((3, len(layouts)))
-    for whole, exists, moment in _every_moment(rank, per_chunk, in_flight):
-        now = np.where(exists, sum(moment.values(), np.zeros(1)), 0.0)
+    for whole, moment in _every_moment(rank, per_chunk, in_flight):
+        now = np.where(moment.exists, sum(moment.terms.values(), np.zeros(1)), 0.0)
         peak = np.maximum(peak, now)
         if whole:
-            working = np.maximum(working, now - live * per_chunk)
-        else:
-            closing = np.maximum(closing, now - others * per_chunk)
+            working = np.maximum(working, now - live * per_chunk - moment.shortfall)
+        short = (moment.shortfall > 0) & np.isfinite(moment.shortfall)
+        closing = np.maximum(closing, np.where(short | (not whole), now - others * per_chunk, 0.0))
     return Peaks(
         total=peak,
         kept=live * per_chunk,
@@ -163,21 +171,25 @@ def peak_bytes(
 
 def _every_moment(
     rank: _Rank, per_chunk: Array, in_flight: InFlight
-) -> Iterator[tuple[bool, NDArray[np.bool_], dict[str, Array]]]:
-    """The candidate moments of a step: whether all live micro-batches are whole, where the moment
-    occurs, and its terms."""
+) -> Iterator[tuple[bool, _Moment]]:
+    """The candidate moments of a step, and whether all live micro-batches are whole then."""
     rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
     standing = rank.kept.sequence_buffers
     first, later = _gradients(rank)
     for live, grads in ((in_flight.first, first), (in_flight.later, later)):
         others = np.maximum(live - 1.0, 0.0) * per_chunk
         *whole, closing = _moments(rank, per_chunk, grads)
-        for is_whole, (present, moment) in [*((True, m) for m in whole), (False, closing)]:
-            moment["activations"] = moment["activations"] + others
-            moment["comm_buffers"] = moment["comm_buffers"] + standing
-            yield is_whole, (live > 0) & present, {**rest, **moment}
-    always = np.ones(1, dtype=bool)
-    yield False, always, {**rest, "gradients": later.after, "comm_buffers": standing}
+        for is_whole, moment in [*((True, m) for m in whole), (False, closing)]:
+            terms = {**rest, **moment.terms}
+            terms["activations"] = terms["activations"] + others
+            terms["comm_buffers"] = terms["comm_buffers"] + standing
+            yield is_whole, replace(moment, exists=(live > 0) & moment.exists, terms=terms)
+    terms = {**rest, "gradients": later.after, "comm_buffers": standing}
+    yield False, _always(terms)
+
+
+def _always(terms: dict[str, Array]) -> _Moment:
+    return _Moment(exists=np.ones(1, dtype=bool), terms=terms, shortfall=np.zeros(1))
 
 
 def _saved(rank: _Rank) -> Array:
@@ -233,15 +245,15 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     return first, _Gradients(before=after, after=after, fresh=streams)
 
 
-def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[Moment]:
+def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[_Moment]:
     """The candidate moments of one micro-batch's backward on this rank."""
     result = [_head(rank, per_chunk, grads)]
     for count, live in rank.each_layer():
         result += _layer(rank, count, live, per_chunk, grads)
-    return [*result, (np.ones(1, dtype=bool), _first_layer(rank, grads))]
+    return [*result, _always(_first_layer(rank, grads))]
 
 
-def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> Moment:
+def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> _Moment:
     """Backward of the loss."""
     present, live = rank.load.head > 0, rank.kept.head
     working = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
@@ -250,18 +262,20 @@ def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> Moment:
     loss = rank.kept.loss_peak
     if loss is None:
         loss = live.loss + np.maximum(working - live.saved, 0.0)
-    return present, {
+    terms = {
         "activations": below + live.saved - live.loss,
         "logits_loss": loss,
         "gradients": grads.before,
         "gathered_parameters": rank.copies.at_head,
         "comm_buffers": rank.copies.fetched,
     }
+    shortfall = np.maximum(live.saved * present - per_chunk, 0.0)
+    return _Moment(exists=present, terms=terms, shortfall=shortfall)
 
 
 def _layer(
     rank: _Rank, count: Array, live: Liveness, per_chunk: Array, grads: _Gradients
-) -> list[Moment]:
+) -> list[_Moment]:
     """Backward of the rank's last layer, if it is of this kind, and of the one before it."""
     copies, head = rank.copies, rank.load.head
     present, own = count > 0, live.saved
@@ -284,7 +298,13 @@ def _layer(
         "comm_buffers": copies.fetched_at_layer + copies.on_wire,
     }
     beside = present & (count > 1) & (copies.on_wire > 0)
-    return [(present, last), (beside, second)]
+    needed = own * present + head * rank.kept.head.saved
+    shortfall = np.maximum(needed - per_chunk, 0.0)
+    several = np.full(1, np.inf)
+    return [
+        _Moment(exists=present, terms=last, shortfall=shortfall),
+        _Moment(exists=beside, terms=second, shortfall=several),
+    ]
 
 
 def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:

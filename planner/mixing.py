@@ -41,8 +41,8 @@ def choose_layers(
 ) -> tuple[Options, ...]:
     """The options of every layer with the least time that fits; where none does, the least peak.
 
-    `layout` is one row; of equal times the choice that keeps less wins. Where memory is optimised,
-    the least peak is all that counts.
+    `layout` is one row. Of equal times the choice with more layers under the first policy wins,
+    then the one that keeps less; where memory is optimised, the least peak is all that counts.
     """
     mixed = Mixed.of(model, cluster, workload, layout, policies)
     on_rank = _layers_of_ranks(model, layout)
@@ -57,7 +57,9 @@ def choose_layers(
         if workload.objective == "memory" or not len(fitting):
             best = here[np.argmin(peaks[here])]
         else:
-            best = fitting[np.lexsort((peaks[fitting], np.round(seconds[fitting], 12)))[0]]
+            plain = counts[fitting, 0].sum(axis=1)
+            order = np.lexsort((peaks[fitting], -plain, np.round(seconds[fitting], 12)))
+            best = fitting[order[0]]
         some, lean, rest = rows[best]
         chosen[layers] = rest
         chosen[layers[_spread(len(layers), some, int(layout.vpp[0]))]] = lean
