@@ -1,0 +1,95 @@
+"""Rows of a grid of layouts: which share a result, and what a pipeline rank of each holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..model import Model
+from ..plan import SCHEDULES, SPLIT_SCHEDULES
+from ..stack import Stack
+from .graph import Array
+from .in_flight import Shares, least_in_flight
+from .layout import Layouts
+from .memory import InFlight
+from .pieces import Pieces
+from .stages import Load, rank_load, stage_load
+
+GPIPE, INTERLEAVED = SCHEDULES.index("gpipe"), SCHEDULES.index("interleaved")
+ZB_H2 = SCHEDULES.index("zb-h2")
+SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
+Index = NDArray[np.intp]
+
+
+RANKS = ("first", "second", "beyond", "last")
+
+
+def ranks_looked_at(model: Model, layouts: Layouts) -> list[Array]:
+    """The pipeline ranks that are looked at: the first, the second, the first one beyond the first
+    group of layers (the fullest, where a few lighter layers come first), and the last."""
+    last = (layouts.pp - 1).astype(float)
+    largest = np.ceil(model.num_layers / (layouts.pp * layouts.vpp))
+    beyond = np.ceil(model.layers[0].repeat / largest) if len(model.layers) > 1 else 0.0 * last
+    return [np.zeros(len(layouts)), np.minimum(1.0, last), np.minimum(beyond, last), last]
+
+
+def load_of(model: Model, layouts: Layouts, rank: Array) -> Load:
+    """All chunks of a rank, worked out once per kind of pipeline."""
+    first, inverse = alike([layouts.pp, layouts.vpp, layouts.schedule])
+    load = rank_load(model, layouts.take(first), rank[first])
+    return Load(
+        layers=tuple(count[inverse] for count in load.layers),
+        embedding=load.embedding[inverse],
+        head=load.head[inverse],
+    )
+
+
+def cuts_of_a_layer(model: Model, layouts: Layouts) -> list[NDArray[np.int64]]:
+    """Everything of a layout that the cost of one micro-batch through a layer depends on."""
+    x = layouts
+    return [
+        x.micro_batch_seqs, x.tp, x.sequence_parallel, x.cp, x.ulysses, x.ep, x.expert_tp,
+        (x.zero > 0).astype(np.int64), (x.zero > 2).astype(np.int64),
+        x.dp if not model.is_decoder else np.zeros(1, dtype=np.int64),
+    ]  # fmt: skip
+
+
+def alike(columns: Sequence[NDArray[np.int64]]) -> tuple[Index, Index]:
+    """The first row of each kind, and the kind of each row; rows of a kind agree in all columns."""
+    key = np.zeros(1, dtype=np.int64)
+    span = 1
+    for column in columns:
+        size = int(column.max(initial=0)) + 1
+        if span * size >= 2**62:
+            key = np.unique(key, return_inverse=True)[1]
+            span = int(key.max(initial=0)) + 1
+        key, span = key * size + column, span * size
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return first, inverse
+
+
+def layers_before(model: Model, layouts: Layouts, rank: Array) -> Load:
+    """The layers of the stages 0 .. rank-1."""
+    stages = (layouts.pp * layouts.vpp).astype(float)
+    size = np.floor(model.num_layers / stages)
+    extra = model.num_layers - size * stages
+    return stage_load(model, np.zeros(1), rank * size + np.minimum(rank, extra) - 1)
+
+
+def in_flight_of(
+    layouts: Layouts, rank: Array, load: Load, costs: Pieces, stack: Stack
+) -> InFlight:
+    """Live chunk activations of a rank."""
+    m = layouts.num_microbatches.astype(float)
+    p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
+    warm = np.where(layouts.schedule == GPIPE, m, np.minimum(m, p - rank))
+    chunked = np.minimum((v - 1) * p + 2 * (p - 1 - rank) + 1, m * v)
+    first = np.where((layouts.schedule == INTERLEAVED) & (v > 1), chunked, warm)
+    later = np.where(first < m * v, first, first - 1)
+    split = np.isin(layouts.schedule, SPLIT)
+    if split.any():
+        held = least_in_flight(layouts, rank, Shares.of(load, costs, layouts, stack))
+        first, later = np.where(split, 0.0, first), np.where(split, held, later)
+    return InFlight(first=first, later=later)
