@@ -105,6 +105,8 @@ def policies(pool: Pool, base: Options, pins: Pins) -> tuple[Options, ...]:
     modes = SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
     if pins.recompute is None and pool.device.kind == "gpu" and base.attention.startswith("flash"):
         modes = ("none", "full")  # a flash kernel keeps nothing that is worth running it twice
+    if base.activations is not None:  # full recompute keeps nothing to be stored in another dtype
+        modes = tuple(mode for mode in modes if mode != "full") or modes
     kept = [(mode, pins.offload or 0.0) for mode in modes]
     if pins.offload is None and "none" in modes and pool.host and everything(pool, pins):
         kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
