@@ -184,7 +184,7 @@ def play_long(
     others takes longer to become the bottleneck, its own chain of actions does.
     """
     fill = 2 * p + m % p
-    fill += FILL_OF_V * p if schedule in V_SCHEDULES else 0
+    fill += FILL_OF_SPLIT * p if schedule in SPLIT_SCHEDULES else 0
     if m <= fill + p or _must_play(schedule, p, v, m, duration):
         return play(orders(schedule, p, v, m), duration, p2p_s)
     short = play(orders(schedule, p, v, fill), duration, p2p_s)
@@ -201,8 +201,8 @@ def play_long(
     )
 
 
-FILL_OF_V = 2
-"""Further rounds of p micro-batches until unlike chunks placed in a V repeat, to 0.2 %."""
+FILL_OF_SPLIT = 3
+"""Further rounds of p micro-batches until unlike chunks repeat, their backwards split, to 0.6 %."""
 LONGEST_PLAY = 400_000
 """Actions of an interleaved schedule of unlike chunks up to which it is played in full."""
 

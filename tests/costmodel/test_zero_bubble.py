@@ -95,7 +95,7 @@ def test_short_plays_tell_long_ones_and_no_chain_is_longer(
     chain = slowest_chain_s(schedule, p, v, m, _timed(table), hop)
     assert chain <= whole * (1 + 1e-12)
     assert play_long(schedule, p, v, m, _timed(table), hop).makespan_s == pytest.approx(
-        whole, rel=5e-3
+        whole, rel=1e-2
     )
     if m >= 4 * p and spread == 1.0:
         assert chain >= 0.97 * whole
