@@ -250,12 +250,14 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
 
 
 def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
-    """The pins of a search; on one node free axes take what can be run there, unless told."""
+    """The pins of a search; on one node free axes take what can be run there, unless told, or
+    unless a pin is beyond that already."""
     import msgspec
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    if flags["space"] is None and not others and pool.num_nodes == 1:
+    beyond = any((flags[axis] or 1) > 1 for axis in ("cp", "ep")) or bool(flags["offload"])
+    if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)
 
