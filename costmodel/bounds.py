@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import Cluster
 from ..model import Model
@@ -65,8 +66,8 @@ class Bounds:
     time_s: Array
     memory_bytes: Array
     capacity_bytes: float
-    evaluated: int
-    """Pairs of a layout and an option whose time and memory were both bounded."""
+    policies_bounded: NDArray[np.int64]
+    """For each layout the number of options under which time and memory were both bounded."""
 
 
 def bound_layouts(
@@ -93,7 +94,7 @@ def bound_layouts(
     capacity = float(pool.device.memory_bytes) if capacity_bytes is None else capacity_bytes
     time = np.zeros(len(layouts))
     memory = np.zeros(len(layouts))
-    evaluated = 0
+    bounded = np.zeros(len(layouts), dtype=np.int64)
     if pool.shared_cores is None:
         parts: list[tuple[Index, int]] = [(np.arange(len(layouts)), 1)]
     else:  # the speed of a rank depends on how many processes one stage keeps busy
@@ -102,8 +103,10 @@ def bound_layouts(
     for index, busy_ranks in parts:
         grid = Grid(model, cluster, workload, layouts.take(index), policies, busy_ranks)
         time[index], memory[index] = grid.bounds(capacity, worth_s)
-        evaluated += grid.evaluated
-    return Bounds(time_s=time, memory_bytes=memory, capacity_bytes=capacity, evaluated=evaluated)
+        bounded[index] = grid.policies_bounded
+    return Bounds(
+        time_s=time, memory_bytes=memory, capacity_bytes=capacity, policies_bounded=bounded
+    )
 
 
 class Grid:
@@ -132,7 +135,7 @@ class Grid:
             self.alone = Prices(pool, cluster.profile, busy_ranks)
             self.quick = pieces_of_each(model, cut, workload.seq_tokens, self.alone, policies)
         self.least_memory = workload.objective == "memory"
-        self.evaluated = 0
+        self.policies_bounded = np.zeros(len(layouts), dtype=np.int64)
 
     def bounds(self, capacity_bytes: float, worth_s: float) -> tuple[Array, Array]:
         """Seconds and bytes of every row."""
@@ -150,7 +153,8 @@ class Grid:
         if not self.least_memory:
             full = memory[alive] > capacity_bytes
         tight = alive[full]
-        self.evaluated += len(alive) + (len(self.policies) - 1) * len(tight)
+        self.policies_bounded[alive] = 1
+        self.policies_bounded[tight] = len(self.policies)
         if len(self.policies) > 1 and len(tight):
             every = self._every_policy(tight, part(found, full))
             least = np.maximum(

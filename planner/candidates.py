@@ -35,7 +35,7 @@ class LowerBounds(Protocol):
     @property
     def capacity_bytes(self) -> float: ...
     @property
-    def evaluated(self) -> int: ...
+    def policies_bounded(self) -> NDArray[np.int64]: ...
 
 
 class CostModel(Protocol):
@@ -117,13 +117,18 @@ class Candidates:
     time_s: Floats
     memory_bytes: Floats
     capacity_bytes: float
-    evaluated: int
-    """Pairs of a layout and a policy whose time and memory were both bounded."""
+    policies_bounded: NDArray[np.int64]
+    """For each layout the policies under which time and memory were both bounded."""
     known: Mapping[int, Ranked]
     """Candidates that are simulated already."""
 
     def __len__(self) -> int:
         return len(self.time_s)
+
+    @property
+    def evaluated(self) -> int:
+        """Pairs of a layout and a policy whose time and memory were both bounded."""
+        return int(self.policies_bounded.sum())
 
     def plan(self, index: int) -> Plan:
         """A candidate as a plan: its layers keep what fits and takes the least time."""
@@ -171,9 +176,9 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
     """
     grid = enumerate_grid(request.model, request.cluster, request.workload, request.pins)
     if len(grid) <= SMALL_GRID or request.workload.objective == "memory":
-        return _bounded(request, grid, np.inf, {}, 0)
+        return _bounded(request, grid)
     rows = np.flatnonzero(ordinary(grid))
-    first = _bounded(request, grid.take(rows), np.inf, {}, 0)
+    first = _bounded(request, grid.take(rows))
     known: dict[int, Ranked] = {}
     fitting: list[float] = []
     for index in first.in_order()[:GUESSES]:
@@ -183,19 +188,25 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
         if len(fitting) == keep:
             break
     worth_s = max(fitting) if len(fitting) == keep else np.inf
-    return _bounded(request, grid, worth_s, known, first.evaluated)
+    found = _bounded(request, grid, worth_s, known)
+    found.policies_bounded[rows] = np.maximum(found.policies_bounded[rows], first.policies_bounded)
+    return found
 
 
 def _bounded(
-    request: Request, grid: Layouts, worth_s: float, known: Mapping[int, Ranked], before: int
+    request: Request,
+    grid: Layouts,
+    worth_s: float = np.inf,
+    known: Mapping[int, Ranked] | None = None,
 ) -> Candidates:
-    """Bounds of the rows of a grid; `before` counts pairs that were bounded already."""
+    """Bounds of the rows of a grid."""
     model, cluster, workload, pins = request.model, request.cluster, request.workload, request.pins
     pool = only_pool(cluster)
     kept = policies(pool, request.fixed or base_options(pool, workload, pins), pins)
     if not len(grid):
         none = np.zeros(0)
-        return Candidates(request, grid, kept, none, none, request.capacity_bytes, 0, {})
+        count = np.zeros(0, dtype=np.int64)
+        return Candidates(request, grid, kept, none, none, request.capacity_bytes, count, {})
     bounds = request.cost.bound_layouts(
         model, cluster, workload, grid, kept, request.capacity_bytes, worth_s
     )
@@ -206,8 +217,8 @@ def _bounded(
         time_s=bounds.time_s,
         memory_bytes=bounds.memory_bytes,
         capacity_bytes=bounds.capacity_bytes,
-        evaluated=bounds.evaluated + before,
-        known=known,
+        policies_bounded=bounds.policies_bounded,
+        known=known or {},
     )
 
 
@@ -221,8 +232,12 @@ def fits(estimate: Estimate, fit: str = "yes") -> bool:
 def nearest_to_fit(
     candidates: Candidates, simulated: list[Ranked], tries: int = 8
 ) -> Ranked | None:
-    """The plan with the least peak among `simulated` and the `tries` smallest memory bounds."""
-    tried = list(simulated)
+    """The plan with the least peak among `simulated` and the `tries` smallest memory bounds; one
+    that is known to fit comes first."""
+    for ranked in candidates.known.values():
+        if candidates.fits(ranked.estimate):
+            return ranked
+    tried = [*simulated, *candidates.known.values()]
     for index in np.argsort(candidates.memory_bytes, kind="stable")[:tries]:
         ranked = candidates.simulate(int(index))
         tried.append(ranked)

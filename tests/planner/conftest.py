@@ -37,8 +37,8 @@ class RandomBounds:
     capacity_bytes: float
 
     @property
-    def evaluated(self) -> int:
-        return len(self.time_s)
+    def policies_bounded(self) -> NDArray[np.int64]:
+        return np.ones(len(self.time_s), dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from forerun.catalogs import load_cluster, load_model
 from forerun.planner import Pins, search
-from forerun.planner.candidates import OwnCost, Request, bound_all
+from forerun.planner.candidates import OwnCost, Request, bound_all, nearest_to_fit
 from forerun.workload import Workload
 
 
@@ -55,3 +56,19 @@ def test_the_proposed_change_leads_to_a_plan():
     spelled = result.infeasible.smallest_change.removeprefix("--gpus ").split(" (")[0]
     assert spelled.startswith("4x8xH100")  # two nodes would do by the median
     assert search(model, load_cluster(spelled), workload, keep=1).plans
+
+
+def test_a_first_guess_changes_no_answer(monkeypatch: pytest.MonkeyPatch):
+    """Pruned by a first guess or bounded as a whole: the same plans; a plan known to fit is the
+    nearest one, whatever was pruned."""
+    workload = Workload(seq_tokens=8192, global_batch_seqs=64)
+    model, cluster = load_model("llama-3.1-70b"), load_cluster("8x8xH100")
+    whole = search(model, cluster, workload, tolerance=0.0, keep=3)
+    monkeypatch.setattr("forerun.planner.candidates.SMALL_GRID", 0)
+    guessed = search(model, cluster, workload, tolerance=0.0, keep=3)
+    assert [plan.label for plan in guessed.plans] == [plan.label for plan in whole.plans]
+    assert guessed.stats.proven and guessed.stats.bounded <= whole.stats.bounded
+    candidates = bound_all(Request(model, cluster, workload, Pins(), OwnCost()))
+    assert np.any(candidates.memory_bytes == 0)  # pruned before its memory was bounded
+    nearest = nearest_to_fit(candidates, [])
+    assert nearest is not None and candidates.fits(nearest.estimate)
