@@ -122,7 +122,7 @@ def _operator(
 ) -> tuple[Array, Array, Array]:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
-    Those of norms, which are small, are left with the rest.
+    Those of norms and embeddings, which are small, are left with the rest.
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
@@ -133,7 +133,7 @@ def _operator(
         backward = backward + weight
     elif op.kind in BOTH_GRADIENTS:
         weight = backward / 2
-    if not op.grad_inputs:
+    if not op.grad_inputs and np.any(weight):
         weight = backward
     factor = _factor(op.kind, dtype, layouts, prices, options)
     return forward * factor, backward * factor, weight * factor

@@ -8,7 +8,6 @@ from ..plan import Phase, Plan
 
 TECHNIQUES = ("precision", "recompute")
 """Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
 RECOMPUTE_MODES = ("none", "selective", "full")
 
@@ -31,12 +30,6 @@ def _check_phase(phase: Phase) -> None:
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:

@@ -50,7 +50,8 @@ def main(folder: Path, module: str | None = None) -> int:
     progress = job.Progress(folder, rank)
     try:
         work = document.read(job.Job, folder / job.JOB)
-        result = Run(work, data.open_corpus(folder / job.CORPUS), progress, module).measure()
+        corpus = data.open_corpus(folder / job.CORPUS)
+        result = _kind_of_run(work)(work, corpus, progress, module).measure()
         document.write(folder / job.result_name(rank), result)
     except Exception as error:
         traceback.print_exc()
@@ -92,7 +93,7 @@ class Run:
             if index >= self.work.warmup_steps:
                 steps_s.append(seconds)
         pace_s = statistics.median(self.pace_s)
-        process_peak_bytes = _process_peak_bytes(self.device)
+        peak_bytes = process_peak_bytes(self.device)
         allocated_bytes = _allocated_bytes(self.device)
         live_bytes, counter = self.count_step()
         profiled_s, matched = self.profile_steps(counter.calls)
@@ -102,19 +103,18 @@ class Run:
             steps_s=tuple(steps_s),
             loss=tuple(loss),
             peak_memory_bytes=allocated_bytes or sum(live_bytes.values()),
-            process_peak_bytes=process_peak_bytes,
+            process_peak_bytes=peak_bytes,
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
-            environment=_environment(load_at_start, self.device)
+            environment=environment(load_at_start, self.device)
             | {
                 "collectives_matched": "yes" if matched else "no",
                 REFERENCE_MATMUL: f"{pace_s:.6g}",
             },
         )
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
         return result
 
     def tokens(self) -> Any:
@@ -199,10 +199,12 @@ class Run:
         """Mean seconds by time term of the profiled steps, and whether collectives were known."""
         rows: list[dict[str, float]] = []
         matched = True
+        pipeline = self.trainer.pipeline
+        message_s = pipeline.message_s() if pipeline is not None else 0.0
         for _ in range(PROFILED_STEPS):
             seen = self.profile_step(calls)
             matched = matched and seen.matched
-            rows.append(attribute(seen))
+            rows.append(attribute(seen, message_s))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, matched
 
     def profile_step(self, calls: list[Call]) -> StepProfile:
@@ -223,6 +225,20 @@ class Run:
         return profile_step(ready, step, marks, calls, self.device)
 
 
+def _kind_of_run(work: job.Job) -> type[Run]:
+    if work.pace is None:
+        return Run
+    from .paced_run import PacedRun  # which is built on this module
+
+    return PacedRun
+
+
+def leave() -> None:
+    """End the process group, all ranks together."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _start_process_group(kind: str) -> torch.device:
     """The device of this rank, with the default process group over all ranks."""
     if kind == "cpu":
@@ -239,7 +255,7 @@ def _resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _process_peak_bytes(device: torch.device) -> int:
+def process_peak_bytes(device: torch.device) -> int:
     """High-water mark of the process's resident memory, or of memory reserved on the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -251,7 +267,8 @@ def _allocated_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _environment(load_at_start: float, device: torch.device) -> dict[str, str]:
+def environment(load_at_start: float, device: torch.device) -> dict[str, str]:
+    """What the run ran on."""
     on_cuda = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
