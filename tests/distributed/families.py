@@ -59,6 +59,7 @@ def make_plan(
     *,
     recompute: str = "none",
     dtype: str = "fp32",
+    runtime: str = "eager",
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
     **phase: Any,
@@ -67,6 +68,9 @@ def make_plan(
     degrees = Mesh(**(mesh or {}))
     micro = micro_batch_seqs or BATCH // degrees.dp
     last = model.num_layers - 1
+    chosen = techniques(dtype, recompute)
+    if runtime != "eager":
+        chosen["runtime"] = {"mode": runtime}
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
@@ -80,7 +84,7 @@ def make_plan(
                 num_microbatches=BATCH // degrees.dp // micro,
                 mesh=degrees,
                 stages=even_stages(model.num_layers, degrees.num_stages, "cpu"),
-                settings=(Setting(layers=(0, last), techniques=techniques(dtype, recompute)),),
+                settings=(Setting(layers=(0, last), techniques=chosen),),
                 **phase,
             ),
         ),
@@ -98,6 +102,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "recompute selective": {"recompute": "selective"},
         "bf16": {"dtype": "bf16"},
         "bf16 accumulation": {"dtype": "bf16"} | SPLIT_BATCH,
+        "compiled": {"runtime": "compiled"},
+        "compiled recompute full": {"runtime": "compiled", "recompute": "full"},
     },
     2: {
         "ddp": {"mesh": {"dp_replicate": 2}},
@@ -116,6 +122,7 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "interleaved": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved"} | PP,
         "1f1b full": {"mesh": {"pp": 2}, "schedule": "1f1b", "recompute": "full"} | PP,
         "bf16 ddp": {"mesh": {"dp_replicate": 2}, "dtype": "bf16"},
+        "compiled zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "runtime": "compiled"},
         "bf16 zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16"},
         "bf16 tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True, "dtype": "bf16"},
         "bf16 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b", "dtype": "bf16"} | PP,
@@ -146,6 +153,8 @@ SLOW = (
     "gpt tp-sp selective", "gpt tp-sp full accumulation", "gpt gpipe", "gpt 1f1b full",
     "gpt bf16 ddp", "gpt bf16 zero3", "gpt bf16 1f1b", "gpt pp2 x zero3 gpipe",
     "gpt pp2x2 x zero3", "gpt pp2 x ddp2", "gpt hsdp zero1", "gpt tp2 x pp2", "gpt tp2-sp x zero3",
+    "gpt compiled", "llama compiled", "gpt compiled recompute full",
+    "llama compiled recompute full", "gpt compiled zero3", "llama compiled zero3",
     "gpt pp4", "llama hsdp zero1", "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
 )  # fmt: skip
 """Families left to the long run: each part of them is in a family of the default run."""
