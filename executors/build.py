@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
-parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, tensor parallel, compilation, recompute, FSDP2 or DDP, memory and
+initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .marks import Marks
 from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import recompute
+from .techniques import recompute, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
 
@@ -78,6 +78,7 @@ def build_piece(
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
+    runtime.apply(piece, phase)
     recompute.apply(piece, phase, marks)
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)

@@ -44,6 +44,9 @@ CPU_ENVIRONMENT = {
 }
 """One thread per rank, and an allocator that keeps its pages, as in profiles: steadier steps."""
 
+CUDA_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Segments that grow leave less memory between tensors: what is predicted to fit then does."""
+
 
 def run(
     plan_file: PlanFile,
@@ -239,7 +242,9 @@ def _whole_lines(path: Path, position: int) -> bytes:
 def _environment(device: str, folder: Path) -> dict[str, str]:
     """The ranks' environment: forerun importable, threads settled, temporary files in `folder`."""
     environment = dict(os.environ, TMPDIR=str(folder))
-    if device == "cpu":
+    if device == "cuda":
+        environment = CUDA_ENVIRONMENT | environment
+    else:
         environment |= CPU_ENVIRONMENT
         if sys.platform.startswith("linux"):
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

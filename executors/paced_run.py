@@ -73,7 +73,7 @@ class PacedRun(Run):
             steps_s=tuple(steps_s),
             loss=tuple(loss),
             peak_memory_bytes=sum(live_bytes.values()),
-            process_peak_bytes=process_peak_bytes(self.device),
+            process_peak_bytes=process_peak_bytes(self.device, self.context_bytes),
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s={n: statistics.fmean(row.get(n, 0.0) for row in terms) for n in names},

@@ -72,7 +72,7 @@ class Run:
     ) -> None:
         self.work, self.corpus, self.progress = work, corpus, progress
         self.device = _start_process_group(work.device)
-        self.context_bytes = _resident_bytes() if self.device.type == "cpu" else 0
+        self.context_bytes = _context_bytes(self.device)
         self.trainer: Trainer = build(work.plan, device=self.device, module=module)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
@@ -93,7 +93,7 @@ class Run:
             if index >= self.work.warmup_steps:
                 steps_s.append(seconds)
         pace_s = statistics.median(self.pace_s)
-        peak_bytes = process_peak_bytes(self.device)
+        peak_bytes = process_peak_bytes(self.device, self.context_bytes)
         allocated_bytes = _allocated_bytes(self.device)
         live_bytes, counter = self.count_step()
         profiled_s, matched = self.profile_steps(counter.calls)
@@ -251,14 +251,18 @@ def _start_process_group(kind: str) -> torch.device:
     return device
 
 
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
+def _context_bytes(device: torch.device) -> int:
+    """In use before the first tensor: resident memory, or the GPU's that is no tensor's."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
-def process_peak_bytes(device: torch.device) -> int:
-    """High-water mark of the process's resident memory, or of memory reserved on the device."""
+def process_peak_bytes(device: torch.device, context_bytes: int) -> int:
+    """High-water mark of the process's resident memory, or of what it holds of the device's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + context_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -61,6 +61,7 @@ def make_plan(
     *,
     recompute: str = "none",
     dtype: str = "fp32",
+    runtime: str = "eager",
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
     cut: tuple[int, ...] = (),
@@ -78,6 +79,9 @@ def make_plan(
         firsts = [end - size for end, size in zip(ends, cut, strict=True)]
         pairs = zip(firsts, ends, strict=True)
         stages = tuple(Stage(pool="cpu", layers=(first, end - 1)) for first, end in pairs)
+    chosen = techniques(dtype, recompute)
+    if runtime != "eager":
+        chosen["runtime"] = {"mode": runtime}
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
@@ -91,7 +95,7 @@ def make_plan(
                 num_microbatches=BATCH // degrees.dp // micro,
                 mesh=degrees,
                 stages=stages,
-                settings=(Setting(layers=(0, last), techniques=techniques(dtype, recompute)),),
+                settings=(Setting(layers=(0, last), techniques=chosen),),
                 **phase,
             ),
         ),
@@ -117,6 +121,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "recompute selective": {"recompute": "selective"},
         "bf16": {"dtype": "bf16"},
         "bf16 accumulation": {"dtype": "bf16"} | SPLIT_BATCH,
+        "compiled": {"runtime": "compiled"},
+        "compiled recompute full": {"runtime": "compiled", "recompute": "full"},
     },
     2: {
         "ddp": {"mesh": {"dp_replicate": 2}},
@@ -135,6 +141,7 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "interleaved": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved"} | PP,
         "1f1b full": {"mesh": {"pp": 2}, "schedule": "1f1b", "recompute": "full"} | PP,
         "bf16 ddp": {"mesh": {"dp_replicate": 2}, "dtype": "bf16"},
+        "compiled zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "runtime": "compiled"},
         "bf16 zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16"},
         "bf16 tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True, "dtype": "bf16"},
         "bf16 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b", "dtype": "bf16"} | PP,
@@ -201,6 +208,8 @@ SLOW = (
     "gpt tp-sp selective", "gpt tp-sp full accumulation", "gpt gpipe", "gpt 1f1b full",
     "gpt bf16 ddp", "gpt bf16 zero3", "gpt bf16 1f1b", "gpt pp2 x zero3 gpipe",
     "gpt pp2x2 x zero3", "gpt pp2 x ddp2", "gpt hsdp zero1", "gpt tp2 x pp2", "gpt tp2-sp x zero3",
+    "gpt compiled", "llama compiled", "gpt compiled recompute full",
+    "llama compiled recompute full", "gpt compiled zero3", "llama compiled zero3",
     "gpt pp4", "llama hsdp zero1", "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
     "gpt zb-h1", "gpt zb-h2", "gpt interleaved-zb", "gpt orders uneven", "gpt zb-h1 full",
     "gpt zb-v selective", "llama zb-v selective", "llama zb-h2", "gpt bf16 zb-v", "llama clip ddp",
