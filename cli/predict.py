@@ -32,6 +32,7 @@ def command(as_json: bool, output: Path | None, **flags: Any) -> None:
     An axis not given is 1 or off, dp takes the ranks left, the precision is bf16 (fp32 on CPUs),
     the schedule 1F1B, the micro-batch 1 sequence, recompute none.
     """
+    from ..costmodel import memory_report
     from . import render
     from .layout import fixed_plan
 
@@ -43,9 +44,15 @@ def command(as_json: bool, output: Path | None, **flags: Any) -> None:
         document.write(output, plan_file)
     if as_json:
         render.print_json(
-            {"label": plan_file.label, "plan": plan_file.plan, "estimate": plan_file.estimate}
+            {
+                "label": plan_file.label,
+                "plan": plan_file.plan,
+                "estimate": plan_file.estimate,
+                "memory": memory_report(plan_file.plan),
+            }
         )
     else:
         render.print_job(job)
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
+        render.print_memory(memory_report(plan_file.plan))
