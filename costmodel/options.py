@@ -28,6 +28,8 @@ class Options:
     attention: str = "flash"
     """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
     normalised by one kernel), eager (by several)."""
+    document_tokens: int | None = None
+    """Mean length of the documents packed into a sequence, where attention stays inside each."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
     ulysses."""
@@ -63,6 +65,7 @@ class Options:
             recipe=str(precision.get("recipe", "tensorwise")),
             recompute=str(setting("recompute").get("mode", "none")),
             attention=str(setting("attention").get("kernel", "flash")),
+            document_tokens=setting("attention").get("documents"),
             cp_kind=str(setting("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
             lora_rank=lora.get("rank"),
@@ -102,6 +105,7 @@ class Options:
 _SETTINGS = (
     ("recompute", "mode", "recompute"),
     ("attention", "kernel", "attention"),
+    ("attention", "documents", "document_tokens"),
     ("context-parallel", "kind", "cp_kind"),
     ("lora", "rank", "lora_rank"),
     ("lora", "targets", "lora_targets"),

@@ -20,6 +20,7 @@ from ..model import Layer, Model
 from ..traced import TracedOperator
 from . import traced
 from .exposed import (
+    Beside,
     backward_collectives,
     copies_s,
     exposed_s,
@@ -31,7 +32,7 @@ from .graph import Array, Collective, Graph, Sizes, volume
 from .layers import decoder_layer, embedding, head
 from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
-from .liveness import Liveness, liveness
+from .liveness import Liveness, liveness, saved_tensors
 from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
 from .prices import Prices
@@ -53,6 +54,8 @@ class Piece:
     waiting_bytes: Array
     """What that part needs where it is put off: inputs and output gradients of matmuls."""
     recompute_s: Array
+    streaming_s: Array
+    """Part of `forward_s` and `backward_s` that is bound by memory."""
     comm_forward_s: dict[str, Array]
     """Exposed communication by mesh axis (tp, cp, ep)."""
     comm_backward_s: dict[str, Array]
@@ -213,6 +216,30 @@ def _both(
     return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
 
 
+def kept_by_tensor(
+    build: str,
+    model: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> dict[str, Array]:
+    """What a micro-batch keeps of one piece under one layout: bytes by tensor."""
+    if model.traced is not None:
+        prefix, *layers, suffix = traced.parts(model)
+        index = model.layers.index(layer) if build == "layer" else 0
+        operators = {"embedding": prefix, "head": suffix}.get(build, layers[index])
+        graph = apply(traced.graph(build, operators), options)
+        return saved_tensors(graph, traced.sizes(operators, layouts))
+    near, layer = _nearby(model, layer)
+    fused = prices.pool.device.kind == "gpu"
+    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
+    sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
+    sp = bool(layouts.sequence_parallel[0])
+    return saved_tensors(_graph(build, near, layer, sp, fused, options, keeps), sizes)
+
+
 def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
     """What a piece depends on: of a decoder neither its depth nor its other layers."""
     once = msgspec.structs.replace(layer, repeat=1)
@@ -315,11 +342,14 @@ def _piece(
     busy_backward = times.backward_s + times.recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
-        times.beside_forward,
+        Beside(operators=times.beside_forward, matmuls=times.near_forward, weights={}),
     )  # fmt: skip
     comm_backward = exposed_s(
         back, sizes, layouts, prices, options, busy_backward + host_backward,
-        times.beside_backward,
+        Beside(
+            operators=times.beside_backward, matmuls=times.near_backward,
+            weights=times.near_weights,
+        ),
     )  # fmt: skip
     if options.offload and graph.name == "layer":
         comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
@@ -338,6 +368,7 @@ def _piece(
         weight_s=times.weight_s * prices.scale("backward"),
         waiting_bytes=waiting_bytes(graph, sizes) + zero,
         recompute_s=times.recompute_s * prices.scale("recompute"),
+        streaming_s=times.streaming_s,
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
@@ -464,6 +495,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         weight_s=pick(yes.weight_s, no.weight_s),
         waiting_bytes=pick(yes.waiting_bytes, no.waiting_bytes),
         recompute_s=pick(yes.recompute_s, no.recompute_s),
+        streaming_s=pick(yes.streaming_s, no.streaming_s),
         comm_forward_s=pick_each(yes.comm_forward_s, no.comm_forward_s),
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),
         host_forward_s=pick(yes.host_forward_s, no.host_forward_s),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -191,6 +191,13 @@ class Simulation:
         if len(self.phase.settings) <= 1 and not self.split and self.own_orders is None:
             # those between hold less of the same than the second
             ranks = sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1})
+        peak = self.memory_of(ranks)
+        fullest = int(np.argmax(peak.total))
+        terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
+        return Peak(total=peak.total[fullest : fullest + 1], terms=terms)
+
+    def memory_of(self, ranks: Sequence[int]) -> Peak:
+        """Peak memory of some pipeline ranks, each at its own peak."""
         load = stacked([self.rank_loads[rank] for rank in ranks])
         layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
@@ -199,9 +206,8 @@ class Simulation:
             self.own_orders,
         )  # fmt: skip
         peak = rank_memory(load, self.costs, layouts, self.prices, self.options, flight)
-        fullest = int(np.argmax(peak.total))
-        terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
-        return Peak(total=peak.total[fullest : fullest + 1], terms=terms)
+        one = np.zeros(len(ranks))
+        return Peak(total=peak.total + one, terms={n: v + one for n, v in peak.terms.items()})
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes handed to each collective, per rank and step, mean over ranks."""
@@ -311,6 +317,13 @@ class Simulation:
 
 def _sum(times: list[StageTimes]) -> float:
     return sum(float(t.forward_s[0] + t.backward_s[0]) for t in times)
+
+
+def step_seconds(plan: Plan, known: Known | None = None) -> float:
+    """The median of the estimate's step time, and nothing else."""
+    plan.check()
+    sim = Simulation(plan, plan.phase, known)
+    return sim.step_s(sim.played())
 
 
 def estimate(plan: Plan, known: Known | None = None) -> Estimate:
