@@ -20,7 +20,7 @@ def apply(graph: Graph, options: Options) -> Graph:
     graph = attention.rewrite(graph, options.attention)
     graph = precision.rewrite(graph, options)
     graph = storage.rewrite(graph, options.activations, options.recompute)
-    return recompute.rewrite(graph, options.recompute)
+    return recompute.rewrite(graph, options.recompute, options.keep)
 
 
 def local_axes(sizes: Sizes, options: Options) -> Sizes:
