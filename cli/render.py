@@ -78,10 +78,11 @@ def parameters(count: int) -> str:
 
 def print_job(job: Job) -> None:
     """Print what is trained on what, with the batch in both units."""
-    work, pool = job.workload, job.cluster.pools[0]
+    work = job.workload
+    devices = " + ".join(f"{p.num_devices:,} x {p.device.name}" for p in job.cluster.pools)
     print_line(
-        f"{job.model.name} ({parameters(job.model.num_params)}) on "
-        f"{job.cluster.num_devices:,} x {pool.device.name}, sequences of {work.seq_tokens:,} tokens"
+        f"{job.model.name} ({parameters(job.model.num_params)}) on {devices}, sequences of "
+        f"{work.seq_tokens:,} tokens"
     )
     print_line(
         f"global batch {work.global_batch_seqs:,} sequences = {work.global_batch_tokens:,} tokens"

@@ -51,22 +51,21 @@ def memory_report(plan: Plan) -> MemoryReport:
     """
     plan.check()
     sim = Simulation(plan, plan.phase)
-    peak = sim.memory_of(range(sim.mesh.pp))
-    ranks = tuple(
-        RankMemory(
-            rank=rank,
-            peak_bytes=float(peak.total[rank]),
-            terms_bytes={name: float(value[rank]) for name, value in peak.terms.items()},
-        )
-        for rank in range(sim.mesh.pp)
-    )
-    fullest = int(np.argmax(peak.total))
-    return MemoryReport(ranks=ranks, fullest=fullest, kept=tuple(_kept(sim, fullest)))
+    ranks: list[RankMemory] = []
+    for rank in range(sim.mesh.pp):
+        peak = sim.memory_of([rank])
+        terms = {name: float(value[0]) for name, value in peak.terms.items()}
+        ranks.append(RankMemory(rank=rank, peak_bytes=float(peak.total[0]), terms_bytes=terms))
+    pools = [sim.pools[k] for k in sim.pool_of_rank]
+    shares = [x.peak_bytes / p.device.memory_bytes for x, p in zip(ranks, pools, strict=True)]
+    fullest = int(np.argmax(shares))
+    return MemoryReport(ranks=tuple(ranks), fullest=fullest, kept=tuple(_kept(sim, fullest)))
 
 
 def _kept(sim: Simulation, rank: int) -> list[KeptTensor]:
-    load, model, stack = sim.rank_loads[rank], sim.grouped.model, sim.pool.stack
-    kept = Kept.of(sim.costs, sim.layouts, stack)
+    load, model, pool = sim.rank_loads[rank], sim.grouped.model, sim.pool_of_rank[rank]
+    prices = sim.prices_of[pool]
+    kept = Kept.of(sim.costs_of[pool], sim.layouts, prices.pool.stack)
     several = len(model.layers) > 1
     first, last = model.layers[0], model.layers[-1]
     pieces = [("embedding", "embedding", first, sim.options, load.embedding, kept.embedding)]
@@ -80,7 +79,7 @@ def _kept(sim: Simulation, rank: int) -> list[KeptTensor]:
         if float(times[0]) == 0:
             continue
         tensors = kept_by_tensor(
-            build, model, layer, sim.layouts, sim.phase.seq_tokens, sim.prices, options
+            build, model, layer, sim.layouts, sim.phase.seq_tokens, prices, options
         )
         found = {tensor: float(size[0]) for tensor, size in tensors.items()}
         other = float(live.saved[0]) - sum(found.values())

@@ -149,18 +149,10 @@ def pieces(
     here: dict[tuple[str, Layer, Options], Piece] = {}
 
     def one(build: str, layer: Layer, options: Options) -> Piece:
-        near, layer = _nearby(model, layer)
-        place = (build, layer, options)
-        if place in here:
-            return here[place]
-        if known is None or prices.profile is not None:  # curves depend on the whole mesh
-            here[place] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-            return here[place]
-        key = _key(build, near, layer, layouts, seq_tokens, prices, options)
-        if key not in known:
-            known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-        here[place] = known[key]
-        return known[key]
+        place = (build, _nearby(model, layer)[1], options)
+        if place not in here:
+            here[place] = _priced(build, layer, model, layouts, seq_tokens, prices, options, known)
+        return here[place]
 
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
@@ -178,20 +170,41 @@ def pieces_of_each(
     seq_tokens: int,
     prices: Prices,
     policies: Sequence[Options],
+    known: Known | None = None,
 ) -> list[Pieces]:
     """`pieces` under each of several options that differ in what layers keep for backward: the ends
     of the model, which keep all, are the same."""
-    first = pieces(model, layouts, seq_tokens, prices, policies[0])
+    first = pieces(model, layouts, seq_tokens, prices, policies[0], None, known)
     others = [
-        pieces(model, layouts, seq_tokens, prices, own).layers
+        pieces(model, layouts, seq_tokens, prices, own, None, known).layers
         if model.traced is not None
         else tuple(
-            _both("layer", *_nearby(model, layer), layouts, seq_tokens, prices, own)
+            _priced("layer", layer, model, layouts, seq_tokens, prices, own, known)
             for layer in model.layers
         )
         for own in policies[1:]
     ]
     return [first, *(replace(first, layers=layers) for layers in others)]
+
+
+def _priced(
+    build: str,
+    layer: Layer,
+    model: Model,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+    known: Known | None,
+) -> Piece:
+    """A piece, out of those that are known."""
+    near, layer = _nearby(model, layer)
+    if known is None or prices.profile is not None:  # curves depend on the whole mesh
+        return _both(build, near, layer, layouts, seq_tokens, prices, options)
+    key = _key(build, near, layer, layouts, seq_tokens, prices, options)
+    if key not in known:
+        known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
+    return known[key]
 
 
 def _both(
@@ -311,6 +324,12 @@ def _graph(
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
     graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
+
+
+def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
+    """The rewritten graph of a layer of a model."""
+    near, layer = _nearby(model, layer)
+    return _graph("layer", near, layer, sp, fused, options, False)
 
 
 def _plain_graph(

@@ -192,11 +192,16 @@ class Cluster(Document, frozen=True, kw_only=True):
     name: str
     pools: tuple[Pool, ...]
     between_pools: Link | None = None
+    """As one device sees it; None = the slower of the pools' own networks."""
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
         if not self.pools:
             raise InputError("pools", "[]", f"{self.name} has no pool", "give one at least")
+        names = [pool.name for pool in self.pools]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError("pools.name", name, "two pools have it", "rename one")
 
     @property
     def num_devices(self) -> int:

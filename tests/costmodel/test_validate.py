@@ -27,7 +27,7 @@ from forerun.costmodel.validate import (
 )
 from forerun.costmodel.validate.baseline import baseline_errors
 from forerun.costmodel.validate.build import Candidate
-from forerun.costmodel.validate.cells import LADDER, SHARES
+from forerun.costmodel.validate.cells import LADDER
 from forerun.costmodel.validate.clusters import network_bytes_per_s
 from forerun.costmodel.validate.conventions import memory_unit_bytes, step_flops, work
 from forerun.costmodel.validate.predict import MEMORY_DOUBT, error_of, price
