@@ -241,8 +241,8 @@ def kept_by_tensor(
     """What a micro-batch keeps of one piece under one layout: bytes by tensor."""
     if model.traced is not None:
         prefix, *layers, suffix = traced.parts(model)
-        index = model.layers.index(layer) if build == "layer" else 0
-        operators = {"embedding": prefix, "head": suffix}.get(build, layers[index])
+        ends = {"embedding": prefix, "head": suffix}
+        operators = layers[model.layers.index(layer)] if build == "layer" else ends[build]
         graph = apply(traced.graph(build, operators), options)
         return saved_tensors(graph, traced.sizes(operators, layouts))
     near, layer = _nearby(model, layer)
