@@ -21,7 +21,7 @@ from .pipeline import Pipeline, local_stages
 from .support import check_executed
 from .techniques import recompute
 from .torch_compat import DeviceMesh
-from .trainer import Trainer
+from .trainer import Trainer, tied_groups
 
 
 def check_supported(plan: Plan) -> None:
@@ -36,24 +36,6 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
     """The device mesh with the axes and rank order of `Mesh`."""
     shape = mesh.shape()
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-
-
-def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
-    """The group of the first and last pipeline rank at this rank's place, when tables are tied.
-
-    Every rank makes every group, in the same order, as torch demands.
-    """
-    mesh = plan.phase.mesh
-    if mesh.pp == 1 or not plan.model.tied_embeddings:
-        return None
-    mine: dist.ProcessGroup | None = None
-    stride = mesh.stride("pp")
-    for first in range(stride):
-        pair = [first, first + (mesh.pp - 1) * stride]
-        group = dist.new_group(pair)
-        if isinstance(group, dist.ProcessGroup) and dist.get_rank() in pair:
-            mine = group
-    return mine
 
 
 def build_piece(

@@ -20,7 +20,9 @@ def local_stages(phase: Phase, pp_rank: int) -> list[int]:
 def hidden_example(phase: Phase, model: Model) -> Tensor:
     """The form of what stages send: hidden states of one micro-batch, on the meta device."""
     parts = phase.mesh.tp if phase.sequence_parallel else 1
-    shape = (phase.micro_batch_seqs, phase.seq_tokens // parts, model.hidden)
+    shape: tuple[int, ...] = (phase.micro_batch_seqs, phase.seq_tokens // parts, model.hidden)
+    if model.traced is not None:
+        shape = (phase.micro_batch_seqs, *model.traced.hidden)
     dtype = precision.compute_dtype(phase)
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
@@ -36,13 +38,16 @@ class Pipeline:
         mesh: DeviceMesh,
         device: torch.device,
         marks: Marks,
+        first: tuple[Tensor, ...] = (),
     ) -> None:
+        """`first` is the form of what the first stage takes, where that is not tokens."""
         group = mesh.get_group("pp")
         indices = local_stages(phase, mesh.get_local_rank("pp"))
         self.has_first = 0 in indices
         self.has_last = phase.mesh.num_stages - 1 in indices
         hidden = hidden_example(phase, model)
         tokens = torch.empty(hidden.shape[0], phase.seq_tokens, dtype=torch.int64, device="meta")
+        taken = first or (tokens,)
         loss = torch.empty((), device="meta", requires_grad=True)
         stages: list[ObservedStage] = []
         for module, index in zip(modules, indices, strict=True):
@@ -51,7 +56,7 @@ class Pipeline:
                 index,
                 phase.mesh.num_stages,
                 device,
-                input_args=tokens if index == 0 else hidden,
+                input_args=taken if index == 0 else hidden,
                 output_args=loss if index == phase.mesh.num_stages - 1 else hidden,
                 group=group,
             )
@@ -62,17 +67,20 @@ class Pipeline:
         self.schedule = make_schedule(phase.schedule, stages, num, lambda loss, _: loss / num)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN.
+        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN."""
+        return self.run((inputs,), {"targets": targets}, targets)
+
+    def run(self, inputs: tuple[Tensor, ...], behind: dict[str, Tensor], target: Tensor) -> Tensor:
+        """The same with what the first stage takes and what the last one takes by name.
 
         The last stage computes its loss inside the module, where the logits die; the schedule's
         loss function only scales it, but wants a target of its own to cut into micro-batches.
         """
-        arguments = (inputs.contiguous(),) if self.has_first else ()  # torch 2.11 checks strides
+        # torch 2.11 checks strides
+        arguments = tuple(x.contiguous() for x in inputs) if self.has_first else ()
         if not self.has_last:
             self.schedule.step(*arguments, return_outputs=False)
-            return torch.full((), float("nan"), device=inputs.device)
+            return torch.full((), float("nan"), device=target.device)
         losses: list[Tensor] = []
-        self.schedule.step(
-            *arguments, targets=targets, target=targets, losses=losses, return_outputs=False
-        )
+        self.schedule.step(*arguments, **behind, target=target, losses=losses, return_outputs=False)
         return torch.stack([loss.detach() for loss in losses]).sum()
