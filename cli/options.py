@@ -43,7 +43,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, ep, offload and zero-bubble schedules, too (default on several).",
+    "predicted: cp, ep and offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -81,6 +81,12 @@ JOB_OPTIONS = (
         default="adamw",
         show_default=True,
         help="Optimiser.",
+    ),
+    click.option(
+        "--clip-norm",
+        type=float,
+        metavar="NORM",
+        help="Scale gradients down to this norm of all of them; default: as they are.",
     ),
     click.option(
         "--objective",
@@ -193,6 +199,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         steps=flags["steps"],
         data=flags["data"],
         optimizer=flags["optimizer"],
+        clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
     )
     return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))

@@ -89,6 +89,18 @@ def extra_options(function: Any) -> Any:
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
 @extra_options
+@click.option(
+    "--pace",
+    metavar="DEVICE",
+    help="Emulate: CPU processes hold every chunk to the time predicted for this device (H100, a "
+    "profile's file, or plan: the plan's own); for schedules, not for speed.",
+)
+@click.option(
+    "--pace-scale",
+    type=float,
+    metavar="FACTOR",
+    help="Seconds here per emulated second; default: such that real work is short beside it.",
+)
 @common_options
 def command(
     as_json: bool,
@@ -98,6 +110,8 @@ def command(
     warmup: int,
     data: str | None,
     model: str | None,
+    pace: str | None,
+    pace_scale: float | None,
     max_restarts: int | None,
     grace: str,
     **flags: Any,
@@ -124,6 +138,8 @@ def command(
             max_restarts=max_restarts,
             grace_s=units.parse_duration(grace, "grace"),
             nodes=read_nodes(flags),
+            pace=pace,
+            pace_scale=pace_scale,
         )
     if output is not None:
         document.write(output, measurement)

@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
-parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, tensor parallel, compilation, recompute, FSDP2 or DDP, memory and
+initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .marks import Marks
 from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import recompute
+from .techniques import recompute, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -39,24 +39,33 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
 
 
 def build_piece(
-    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks
+    plan: Plan,
+    stage: int,
+    mesh: DeviceMesh,
+    device: torch.device,
+    marks: Marks,
+    first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
-    """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
+    """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
+
+    `first_piece` is the one with the embedding where this rank has built it already.
+    """
     phase = plan.phase
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
-        piece = Decoder(plan.model, first, last)
+        piece = Decoder(plan.model, first, last, first_piece)
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
+    runtime.apply(piece, phase)
     recompute.apply(piece, phase, marks)
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)
     piece.to_empty(device=device)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
-    if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
+    if data_parallel.uses_ddp(phase):
         return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
     return piece, piece, tp_dims
 
@@ -74,12 +83,15 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
-    built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]
+    built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
+    for stage in stages:
+        first_piece = built[0][0] if built and built[0][0].is_first else None
+        built.append(build_piece(plan, stage, mesh, device, marks, first_piece))
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
-        pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks)
+        pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks)
     parameters = [p for piece in pieces for p in piece.parameters()]
     return Trainer(
         plan,

@@ -23,6 +23,7 @@ from .. import document
 from ..document import Value
 from ..errors import InputError, RunFailed
 from ..plan import Plan
+from .pacing import Pace
 
 JOB = "job.json"
 LAUNCH = "launch.json"
@@ -79,6 +80,8 @@ class Job(Value, frozen=True, kw_only=True):
     """Whether one more step is counted, and `profiled_steps` are profiled."""
     profiled_steps: int = 3
     """Their mean is less at the mercy of a busy machine than one."""
+    pace: Pace | None = None
+    """What chunks are held to; None: they take their time."""
     training: Training | None = None
     started_s: float = 0.0
     """Wall clock at the start of the run."""

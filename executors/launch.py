@@ -26,7 +26,7 @@ from .. import document
 from ..errors import InputError, Interrupted, RunFailed
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
-from . import corpus, failures, job, machine
+from . import corpus, emulation, failures, job, machine
 from .checkpoints import folder as checkpoints
 from .interrupts import Stop, stopping_gently
 from .machine import Nodes
@@ -54,6 +54,9 @@ CPU_ENVIRONMENT = {
 }
 """One thread per rank, and an allocator that keeps its pages, as in profiles: steadier steps."""
 
+CUDA_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Segments that grow leave less memory between tensors: what is predicted to fit then does."""
+
 
 def run(
     plan_file: PlanFile,
@@ -70,6 +73,8 @@ def run(
     max_restarts: int | None = None,
     grace_s: float = GRACE_S,
     nodes: Nodes | None = None,
+    pace: str | None = None,
+    pace_scale: float | None = None,
 ) -> Measurement:
     """What a plan really does on this machine.
 
@@ -81,6 +86,9 @@ def run(
     With `training`, training goes to step `steps` (default: the phase's, or no end where `training`
     has one), the first `warmup_steps` of which are not timed; lost ranks are started again from the
     last checkpoint, `max_restarts` times. With `nodes`, this machine runs its part of the plan.
+    With `pace` (see `emulation.emulated`) CPU processes run the plan and hold every chunk to the
+    time predicted for that device, times `pace_scale`; the Measurement is in the device's seconds
+    and marked as emulated.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges. Ctrl-C and SIGTERM end all ranks and pass on; with
@@ -89,13 +97,16 @@ def run(
     plan = plan_file.plan
     plan.check()
     machine.check_nodes(nodes)
-    device = machine.check_machine(plan, nodes)
+    device = "cpu" if pace is not None else machine.check_machine(plan, nodes)
     machine.check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
-    per_node = machine.ranks_per_node(plan, nodes)
-    num_ranks = per_node[nodes.node if nodes is not None else 0]
-    machine.check_memory(plan_file, device, num_ranks)
+    paced = None
+    if pace is None:
+        machine.check_memory(plan_file, device, num_ranks)
+    else:
+        _check_paced(pace, training, nodes)
+        paced = emulation.prepare(plan, pace, pace_scale)
     if training is not None:
         training = _absolute(training)
         if training.until_loss is None and training.until_s is None:
@@ -109,6 +120,7 @@ def run(
         device=device,
         warmup_steps=warmup_steps,
         steps=steps,
+        pace=paced,
         training=training,
         started_s=time.time(),
         data_digest=hashlib.sha256(text).hexdigest() if text is not NO_TEXT else "",
@@ -141,7 +153,7 @@ def run(
         finally:
             if log_dir is not None:
                 _keep_logs(folder, log_dir)
-    measured = report.measurement(plan, plan_file.label, results, {"date": date})
+    measured = report.measurement(plan, plan_file.label, results, {"date": date}, paced is not None)
     if output is not None:
         document.write(output, measured)
     return measured
@@ -162,6 +174,15 @@ def _check_counts(steps: int | None, warmup_steps: int) -> None:
         raise InputError("steps", steps, "not positive", "give 1 or more")
     if warmup_steps < 0:
         raise InputError("warmup", warmup_steps, "negative", "give 0 or more")
+
+
+def _check_paced(pace: str, training: job.Training | None, nodes: Nodes | None) -> None:
+    """Raise InputError for what a paced run, which only measures, on one machine, does not do."""
+    for field, value in (("training", training), ("nnodes", nodes and nodes.num)):
+        if value is not None:
+            raise InputError("pace", pace, f"a paced run takes no {field}: it emulates, here, and "
+                             "keeps nothing", "leave out --checkpoint, --until, --metrics, "
+                             "--tensorboard and --nnodes")  # fmt: skip
 
 
 def _absolute(training: job.Training) -> job.Training:
@@ -276,7 +297,9 @@ def _whole_lines(path: Path, position: int) -> bytes:
 def _environment(device: str, folder: Path, launch: job.Launch) -> dict[str, str]:
     """The ranks' environment: forerun importable, threads settled, temporary files in `folder`."""
     environment = dict(os.environ, TMPDIR=str(folder))
-    if device == "cpu":
+    if device == "cuda":
+        environment = CUDA_ENVIRONMENT | environment
+    else:
         environment |= CPU_ENVIRONMENT
     if sys.platform.startswith("linux"):
         alone = launch.num_nodes == 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..errors import InputError
 from ..model import Model
-from ..plan import Phase, Plan
+from ..plan import SPLIT_SCHEDULES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute")
+TECHNIQUES = ("precision", "recompute", "runtime")
 """Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
 RECOMPUTE_MODES = ("none", "selective", "full")
+RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:
@@ -31,12 +31,6 @@ def _check_phase(phase: Phase) -> None:
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -51,6 +45,15 @@ def _check_phase(phase: Phase) -> None:
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
                              f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+        runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
+        if runtime not in RUNTIMES:
+            raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
+        if runtime == "compiled" and mode == "selective":
+            raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
+                             "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
+            raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
+                             "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
     num_layers = phase.stages[-1].layers[1] + 1
     dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
     if len(dtypes) > 1:

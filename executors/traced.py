@@ -94,9 +94,9 @@ class TracedTrainer(Trainer):
         num = len(batches)
         for index, inputs in enumerate(batches):
             with data_parallel.microbatch(self.modules[0], self.phase, index == num - 1):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](*inputs) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total
@@ -134,7 +134,7 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
         tp_dims |= {f"module.{n}": dim for n, dim in dims.items() if f"module.{n}" in names}
     pipeline = None
     if phase.mesh.pp > 1:
-        pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks,
+        pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
     trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
     optimizer = make_adamw(trained, plan.workload.learning_rate)
@@ -168,7 +168,7 @@ def _replicate_or_shard(piece: Trainable, phase: Phase, mesh: DeviceMesh) -> nn.
     """The module to call: the piece under FSDP, DDP around it, or the piece itself."""
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
-    elif phase.mesh.dp > 1:
+    elif data_parallel.uses_ddp(phase):
         return data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
     return piece
 

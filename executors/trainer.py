@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import RunFailed
-from ..plan import Plan
-from . import data_parallel
+from ..plan import Plan, rank_of
+from . import clipping, data_parallel
 from .decoder import Decoder
 from .marks import Marks, Observer
 from .pipeline import Pipeline
@@ -72,9 +72,9 @@ class Trainer:
         for index, (x, y) in enumerate(zip(inputs.chunk(num), targets.chunk(num), strict=True)):
             last = index == num - 1
             with data_parallel.microbatch(self.modules[0], self.phase, last):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](x, y) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total
@@ -98,10 +98,31 @@ class Trainer:
                     dist.all_reduce(local(gradient), group=self.tied_group)
 
     def optimizer_step(self) -> None:
-        """AdamW, then gradients dropped."""
-        with self.marks.mark("optimizer"):
+        """Gradients clipped where the workload says so, AdamW, then gradients dropped."""
+        self.clip_gradients()
+        with self.marks.chunk("optimizer", "U"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_gradients(self) -> None:
+        """Scale gradients down where their norm is above the workload's (collective)."""
+        clip_norm = self.plan.workload.clip_norm
+        if clip_norm is None:
+            return
+        held = {n: p.grad for n, p in self._named_parameters().items() if p.grad is not None}
+        copies = {name: self._copies(name) for name in held}
+        parts = clipping.by_copies({name: local(g) for name, g in held.items()}, copies)
+        with self.marks.mark("optimizer"):
+            clipping.clip(parts, clip_norm, self.device)
+
+    def _copies(self, name: str) -> int:
+        """How many ranks hold the same part of a parameter's gradient."""
+        copies = data_parallel.copies(self.phase)
+        if name not in self.tp_dims:
+            copies *= self.mesh.tp
+        if self.tied_group is not None and name in self.shared:
+            copies *= 2
+        return copies
 
     def global_loss(self, local_loss: Tensor) -> float:
         """Mean loss over all replicas, the same on every rank."""
@@ -168,12 +189,14 @@ class Trainer:
 
 
 def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
-    """The group of the first and last pipeline rank at this rank's place, when tables are tied.
+    """The group of the first and last stage's ranks at this rank's place, when tables are tied and
+    they are two.
 
     Every rank makes every group, in the same order, as torch demands.
     """
-    mesh = plan.phase.mesh
-    if mesh.pp == 1 or not plan.model.tied_embeddings:
+    phase, mesh = plan.phase, plan.phase.mesh
+    together = rank_of(phase.schedule, mesh.num_stages - 1, mesh.pp) == 0
+    if together or not plan.model.tied_embeddings:
         return None
     mine: dist.ProcessGroup | None = None
     stride = mesh.stride("pp")

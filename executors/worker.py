@@ -73,8 +73,8 @@ def run_plan(folder: Path, corpus: np.ndarray, module: str | None, name: str = "
     rank = own_rank(work.ranks_per_node)
     progress = job.Progress(folder, rank)
     try:
-        results = Run(work, corpus, progress, folder, module, name).measure()
-        for result in results:
+        run = _kind_of_run(work)(work, corpus, progress, folder, module, name)
+        for result in run.measure():
             document.write(folder / job.result_name(result.rank), result)
     except Exception as error:
         traceback.print_exc()
@@ -100,7 +100,7 @@ class Run:
         self.device = start_process_group(work, name)
         check_nodes(work)
         check_device(work.plan, self.device)
-        self.context_bytes = environment.resident_bytes() if self.device.type == "cpu" else 0
+        self.context_bytes = environment.context_bytes(self.device)
         self.trainer: Trainer = build(work.plan, device=self.device, module=module)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
@@ -125,13 +125,13 @@ class Run:
             if dist.get_rank() == 0 or self.work.ranks_per_node:
                 document.write(self.folder / job.END, end)
             if end.reason == "interrupted":
-                self.end()
+                leave()
                 return []
         if not self.work.counted:
             result = self.result(loss, steps_s)
-            self.end()
+            leave()
             return [result]
-        process_peak_bytes = environment.process_peak_bytes(self.device)
+        peak_bytes = environment.process_peak_bytes(self.device, self.context_bytes)
         allocated_bytes = environment.allocated_bytes(self.device)
         live_bytes, counter = self.count_step()
         profiled_s, matched = self.profile_steps(counter.calls)
@@ -139,7 +139,7 @@ class Run:
             loss,
             steps_s,
             peak_memory_bytes=allocated_bytes or sum(live_bytes.values()),
-            process_peak_bytes=process_peak_bytes,
+            process_peak_bytes=peak_bytes,
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s=profiled_s,
@@ -153,7 +153,7 @@ class Run:
         results = [result]
         if self.work.ranks_per_node:
             results = of_all_nodes(result)
-        self.end()
+        leave()
         return results
 
     def result(self, loss: list[float], steps_s: list[float], **counted: Any) -> RankResult:
@@ -165,11 +165,6 @@ class Run:
             loss=tuple(loss),
             **counted,
         )
-
-    def end(self) -> None:
-        """Leave together."""
-        dist.barrier()
-        dist.destroy_process_group()
 
     def train(self) -> tuple[list[float], list[float]]:
         """Losses of all steps so far, and seconds of the timed ones."""
@@ -307,10 +302,12 @@ class Run:
         """Mean seconds by time term of the profiled steps, and whether collectives were known."""
         rows: list[dict[str, float]] = []
         matched = True
+        pipeline = self.trainer.pipeline
+        message_s = pipeline.message_s() if pipeline is not None else 0.0
         for _ in range(self.work.profiled_steps):
             seen = self.profile_step(calls)
             matched = matched and seen.matched
-            rows.append(attribute(seen))
+            rows.append(attribute(seen, message_s))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, matched
 
     def profile_step(self, calls: list[Call]) -> StepProfile:
@@ -329,6 +326,20 @@ class Run:
             self.trainer.optimizer_step()
 
         return profile_step(ready, step, marks, calls, self.device)
+
+
+def _kind_of_run(work: job.Job) -> type[Run]:
+    if work.pace is None:
+        return Run
+    from .paced_run import PacedRun  # which is built on this module
+
+    return PacedRun
+
+
+def leave() -> None:
+    """End the process group, all ranks together."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,18 @@ import torch
 import torch.distributed as dist
 
 
-def resident_bytes() -> int:
-    """Memory of this process."""
-    return psutil.Process().memory_info().rss
+def context_bytes(device: torch.device) -> int:
+    """In use before the first tensor: resident memory, or the GPU's that is no tensor's."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
-def process_peak_bytes(device: torch.device) -> int:
-    """High-water mark of the process's resident memory, or of memory reserved on the device."""
+def process_peak_bytes(device: torch.device, context_bytes: int) -> int:
+    """High-water mark of the process's resident memory, or of what it holds of the device's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + context_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

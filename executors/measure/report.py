@@ -39,7 +39,11 @@ class RankResult(Value, frozen=True, kw_only=True):
 
 
 def measurement(
-    plan: Plan, label: str, results: Sequence[RankResult], environment: Mapping[str, str]
+    plan: Plan,
+    label: str,
+    results: Sequence[RankResult],
+    environment: Mapping[str, str],
+    emulated: bool = False,
 ) -> Measurement:
     """The Measurement of a run, from all of its ranks."""
     steps_s = slowest(results)
@@ -72,6 +76,7 @@ def measurement(
         loss=results[0].loss,
         ranks=ranks,
         environment={**results[0].environment, **environment},
+        emulated=emulated,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +53,17 @@ def plan_of(folder: Path, target: str, settings: dict[str, Any]) -> Plan:
     return families.make_plan(document.read(Model, folder / FILES[target]), **settings)
 
 
-def run_all(world: int, folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Losses, gradients and collectives of this rank, by (target, family)."""
+def tasks(world: int, folder: Path) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
+    """What a rank does, by (target, family)."""
     return {
-        name: train(plan_of(folder, name[0], settings), name[0])
-        for name, settings in FAMILIES[world].items()
+        (target, family): partial(train, folder, target, settings)
+        for (target, family), settings in FAMILIES[world].items()
     }
 
 
-def train(plan: Plan, target: str) -> dict[str, Any]:
+def train(folder: Path, target: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Losses of all steps, gradients of the first, collectives of the last."""
+    plan = plan_of(folder, target, settings)
     trainer = build(plan, device=torch.device("cpu"), module=target)
     assert isinstance(trainer, TracedTrainer)
     place, shard = trainer.coordinates, plan.phase.mesh.dp_shard

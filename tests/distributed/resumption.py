@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,9 @@ def resumed(plan: Plan, place: Path, step: int, group: Any) -> tuple[Trainer, li
     return trainer, losses
 
 
-def same_layout(model: Model, family: str, world: int, place: Path, group: Any) -> dict[str, Any]:
+def same_layout(model: Model, family: str, world: int, place: Path) -> dict[str, Any]:
     """Five steps at once against three and two after a resumption."""
+    group = dist.new_group(backend="gloo")
     plan = plan_of(model, family, world)
     trainer = build(plan, device=torch.device("cpu"))
     steps(trainer, 0, 3)
@@ -107,10 +110,9 @@ def same_layout(model: Model, family: str, world: int, place: Path, group: Any) 
     }
 
 
-def chain(
-    model: Model, layouts: tuple[str, ...], world: int, place: Path, group: Any
-) -> dict[str, Any]:
+def chain(model: Model, layouts: tuple[str, ...], world: int, place: Path) -> dict[str, Any]:
     """One training, handed from layout to layout; what each starts with is what was left."""
+    group = dist.new_group(backend="gloo")
     losses: list[float] = []
     equal: list[bool] = []
     before: list[dict[str, Tensor]] = [{}] * world
@@ -143,16 +145,18 @@ def selected(world: int, slow: bool) -> tuple[list[tuple[str, str]], dict[str, t
     return every, {model: layouts for model in families.MODELS}
 
 
-def run_all(world: int, place: Path, slow: bool) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results of this rank, by (model, what)."""
-    group = dist.new_group(backend="gloo")
-    results: dict[tuple[str, str], dict[str, Any]] = {}
+def tasks(
+    world: int, place: Path, slow: bool
+) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
+    """What a rank does, by (model, what)."""
+    found: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}
     same, chains = selected(world, slow)
     for name, family in same:
         own = place / name / family.replace(" ", "-")
-        found = same_layout(families.MODELS[name], family, world, own, group)
-        results[name, f"resume {family}"] = found
+        found[name, f"resume {family}"] = partial(
+            same_layout, families.MODELS[name], family, world, own
+        )
     for name, layouts in chains.items():
         model = families.MODELS[name]
-        results[name, "chain"] = chain(model, layouts, world, place / name / "chain", group)
-    return results
+        found[name, "chain"] = partial(chain, model, layouts, world, place / name / "chain")
+    return found
