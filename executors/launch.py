@@ -101,6 +101,8 @@ def run(
     machine.check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
+    per_node = machine.ranks_per_node(plan, nodes)
+    num_ranks = per_node[nodes.node if nodes is not None else 0]
     paced = None
     if pace is None:
         machine.check_memory(plan_file, device, num_ranks)

@@ -36,6 +36,7 @@ __all__ = [
     "ObservedStage",
     "Runtime",
     "all_gather_single",
+    "destroy_process_groups",
     "fully_shard",
     "is_fake",
     "operator_name",
@@ -337,3 +338,17 @@ def local_box(tensor: DTensor) -> tuple[int, ...]:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return tuple(offsets)
+
+
+def destroy_process_groups() -> None:
+    """End all process groups, and forget the meshes that DTensor knows over them.
+
+    A mesh that is made anew equals the old one, and results that DTensor keeps by mesh would bring
+    back names of groups that are gone.
+    """
+    dist.destroy_process_group()
+    kept: Any = DTensor
+    kept._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear is not None:
+        clear()

@@ -37,6 +37,7 @@ from .measure.memory import LiveTensors
 from .measure.report import RankResult
 from .processes import die_with_parent
 from .ranks import check_device, check_nodes, of_all_nodes, own_rank, start_process_group
+from .torch_compat import destroy_process_groups
 from .traced import TracedTrainer
 from .trainer import Trainer
 from .training import Keeper
@@ -339,7 +340,7 @@ def _kind_of_run(work: job.Job) -> type[Run]:
 def leave() -> None:
     """End the process group, all ranks together."""
     dist.barrier()
-    dist.destroy_process_group()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import modules
 import resumption
 
 from forerun.executors.build import build
+from forerun.executors.torch_compat import destroy_process_groups
 
 Task = Callable[[], dict[str, Any]]
 
@@ -55,7 +56,7 @@ def main() -> None:
         except Exception:
             results[name] = {"error": traceback.format_exc()}
             break  # the other ranks may be out of step from here on
-        dist.destroy_process_group()
+        destroy_process_groups()
     (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(results))
 
 
