@@ -226,9 +226,6 @@ def is_traced(name: str | None) -> bool:
 
 def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
     """The user's module as a Model; what its plans do not name cannot divide it."""
-    if flags.get("stages"):
-        raise InputError("stages", flags["stages"], "a module of one's own is cut evenly",
-                         "drop --stages")  # fmt: skip
     for axis in ("sp", "cp", "ep"):
         if (flags.get(axis) or 1) > 1 or (axis == "sp" and flags.get(axis)):
             raise InputError(axis, flags[axis], "does not divide a module of one's own",

@@ -159,7 +159,7 @@ class _Near:
 
     def add(self, op: Operator, there: Array, back: Array, of_weights: Array) -> None:
         """A matmul."""
-        reads = self._into.get(op.inputs[0].name)
+        reads = self._into.get(op.inputs[0].name) if op.inputs else None  # data has no gradient
         makes = self._out_of.get(op.outputs[0].name)
         for edge in (reads, makes):
             if edge is not None:

@@ -43,6 +43,10 @@ def check_supported(plan: Plan) -> None:
                          "plan again for this length")  # fmt: skip
 
 
+NO_SAMPLE = 2**40
+"""Beyond all samples: what a replica draws besides them."""
+
+
 def sample_seed(seed: int, step: int, sample: int) -> int:
     """What a sample of the global batch of a step is drawn from."""
     return hash((seed, step, sample)) % 2**63
@@ -74,7 +78,7 @@ class TracedTrainer(Trainer):
 
     def seed_step(self, step: int, dp_rank: int) -> None:
         """Seed what the module draws in a step: alike on all ranks of a replica."""
-        seed_everything(sample_seed(self.plan.workload.seed, step, -1 - dp_rank))
+        seed_everything(sample_seed(self.plan.workload.seed, step, NO_SAMPLE + dp_rank))
 
     def forward_backward(self, tokens_BS1: Tensor | Batch) -> Tensor:
         """Mean loss of this replica's samples, whose gradients now stand on the parameters."""

@@ -331,7 +331,7 @@ def _legal_traced(traced: Traced, grid: Layouts) -> NDArray[np.bool_]:
     """What a user's module says of how it can be divided."""
     degrees = traced.divided.degrees if traced.divided is not None else ()
     ok = np.isin(grid.tp, (1, *degrees)) & (grid.sequence_parallel == 0)
-    ok &= (grid.cp == 1) & (grid.ep == 1)
+    ok &= (grid.cp == 1) & (grid.ep == 1) & ~np.isin(grid.schedule, SPLIT)
     return ok if traced.hidden else ok & (grid.pp == 1)
 
 

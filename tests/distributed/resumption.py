@@ -25,14 +25,14 @@ SAME = {1: ("accumulation",), 2: ("1f1b",), 4: ("ddp4",)}
 """Families of the default run that go on in their own layout; `ddp4` sums over more than two."""
 
 CHAIN = {
-    2: {"llama": ("zero3", "tp-sp", "interleaved")},
+    2: {"llama": ("zero3", "tp-sp", "zb-v")},
     4: {"gpt": ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3")},
 }
 """Layouts of the default run that hand a training on, a step each."""
 
 LONG_CHAIN = {
     1: ("plain", "accumulation", "recompute full"),
-    2: ("zero3", "tp-sp", "interleaved", "ddp", "1f1b", "zero1", "tp", "zero2"),
+    2: ("zero3", "tp-sp", "interleaved", "ddp", "zb-v", "zero1", "tp", "1f1b"),
     4: ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3", "pp4", "hsdp zero3", "tp2 x pp2", "ddp4",
         "pp2 x zero1"),
 }  # fmt: skip

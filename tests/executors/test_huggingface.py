@@ -6,6 +6,7 @@ import json
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -56,7 +57,7 @@ def test_the_loss_and_gradients_are_the_librarys_own(plan_file: PlanFile, name: 
     found = trainer.named_gradients()
 
     seed_everything(plan.workload.seed)
-    inner = load(target(name)).module.inner
+    inner: Any = load(target(name)).module.inner
     inner.set_attn_implementation("sdpa")
     targets = tokens[:, 1:].contiguous()
     given = {"input_ids": tokens[:, :-1], "labels": tokens[:, :-1], "shift_labels": targets}
