@@ -48,16 +48,30 @@ FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+SLOW = {
+    (TOKENS, "tp"), (OWN, "zero3"), (LLAMA, "zero3 full"), (TOKENS, "tp2 x zero3"),
+    (TOKENS, "pp2 x ddp2"),
+}  # fmt: skip
+"""Left to the long run."""
+
+
+def names(world: int, slow: bool) -> list[tuple[str, str]]:
+    """(target, family) of the default run or of the long one."""
+    return [name for name in FAMILIES[world] if (name in SLOW) == slow]
+
+
 def plan_of(folder: Path, target: str, settings: dict[str, Any]) -> Plan:
     """The plan of a family of a module that was traced into a folder."""
     return families.make_plan(document.read(Model, folder / FILES[target]), **settings)
 
 
-def tasks(world: int, folder: Path) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
+def tasks(
+    world: int, folder: Path, slow: bool
+) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
     """What a rank does, by (target, family)."""
     return {
-        (target, family): partial(train, folder, target, settings)
-        for (target, family), settings in FAMILIES[world].items()
+        (target, family): partial(train, folder, target, FAMILIES[world][target, family])
+        for target, family in names(world, slow)
     }
 
 

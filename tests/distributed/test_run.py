@@ -129,6 +129,7 @@ def test_killed_ranks_start_again_and_the_curve_is_that_of_one_run(
     assert len(resumed.steps) == max(1, 20 - kept - 3), "those of this start after its warm-up"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left_behind")
 def test_two_nodes_run_one_plan(fast_learner: PlanFile, learned: Learned) -> None:
     """Two launches that meet at a port; ranks count by the place of the node."""

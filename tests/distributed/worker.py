@@ -40,7 +40,7 @@ def tasks(world: int, folder: Path, slow: bool) -> dict[tuple[str, str], Task]:
         for model, family in families.names(world, slow)
     }
     found |= resumption.tasks(world, folder, slow)
-    return found if slow else found | modules.tasks(world, folder)
+    return found | modules.tasks(world, folder, slow)
 
 
 def main() -> None:
