@@ -136,6 +136,8 @@ class Phase(Value, frozen=True, kw_only=True):
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
         parts.append(self.compute_dtype)
+        runtime = str(self.technique("runtime").get("mode", "eager"))
+        parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
 
     def _schedule_label(self) -> str:
@@ -296,11 +298,12 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
 
 def _check_recompute(technique: Mapping[str, Any]) -> None:
     """The mode is known, and names of tensors are there where it needs them."""
-    mode, keep = technique.get("mode", "none"), cast("object", technique.get("keep"))
+    mode, keep = technique.get("mode", "none"), technique.get("keep")
     if mode not in (*RECOMPUTE_MODES, TENSORS):
         raise _refuse("recompute", mode, "unknown mode",
                       f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
-    names = cast("list[object]", keep) if isinstance(keep, (list, tuple)) else None
+    listed = isinstance(keep, (list, tuple))
+    names = cast("list[object]", keep) if listed else None
     if mode == TENSORS and (names is None or not all(isinstance(n, str) for n in names)):
         raise _refuse("recompute.keep", keep, "not a list of tensors' names",
                       "name what a layer keeps, such as [\"q\", \"k\", \"v\"]")  # fmt: skip
