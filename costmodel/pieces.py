@@ -156,6 +156,8 @@ def pieces(
 
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
+    if options.runtime == "compiled" and not prices.pool.stack.compiles_ends:
+        options = replace(options, runtime="eager")
     return Pieces(
         embedding=one("embedding", first, options),
         layers=tuple(one("layer", x, own) for x, own in zip(model.layers, each, strict=True)),

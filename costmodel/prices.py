@@ -131,8 +131,7 @@ class Prices:
     def _read(self, curve: OperatorCurve, sizes: Sequence[Array], backward: bool) -> Array:
         """Time of one operator from its curve; zero where the curve has no such direction.
 
-        Over one size it is read between the points. Of several sizes what is read is a rate; on a
-        GPU relative to that of the roofline, which knows tiles and waves between the points.
+        Over one size it is read between the points; of several sizes what is read is a rate.
         """
         seconds = np.asarray(curve.backward_s if backward else curve.forward_s)
         if not len(seconds):
@@ -144,10 +143,6 @@ class Prices:
             return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
         points = np.asarray(curve.sizes, dtype=float)
         columns = [points[:, i] for i in range(points.shape[1])]
-        if self.pool.device.kind == "gpu" and is_compute(curve.operator):
-            there = self._roofline(curve.operator, columns, curve.dtype)[backward]
-            here = self._roofline(curve.operator, sizes, curve.dtype)[backward]
-            return here / interpolate_rate(points, there / seconds, sizes)
         entry = KINDS[curve.operator]
         work = entry.backward_work if backward and entry.backward_work else entry.work
         return work(sizes) / interpolate_rate(points, work(columns) / seconds, sizes)

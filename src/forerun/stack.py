@@ -104,6 +104,8 @@ class Stack(Value, frozen=True, kw_only=True):
     that wait for one another, tails of smaller kernels. Assumed where it is not fitted."""
     compiled_elementwise: float = 1.0
     """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
+    compiles_ends: bool = True
+    """Whether embedding, head and loss are compiled as well where layers are."""
     scatters_boundary: bool = False
     """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
     pipeline_rounds: int | None = None
