@@ -60,7 +60,11 @@ class Piece:
     """Exposed communication by mesh axis (tp, cp, ep)."""
     comm_backward_s: dict[str, Array]
     host_forward_s: Array
+    """What the host adds. Of a head it is negative by what its device work hides of the layers'."""
     host_backward_s: Array
+    spare_forward_s: Array
+    """What the device works on after the host has launched all of it."""
+    spare_backward_s: Array
     params: Array
     """Local parameters (elements), after tensor parallelism, before data-parallel sharding; those
     of routed experts not included."""
@@ -158,11 +162,39 @@ def pieces(
     table = model.vocab * model.hidden / layouts.tp
     if options.runtime == "compiled" and not prices.pool.stack.compiles_ends:
         options = replace(options, runtime="eager")
-    return Pieces(
+    found = Pieces(
         embedding=one("embedding", first, options),
         layers=tuple(one("layer", x, own) for x, own in zip(model.layers, each, strict=True)),
         head=one("head", last, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
+    )
+    return replace(found, head=_hiding(found.head, model, [found.layers]))
+
+
+def _hiding(head: Piece, model: Model, policies: Sequence[Sequence[Piece]]) -> Piece:
+    """The head with what it hides of the layers' host time, whichever policy they are under.
+
+    The host runs ahead of a device that works on the head's large matmul and loss, so that layers
+    which take longer to launch than to compute catch up there:
+
+        max(0, sum over layers of host_s - spare_s)   at most for the rank that holds the head
+    """
+
+    def hidden(way: str) -> Array:
+        of_layers = [
+            sum(
+                (group.repeat * getattr(piece, f"host_{way}_s") for group, piece in
+                 zip(model.layers, layers, strict=True)), np.zeros(1),
+            )
+            for layers in policies
+        ]  # fmt: skip
+        return np.minimum(getattr(head, f"spare_{way}_s"), np.max(of_layers, axis=0))
+
+    there, back = hidden("forward"), hidden("backward")
+    return replace(
+        head,
+        host_forward_s=np.maximum(head.host_forward_s, 0.0) - there,
+        host_backward_s=np.maximum(head.host_backward_s, 0.0) - back,
     )
 
 
@@ -177,6 +209,8 @@ def pieces_of_each(
     """`pieces` under each of several options that differ in what layers keep for backward: the ends
     of the model, which keep all, are the same."""
     first = pieces(model, layouts, seq_tokens, prices, policies[0], None, known)
+    if len(policies) == 1:
+        return [first]
     others = [
         pieces(model, layouts, seq_tokens, prices, own, None, known).layers
         if model.traced is not None
@@ -186,7 +220,9 @@ def pieces_of_each(
         )
         for own in policies[1:]
     ]
-    return [first, *(replace(first, layers=layers) for layers in others)]
+    every = [first.layers, *others]
+    head = first.head if model.traced is not None else _hiding(first.head, model, every)
+    return [replace(first, layers=layers, head=head) for layers in every]
 
 
 def _priced(
@@ -395,8 +431,10 @@ def _piece(
     host_scale = prices.scale("host")
     launching, launching_back = _launching(graph, times, prices, options)
     hooks, hooks_back = _hooks_s(graph, layouts, prices, options)
-    floor_forward = _floor(times.forward_s, comm_forward, launching + hooks, there, layouts, prices)
-    floor_backward = _floor(
+    floor_forward, spare_forward = _floor(
+        times.forward_s, comm_forward, launching + hooks, there, layouts, prices
+    )
+    floor_backward, spare_backward = _floor(
         busy_backward, comm_backward, launching_back + hooks_back, back, layouts, prices
     )
     return Piece(
@@ -411,6 +449,8 @@ def _piece(
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
         host_backward_s=zero + (host_backward + floor_backward) * host_scale,
+        spare_forward_s=zero + spare_forward * host_scale,
+        spare_backward_s=zero + spare_backward * host_scale,
         params=graph.num_params(sizes) + zero,
         expert_params=graph.num_params(sizes, experts=True) + zero,
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
@@ -461,20 +501,22 @@ def _floor(
     collectives: Sequence[Collective],
     layouts: Layouts,
     prices: Prices,
-) -> Array:
-    """What a piece takes beyond its device work because the host must launch it.
+) -> tuple[Array, Array]:
+    """What a piece takes beyond its device work because the host must launch it, and how much
+    longer the device works on it than the host.
 
     Host and device work side by side: together (device^q + host^q)^(1/q).
     """
     if not np.any(launching_s):
-        return np.zeros(1)
+        return np.zeros(1), np.zeros(1)
     stack = prices.pool.stack
     device_s = sum(comm_s.values(), compute_s)
     host_s = launching_s
     for c in collectives:
         host_s = host_s + np.where(ranks_of(c.axis, layouts) > 1, stack.host_s_per_collective, 0.0)
     q = stack.host_smoothness
-    return (device_s**q + host_s**q) ** (1 / q) - device_s
+    floor = (device_s**q + host_s**q) ** (1 / q) - device_s
+    return floor, np.maximum(device_s - host_s, 0.0)
 
 
 def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Array, Array]:
@@ -538,6 +580,8 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),
         host_forward_s=pick(yes.host_forward_s, no.host_forward_s),
         host_backward_s=pick(yes.host_backward_s, no.host_backward_s),
+        spare_forward_s=pick(yes.spare_forward_s, no.spare_forward_s),
+        spare_backward_s=pick(yes.spare_backward_s, no.spare_backward_s),
         params=pick(yes.params, no.params),
         expert_params=pick(yes.expert_params, no.expert_params),
         trainable_params=pick(yes.trainable_params, no.trainable_params),

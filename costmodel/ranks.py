@@ -36,11 +36,9 @@ class StageTimes:
 
 def stage_times(load: Load, costs: Pieces, prices: Prices) -> StageTimes:
     """Forward and backward of a load, communication and host time on the critical path included."""
-    forward = load.total(costs, "forward_s") + load.total(costs, "host_forward_s")
-    backward = sum(
-        (load.total(costs, n) for n in ("backward_s", "recompute_s", "host_backward_s")),
-        np.zeros(1),
-    )
+    there, back = load.host_s(costs)
+    forward = load.total(costs, "forward_s") + there
+    backward = load.total(costs, "backward_s") + load.total(costs, "recompute_s") + back
     for axis in IN_LAYER_AXES:
         there, back = load.communication(costs, axis)
         forward, backward = forward + there, backward + back

@@ -350,11 +350,10 @@ class Simulation:
             return m * shared * float(sum(load.communication(costs, axis))[0])
 
         actions = self._actions_per_rank()
+        host, host_back = (m * shared * float(x[0]) for x in load.host_s(costs))
         terms = {
-            "forward": micro("forward_s") + micro("host_forward_s") + float(once.dp.forward_s[0]),
-            "backward": micro("backward_s")
-            + micro("host_backward_s")
-            + float(once.dp.backward_s[0]),
+            "forward": micro("forward_s") + host + float(once.dp.forward_s[0]),
+            "backward": micro("backward_s") + host_back + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
             "exposed.dp": float(once.dp.exposed_s[0]),
