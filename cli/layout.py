@@ -24,6 +24,8 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
     CPUs); the schedule is 1F1B, in its interleaved form when vpp > 1; one sequence per micro-batch;
     states are sharded over all of dp when zero > 0 and dp_shard is not given.
     """
+    from ..planner.pins import check_precision, recipe_of
+
     pool, *others = cluster.pools
     if others:
         raise InputError(
@@ -34,8 +36,11 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
         )
     mesh = _mesh(cluster, pins)
     micro_batch_seqs = pins.micro_batch or 1
+    check_precision(pins)
     options = Options(
         compute=pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16"),
+        recipe=recipe_of(pins),
+        activations=pins.activations,
         recompute=pins.recompute or "none",
         offload=pins.offload or 0.0,
         attention=pins.attention or "flash",

@@ -42,10 +42,18 @@ def command(as_json: bool, output: Path | None, **flags: Any) -> None:
     if output is not None:
         document.write(output, plan_file)
     if as_json:
+        from ..planner import risks
+
         render.print_json(
-            {"label": plan_file.label, "plan": plan_file.plan, "estimate": plan_file.estimate}
+            {
+                "label": plan_file.label,
+                "plan": plan_file.plan,
+                "estimate": plan_file.estimate,
+                "quality": risks(plan_file.plan),
+            }
         )
     else:
         render.print_job(job)
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
+        render.print_quality(plan_file.plan)

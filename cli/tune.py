@@ -21,6 +21,7 @@ from .options import (
     is_traced,
     job_options,
     output_option,
+    quality_options,
     read_job,
     say,
     say_job,
@@ -58,6 +59,7 @@ NOISE_LIMIT = 0.1
     show_default=True,
     help="Fold what was measured into the stored profile.",
 )
+@quality_options
 @fit_option
 @space_option
 @output_option("the fastest plan")

@@ -49,11 +49,12 @@ from .layout import Layouts
 from .memory import Peaks
 from .mixtures import PARTS, least_extra_s, part
 from .options import Options
-from .pieces import Pieces, pieces_of_each
+from .pieces import Pieces, pieces, pieces_of_each
 from .prices import Prices
 from .ranks import rank_bytes, update
 from .simulate import check_covered
 from .stages import V_SHAPED
+from .techniques.precision import BY_SHAPE
 
 BLOCK_ROWS = 8192
 """Rows whose memory is computed at once: what fits the caches."""
@@ -129,6 +130,8 @@ class Grid:
         self.alone = self.everyone
         first, self.local = alike(cuts_of_a_layer(model, layouts))
         cut = layouts.take(first)
+        self.cut, self.seq_tokens = cut, workload.seq_tokens
+        self.wide: dict[int, Pieces] = {}
         priced = pieces_of_each(model, cut, workload.seq_tokens, self.everyone, policies)
         self.costs = self.quick = priced
         if pool.shared_cores is not None:
@@ -227,7 +230,7 @@ class Grid:
         for which, options in enumerate(self.policies):
             if which not in self._hiding():
                 continue
-            costs = self.pieces(which, first)
+            costs = self._hiding_pieces(which, first)
             longest = np.zeros(len(first))
             for _, rank in self._fullest(some):
                 load = load_of(self.model, some, rank)
@@ -235,6 +238,18 @@ class Grid:
                 longest = np.maximum(longest, once.total_s)
             least = np.minimum(least, longest)
         return least[inverse]
+
+    def _hiding_pieces(self, which: int, rows: Index) -> Pieces:
+        """The pieces behind whose work an exchange hides: under a free choice of linears as if none
+        ran below 16 bits, which takes the device longest."""
+        if self.policies[which].linears != BY_SHAPE:
+            return self.pieces(which, rows)
+        if which not in self.wide:
+            policy = self.policies[which]
+            options = replace(policy, compute=policy.tensor_dtype, recipe="tensorwise",
+                              linears=None)  # fmt: skip
+            self.wide[which] = pieces(self.model, self.cut, self.seq_tokens, self.everyone, options)
+        return self.wide[which].take(self.local[rows])
 
     def _hiding(self) -> Sequence[int]:
         """The policies under which updates may be shortest: the exchange hides behind backward, so

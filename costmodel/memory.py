@@ -27,6 +27,7 @@ from .graph import Array
 from .kept import Kept
 from .layout import Layouts
 from .liveness import Liveness
+from .optimizers import excess_bytes
 from .options import Options
 from .pieces import Pieces
 from .stages import Load
@@ -62,6 +63,8 @@ class _Rank:
     def of(load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> _Rank:
         states = StateBytes.of(stack, options)
         counts = Counts.of(load, costs)
+        rest = AtRest.of(counts, states, layouts, stack)
+        more = excess_bytes(load, costs, layouts, options, stack)
         return _Rank(
             load=load,
             costs=costs,
@@ -71,7 +74,7 @@ class _Rank:
             kept=Kept.of(costs, layouts, stack),
             states=states,
             counts=counts,
-            rest=AtRest.of(counts, states, layouts, stack),
+            rest=replace(rest, optimizer=rest.optimizer + more),
             copies=WorkingCopies.of(load, costs, layouts, options, stack),
         )
 
@@ -195,10 +198,14 @@ def _always(terms: dict[str, Array]) -> _Moment:
 def _saved(rank: _Rank) -> Array:
     """Saved activations of one micro-batch through all chunks of the rank.
 
-    A chunk whose output goes to another stage keeps it until its backward.
+    A chunk whose output goes to another stage keeps it until its backward, and its input as well:
+    that is what its first layer keeps, unless it stores activations in another form.
     """
     load, kept = rank.load, rank.kept
-    sent = (rank.layouts.vpp - load.head) * rank.costs.layers[0].boundary_bytes
+    ends = rank.layouts.vpp - load.head
+    if rank.options.activations is not None:
+        ends = ends + rank.layouts.vpp - load.embedding
+    sent = ends * rank.costs.layers[0].boundary_bytes
     total = load.embedding * kept.embedding.saved + load.head * kept.head.saved
     for count, live in rank.each_layer():
         total = total + count * live.saved

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .by_shape import Times, cheapest
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
 from .layout import Layouts
 from .operators import KINDS
 from .options import Options
 from .prices import Prices
 from .rates import is_matmul
+from .techniques.precision import BY_SHAPE
 
 FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
 """Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
@@ -61,14 +63,21 @@ def operator_times(
     beside_forward: dict[str, Array] = {}
     beside_backward: dict[str, Array] = {}
     again = runs_again(graph, prices.pool.stack.recompute_stops_early)
+
+    def time_of(op: Operator) -> Times:
+        return operator_s(op, sizes, layouts, prices, options)
+
+    free = options.linears == BY_SHAPE
+    chosen = cheapest(graph, time_of) if free else {}
     for op in graph.operators:
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back, of_weights = _operator(op, sizes, layouts, prices, options)
+            there, back, of_weights = chosen.get(op.name) or time_of(op)
             weight = weight + of_weights
-            forward_launches += KINDS[op.kind].launches
-            backward_launches += 2 * KINDS[op.kind].launches
+            launches = 0 if free and not op.grad_inputs else KINDS[op.kind].launches
+            forward_launches += launches
+            backward_launches += 2 * launches
         forward, backward = forward + there, backward + back
         beside_forward[op.name], beside_backward[op.name] = there, back
         if op.name in again:
@@ -117,9 +126,9 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
     return frozenset(op.name for op in graph.operators[:last])
 
 
-def _operator(
+def operator_s(
     op: Operator, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
-) -> tuple[Array, Array, Array]:
+) -> Times:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
     Those of norms, which are small, are left with the rest.

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cluster import Pool
 from ..model import Layer, Model
 from ..traced import TracedOperator
 from . import traced
@@ -37,6 +38,7 @@ from .options import Options
 from .prices import Prices
 from .state_bytes import in_units
 from .techniques import apply, local_axes, precision
+from .trained import TrainedTensor, trained_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ class Piece:
     """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
+    trained: tuple[TrainedTensor, ...]
+    """Those with optimiser states."""
     live: Liveness
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
@@ -116,9 +120,11 @@ def taken(value: T, rows: NDArray[np.intp]) -> T:
         return value if len(value) == 1 else value[rows]
     if isinstance(value, dict):
         return cast("T", {name: taken(part, rows) for name, part in value.items()})
-    if isinstance(value, Liveness):
+    if isinstance(value, tuple):
+        return cast("T", tuple(taken(part, rows) for part in value))
+    if isinstance(value, (Liveness, TrainedTensor)):
         own = {f.name: taken(getattr(value, f.name), rows) for f in fields(value)}
-        return cast("T", Liveness(**own))
+        return cast("T", type(value)(**own))
     return value
 
 
@@ -191,6 +197,28 @@ def pieces_of_each(
     return [first, *(replace(first, layers=layers) for layers in others)]
 
 
+def graph_and_sizes(
+    model: Model,
+    layer: Layer,
+    layout: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> tuple[Graph, Sizes]:
+    """The rewritten graph of a layer under one layout, and the local sizes of its axes."""
+    near, layer = _nearby(model, layer)
+    split = bool(layout.sequence_parallel[0])
+    graph = _graph("layer", near, layer, split, *_of_pool(prices.pool, options))
+    return graph, local_axes(local_sizes(near, layer, layout, seq_tokens), options)
+
+
+def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool]:
+    """What a graph depends on besides its layer: fused norms, options, kept operands, casts."""
+    stack, low = pool.stack, options.compute != options.tensor_dtype
+    fused = pool.device.kind == "gpu"
+    return fused, options, stack.keeps_operands and low, stack.casts_weights and low
+
+
 def _both(
     build: str,
     near: Model,
@@ -201,12 +229,10 @@ def _both(
     options: Options,
 ) -> Piece:
     """A piece under layouts with a split sequence and without."""
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, near, layer, bool(sp), fused, options, keeps)
+        graph = _graph(build, near, layer, bool(sp), *_of_pool(prices.pool, options))
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
@@ -280,9 +306,12 @@ def _graph(
     fused: bool,
     options: Options,
     keeps_operands: bool,
+    casts_weights: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
     graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    if casts_weights:
+        graph = precision.cast_weights(graph)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
@@ -347,6 +376,7 @@ def _piece(
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
+        trained=trained_tensors(graph, sizes),
         live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire_bytes([*there, *back], sizes, layouts),
@@ -450,6 +480,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
+        trained=yes.trained,
         live=live(yes.live, no.live),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),
         wire_bytes=pick_each(yes.wire_bytes, no.wire_bytes),

@@ -45,6 +45,10 @@ class Prices:
             for entry in usable.collectives:
                 self._collectives.setdefault(entry.collective, []).append(entry)
 
+    def has_curve(self, kind: str) -> bool:
+        """Whether an operator was measured on this pool's device."""
+        return any(name == kind for name, _ in self._operators)
+
     @property
     def evidence(self) -> Evidence:
         """What compute times rest on."""
@@ -90,7 +94,12 @@ class Prices:
 
     def operator(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
         """Forward and backward seconds of one operator; `sizes` as in `KINDS`."""
-        curves = self._operators.get((kind, dtype)) or self._operators.get((kind, "fp32"))
+        curves = self._operators.get((kind, dtype))
+        if not curves and is_compute(kind) and self.pool.device.kind == "gpu":
+            return self._at_other_rate(kind, sizes, dtype)
+        curves = (
+            curves or self._operators.get((kind, "fp32")) or self._operators.get((kind, "bf16"))
+        )
         if not curves:
             return self._roofline(kind, sizes, dtype)
         levels = {curve.busy: curve for curve in curves}
@@ -98,6 +107,19 @@ class Prices:
             self._at_busy({n: _read(c, sizes, c.forward_s, False) for n, c in levels.items()}),
             self._at_busy({n: _read(c, sizes, c.backward_s, True) for n, c in levels.items()}),
         )
+
+    def _at_other_rate(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
+        """A GPU's matmul in a dtype that was not measured: by its constants, or by the measured one
+        in bf16 with the constants' ratio of the two dtypes."""
+        there, back = self._roofline(kind, sizes, dtype)
+        if (kind, "bf16") not in self._operators:
+            return there, back
+        known = self.operator(kind, sizes, "bf16")
+        wide = self._roofline(kind, sizes, "bf16")
+        return tuple(
+            measured * own / np.maximum(other, 1e-12)
+            for measured, own, other in zip(known, (there, back), wide, strict=True)
+        )  # pyright: ignore[reportReturnType]
 
     def _at_busy(self, times: dict[int, Array]) -> Array:
         """Time at this many busy processes, linear between measured levels.
@@ -151,7 +173,7 @@ class Prices:
             return 1.0
         if kind.startswith("quantize"):
             return stack.cast_multiplier
-        if kind == "adamw":
+        if kind.startswith("adamw"):
             return stack.optimizer_multiplier
         return stack.elementwise_multiplier
 
@@ -214,14 +236,11 @@ def _read(
     """Time of one operator from its curve; zero where the curve has no such direction."""
     if not seconds:
         return 0.0 * sizes[0]
-    if len(curve.axes) == 1:
-        elements = sizes[0]
-        for size in sizes[1:]:
-            elements = elements * size
-        return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
-    points = np.asarray(curve.sizes, dtype=float)
     entry = KINDS[curve.operator]
     work = entry.backward_work if backward and entry.backward_work else entry.work
+    if len(curve.axes) == 1:
+        return interpolate_time([row[0] for row in curve.sizes], seconds, work(sizes))
+    points = np.asarray(curve.sizes, dtype=float)
     point_work = work([points[:, i] for i in range(points.shape[1])])
     rate = interpolate_rate(points, point_work / np.asarray(seconds), sizes)
     return work(sizes) / rate

@@ -13,6 +13,7 @@ from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .layout import Layouts
 from .memory import InFlight, Peak, Peaks, peak_bytes, peak_memory
+from .optimizers import step_s
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -94,8 +95,9 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
-    seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
-    seconds = seconds * StateBytes.of(stack, options).update_share
+    share = StateBytes.of(stack, options).update_share
+    backward_s = load.total(costs, "backward_s")
+    seconds = step_s(owned, tensors, backward_s, prices, options, share)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),

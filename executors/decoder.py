@@ -15,7 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import Layer, Model
+from ..model import GATED, Layer, Model
+
+
+class Linear(nn.Linear):
+    """A linear of a layer; a technique may put another product of input and weight in place."""
+
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    """x, weight -> x weight^T; None = `F.linear`."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product of input and weight, without the bias."""
+        return F.linear(x, self.weight) if self.product is None else self.product(x, self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.product is None:
+            return F.linear(x, self.weight, self.bias)
+        out = self.multiply(x)
+        return out if self.bias is None else out + self.bias
 
 
 def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -57,10 +74,10 @@ class Attention(nn.Module):
         self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
-        self.wq = nn.Linear(model.hidden, width, bias=qkv_bias)
-        self.wk = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wv = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
+        self.wq = Linear(model.hidden, width, bias=qkv_bias)
+        self.wk = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wo = Linear(width, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
         q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
@@ -72,24 +89,33 @@ class Attention(nn.Module):
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
 
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": lambda up: F.relu(up).square(),
+}
+"""What stands between the matmuls of an MLP: of gate and up-projection, or of the latter."""
+
+
 class Mlp(nn.Module):
-    """Dense feed-forward block: SwiGLU, GELU or squared ReLU."""
+    """Dense feed-forward block."""
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.kind = layer.mlp
-        if layer.mlp == "swiglu":
-            self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+        self.activation = ACTIVATIONS[layer.mlp]
+        if layer.mlp in GATED:
+            self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
-        elif self.kind == "gelu":
-            inner_BSF = F.gelu(self.up(x_BSE))
+        if self.kind in GATED:
+            inner_BSF = self.activation(self.gate(x_BSE), self.up(x_BSE))
         else:
-            inner_BSF = F.relu(self.up(x_BSE)).square()
+            inner_BSF = self.activation(self.up(x_BSE))
         return self.down(inner_BSF)
 
 

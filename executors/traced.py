@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..plan import Phase, Plan
 from . import data_parallel
 from .marks import Marks
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .techniques.recompute import recomputed
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
@@ -96,7 +96,7 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
     elif plan.phase.mesh.dp > 1:
         module = data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
     trained = [p for p in piece.parameters() if p.requires_grad]
-    optimizer = make_adamw(trained, plan.workload.learning_rate)
+    optimizer = make_optimizer(plan.workload.optimizer, trained, plan.workload.learning_rate)
     pieces: list = [piece]
     trainer = TracedTrainer(plan, device, mesh, pieces, [module], None, optimizer, None, {}, marks)
     trainer.user = user

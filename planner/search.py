@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..cluster import Cluster
+from ..costmodel.optimizers import refuse
 from ..costmodel.options import Options
 from ..document import Value, to_raw
 from ..estimate import Estimate
@@ -44,6 +45,7 @@ from .candidates import (
 from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
 from .pins import Pins, check_pins
+from .quality import risks
 from .space import only_pool
 
 TOLERANCE = 0.01
@@ -78,7 +80,9 @@ class SearchResult(Value, frozen=True, kw_only=True):
     def document(self) -> dict[str, Any]:
         """The JSON document of `forerun plan`."""
         return {
-            "plans": [to_raw(ranked) for ranked in self.plans],
+            "plans": [
+                {**to_raw(ranked), "quality": to_raw(risks(ranked.plan))} for ranked in self.plans
+            ],
             "search": to_raw(self.stats),
             "infeasible": to_raw(self.infeasible),
         }
@@ -118,6 +122,9 @@ def search(
     started = clock()
     pins = Pins() if pins is None else pins
     check_pins(pins, only_pool(cluster).device)
+    refused = refuse(workload.optimizer, only_pool(cluster))
+    if refused is not None:
+        raise refused
     request = Request(
         model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
     )

@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 
 from ..cluster import Cluster, Pool
 from ..costmodel.layout import Ints, Layouts
+from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
+from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
@@ -48,7 +50,7 @@ from ..plan import (
     even_stages,
 )
 from ..workload import Workload
-from .pins import Pins
+from .pins import Pins, recipe_of
 
 GPIPE = SCHEDULES.index("gpipe")
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
@@ -92,8 +94,12 @@ CP_TOKENS = 2048
 
 def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
+    compute = compute_dtype(pool, pins)
     return Options(
-        compute=compute_dtype(pool, pins),
+        compute=compute,
+        recipe=recipe_of(pins),
+        linears=BY_SHAPE if compute in LOW_PRECISION else None,
+        activations=pins.activations,
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
@@ -351,6 +357,8 @@ def plan_at(
             for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
         }
     )
+    here = grid.take(slice(row, row + 1))
+    layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
     each = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
     settings: list[Setting] = []
     for options, group in groupby(range(model.num_layers), key=each.__getitem__):

@@ -59,7 +59,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def phases(self) -> list[tuple[str, int]]:
         """(dtype, busy processes) in the order of measurement."""
         if self.device == "cuda":
-            return [(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16")]
+            return [(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16", "fp8")]
         busy = self.busy or ((1, 2) if self.quick else (1, 2, 4))
         dtypes = self.dtypes or (("fp32",) if self.quick else ("fp32", "bf16"))
         return [(dtype, count) for dtype in dtypes for count in busy]

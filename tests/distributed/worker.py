@@ -1,4 +1,4 @@
-"""One rank of a group that runs families in turn: worker.py RANK WORLD FOLDER quick|slow."""
+"""One rank of a group that runs families in turn: worker.py RANK WORLD FOLDER SELECTION."""
 
 from __future__ import annotations
 
@@ -14,13 +14,27 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 import families
+import low_precision
+import pairs
 
 from forerun.executors.build import build
 
 
-def run_family(model: str, family: str, world: int) -> dict[str, Any]:
+def names(world: int, selection: str) -> list[tuple[str, str]]:
+    """What a group runs."""
+    if selection == "low":
+        return low_precision.names(world)
+    return pairs.executed() if selection == "pairs" else families.names(world, selection == "slow")
+
+
+def run_family(model: str, family: str, world: int, selection: str) -> dict[str, Any]:
     """What one family gives on this rank, or the traceback of what went wrong."""
     try:
+        if selection == "low":
+            return low_precision.run(family, world)
+        if selection == "pairs":
+            plan = pairs.plan_of(model, family)
+            return families.train(build(plan, device=torch.device("cpu")), steps=4)
         settings = families.FAMILIES[world][family]
         plan = families.make_plan(families.MODELS[model], **settings)
         return families.train(build(plan, device=torch.device("cpu")))
@@ -31,16 +45,16 @@ def run_family(model: str, family: str, world: int) -> dict[str, Any]:
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
     results: dict[tuple[str, str], dict[str, Any]] = {}
-    for model, family in families.names(world, slow=sys.argv[4] == "slow"):
-        results[model, family] = run_family(model, family, world)
+    for index, (model, family) in enumerate(names(world, sys.argv[4])):
+        # Each family has its own groups: those of all together would have hundreds of threads.
+        store = f"file://{folder}/store{index}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        results[model, family] = run_family(model, family, world, sys.argv[4])
         if "error" in results[model, family]:
             break  # the other ranks may be out of step from here on
+        dist.destroy_process_group()
     (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(results))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
