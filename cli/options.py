@@ -45,7 +45,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, ep, offload and zero-bubble schedules, too (default on several).",
+    "predicted: cp, ep and offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -83,6 +83,12 @@ JOB_OPTIONS = (
         default="adamw",
         show_default=True,
         help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
+    ),
+    click.option(
+        "--clip-norm",
+        type=float,
+        metavar="NORM",
+        help="Scale gradients down to this norm of all of them; default: as they are.",
     ),
     click.option(
         "--objective",
@@ -231,6 +237,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         steps=flags["steps"],
         data=flags["data"],
         optimizer=flags["optimizer"],
+        clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
         quality=quality,
         accepted=accepted,

@@ -76,14 +76,16 @@ class Update:
 
     dp: DataParallel
     optimizer_s: Array
+    """Of the update, and of the gradients' norm and their scaling."""
     host_s: Array
+    norm_s: Array
+    """The sum of the norm over all ranks."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
-        return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s
-        )
+        exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
+        return exchange + self.optimizer_s + self.host_s + self.norm_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
@@ -98,11 +100,17 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
     share = StateBytes.of(stack, options).update_share
     backward_s = load.total(costs, "backward_s")
     seconds = step_s(owned, tensors, backward_s, prices, options, share)
+    norm_s = np.zeros(1)
+    if options.clips:  # the norm reads gradients, scaling reads and writes them
+        seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]
+        world, one = layouts.world.astype(float), np.ones(len(layouts))
+        norm_s = np.where(world > 1, prices.collective("all_reduce", 4 * one, world, one, one), 0.0)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
+        norm_s=norm_s,
     )
 
 

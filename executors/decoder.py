@@ -18,23 +18,6 @@ from torch import Tensor, nn
 from ..model import GATED, Layer, Model
 
 
-class Linear(nn.Linear):
-    """A linear of a layer; a technique may put another product of input and weight in place."""
-
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
-    """x, weight -> x weight^T; None = `F.linear`."""
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """The product of input and weight, without the bias."""
-        return F.linear(x, self.weight) if self.product is None else self.product(x, self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.product is None:
-            return F.linear(x, self.weight, self.bias)
-        out = self.multiply(x)
-        return out if self.bias is None else out + self.bias
-
-
 def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Cosines and sines of rotary positions, (2, S, D), fp32."""
     half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
@@ -63,6 +46,18 @@ def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(
         q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
     )
+
+
+class Linear(nn.Linear):
+    """A linear whose product with its weight a technique may exchange."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.product: Callable[..., Tensor] = F.linear
+        """x, weight, bias (or None, or left out) -> x weight^T + bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -137,8 +132,12 @@ class Block(nn.Module):
 class TiedHead(nn.Module):
     """The output head that shares the embedding's weight; a module, so that layouts can be set."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.product: Callable[..., Tensor] = F.linear
+
     def forward(self, x_BSE: Tensor, weight_VE: Tensor) -> Tensor:
-        return F.linear(x_BSE, weight_VE)
+        return self.product(x_BSE, weight_VE)
 
 
 class Decoder(nn.Module):
@@ -147,10 +146,13 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits.
+    the logits. `first_piece` is the piece with the embedding where the same process holds it and
+    the last one, so that tied tables are one parameter, that piece's.
     """
 
-    def __init__(self, model: Model, first: int, last: int) -> None:
+    def __init__(
+        self, model: Model, first: int, last: int, first_piece: Decoder | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
@@ -158,7 +160,12 @@ class Decoder(nn.Module):
         """(part, parts) of the sequence that hidden states hold between modules."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
-        if self.is_first or (self.is_last and model.tied_embeddings):
+        self.table: Callable[[], Tensor] = lambda: self.embedding.weight
+        """The tied table, wherever it is."""
+        borrows = self.is_last and model.tied_embeddings and first_piece is not None
+        if borrows and first_piece is not None:
+            self.table = first_piece.table
+        if self.is_first or (self.is_last and model.tied_embeddings and not borrows):
             self.embedding = nn.Embedding(model.vocab, model.hidden)
         if self.is_first and model.positions == "learned":
             self.positions = nn.Embedding(model.max_positions or 0, model.hidden)
@@ -170,7 +177,7 @@ class Decoder(nn.Module):
             if model.tied_embeddings:
                 self.tied_head = TiedHead()
             else:
-                self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+                self.head = Linear(model.hidden, model.vocab, bias=False)
         self.table_2SD: Tensor | None = None
 
     def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
@@ -196,7 +203,7 @@ class Decoder(nn.Module):
         """Logits (B, S, V) of the last hidden states."""
         x_BSE = self.norm(x_BSE)
         if self.model.tied_embeddings:
-            return self.tied_head(x_BSE, self.embedding.weight)
+            return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -58,15 +58,16 @@ class Operands:
         return found
 
 
-def product(operands: Operands, low: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """x, weight -> x weight^T with gradients, on the operands shared by a group of linears."""
+def product(operands: Operands, low: bool) -> Callable[..., Tensor]:
+    """x, weight, bias -> x weight^T + bias with gradients, on operands that a group of linears
+    shares."""
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found = operands.take(x)
         out: Any = LowLinear.apply(
             x, weight, found.codes_MK, found.codes_KM, found.scale, low, operands.stored
         )
-        return out
+        return out if bias is None else out + bias
 
     return multiply
 

@@ -9,17 +9,17 @@ from typing import Any
 from ..costmodel import admissible
 from ..errors import InputError, unknown_name
 from ..model import Model
-from ..plan import RECIPES, STORAGE_DTYPES, Phase, Plan
+from ..plan import RECIPES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute")
+TECHNIQUES = ("precision", "recompute", "runtime")
 """Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 STORED_MLPS = ("swiglu", "geglu", "gelu", "squared_relu")
 RECOMPUTE_MODES = ("none", "selective", "full")
+RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:
@@ -41,12 +41,6 @@ def _check_phase(phase: Phase) -> None:
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -56,6 +50,15 @@ def _check_phase(phase: Phase) -> None:
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
                              f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+        runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
+        if runtime not in RUNTIMES:
+            raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
+        if runtime == "compiled" and mode == "selective":
+            raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
+                             "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
+            raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
+                             "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
 
 
 def _check_precision(plan: Plan) -> None:
@@ -104,6 +107,8 @@ def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
                              "use recipe coat to store activations in fp8")  # fmt: skip
         _need_torchao("precision.recipe", recipe, "recipe coat")
         _check_multiples(plan, index, recipe)
+    if low or stored:
+        _check_whole_backward(plan.phase, index, "compute" if low else "activations")
     if not stored:
         return
     if settings["activations"] not in STORAGE_DTYPES:
@@ -119,6 +124,17 @@ def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
         raise InputError("precision.activations", settings["activations"],
                          f"layers with {mlp} cannot store theirs yet",
                          "leave it out")  # fmt: skip
+
+
+def _check_whole_backward(phase: Phase, index: int, key: str) -> None:
+    """Functions of our own around 8-bit tensors run eagerly, and a backward at once."""
+    field, value = f"precision.{key}", phase.technique("precision", index)[key]
+    if phase.schedule in SPLIT_SCHEDULES:
+        raise InputError(field, value, f"layers that work in 8 bits do not split their backward, "
+                         f"which {phase.schedule} does", "use schedule 1f1b, or bf16")  # fmt: skip
+    if phase.technique("runtime", index).get("mode") == "compiled":
+        raise InputError(field, value, "layers that work in 8 bits are not compiled",
+                         "use --runtime eager, or bf16")  # fmt: skip
 
 
 def _check_multiples(plan: Plan, index: int, recipe: str) -> None:

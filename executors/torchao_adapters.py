@@ -40,10 +40,8 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def product(
-    recipe: str, linear: nn.Linear, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """x, weight -> x weight^T by a Float8Linear of a recipe.
+def product(recipe: str, linear: nn.Linear, device: torch.device) -> Callable[..., Tensor]:
+    """x, weight, bias -> x weight^T + bias by a Float8Linear of a recipe.
 
     The linear that holds the parameter stays where it is, under its name: torchao's is lent the
     weight of the moment, which FSDP exchanges.
@@ -57,12 +55,13 @@ def product(
     bare = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     lent: Any = convert_to_float8_training(bare, config=config)
 
-    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         lent._parameters["weight"] = weight
         try:
-            return lent(x)
+            out = lent(x)
         finally:
             lent._parameters["weight"] = None
+        return out if bias is None else out + bias
 
     return multiply
 

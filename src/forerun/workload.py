@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from .document import Document
@@ -28,6 +29,9 @@ class Workload(Document, frozen=True, kw_only=True):
     """AdamW with moments in fp32; in 8 bits, 4 bits or 8-bit floats by block (torchao); in 8-bit
     floats of expanded range (adamw_fp8, COAT); or on the host (torchao). Or SGD, no momentum."""
     learning_rate: float = 3e-4
+    clip_norm: float | None = None
+    """Largest norm of all gradients together, above which they are scaled down; None: as they are.
+    """
     seed: int = 0
     data: str | None = None
     """File or folder of text or JSONL; None = the Python standard library's own source."""
@@ -41,6 +45,9 @@ class Workload(Document, frozen=True, kw_only=True):
         for field in ("seq_tokens", "global_batch_seqs", "steps"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "not positive", "give 1 or more")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise InputError("clip-norm", self.clip_norm, "not a positive number",
+                             "give one such as 1.0, or leave it out")  # fmt: skip
 
     @property
     def global_batch_tokens(self) -> int:

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
         ("precision", {"precision": {"compute": "mxfp8"}}),
         ("precision", {"precision": {"compute": "fp16"}}),
         ("settings.techniques", {"lora": {"rank": 8}}),
+        ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
     ],
 )
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
