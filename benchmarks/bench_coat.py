@@ -10,7 +10,7 @@ catalog; next to the optimiser stands torch's fused AdamW with fp32 moments. `tr
 model on the same batches with each part of COAT and prints the gap of the loss (mean of the last
 20 steps) to fp32 with plain AdamW, and the error of an update against the plain format. `layer`
 times forward and backward of one layer in bf16 and in fp8, and counts what it keeps. All print
-Markdown tables.
+Markdown tables. A kernel that disagrees with its reference ends the run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ from forerun.executors.adamw_fp8 import AdamWFp8
 from forerun.executors.build import build
 from forerun.executors.data import batch
 from forerun.executors.fp8_linear import Operands, product
+from forerun.executors.support import TORCHAO_OPTIMIZERS
 from forerun.kernels import adamw_fp8, fp8_cast
 from forerun.kernels.fp8_cast import E4M3, E5M2
 from forerun.plan import Phase, Setting, even_stages
@@ -111,20 +113,28 @@ def bench_casts() -> Iterator[str]:
                 off = differing(own.codes_MK, plain.codes_MK)
                 if both:
                     off = max(off, differing(own.codes_KM, plain.codes_KM))
+                assert off < 1e-4, f"{name} of {size}: {off:.1e} of the codes differ"
                 what = f"cast {name}{' and turned' if both else ''}"
                 yield row(what, size, off, median_s(call), count * (3 + both))
         yield row("largest", size, 0.0, median_s(lambda x=x: fp8_cast.tensor_scale(x, E4M3)),
                   2 * count)  # fmt: skip
         codes, scales = fp8_cast.pack_groups(x)
         plain = on_reference(fp8_cast, lambda x=x: fp8_cast.pack_groups(x))
-        yield row("pack 1x16", size, differing(codes, plain[0]),
+        off = differing(codes, plain[0])
+        assert off < 1e-4 and torch.equal(scales, plain[1]), f"1x16 of {size}: {off:.1e}"
+        yield row("pack 1x16", size, off,
                   median_s(lambda x=x: fp8_cast.pack_groups(x)), 3.125 * count)  # fmt: skip
 
         def back(codes=codes, scales=scales) -> Tensor:
             return fp8_cast.unpack_groups(codes, scales, torch.bfloat16)
 
-        yield row("unpack 1x16", size, differing(back(), on_reference(fp8_cast, back)),
-                  median_s(back), 3.125 * count)  # fmt: skip
+        assert torch.equal(back(), on_reference(fp8_cast, back)), f"back from 1x16 of {size}"
+        yield row("unpack 1x16", size, 0.0, median_s(back), 3.125 * count)
+
+
+def decoded(state: dict[str, Tensor], name: str) -> Tensor:
+    """A moment's values."""
+    return adamw_fp8.unpack(state[name], state[f"{name}_groups"])
 
 
 def bench_optimizer() -> Iterator[str]:
@@ -137,12 +147,21 @@ def bench_optimizer() -> Iterator[str]:
         optimizers = [AdamWFp8([weight], **settings) for weight in weights]
         for weight in weights:
             weight.grad = gradient
-        for _ in range(3):
+        for step in range(3):
             optimizers[0].step()
             on_reference(adamw_fp8, optimizers[1].step)
+            ours, theirs = (weight.detach() for weight in weights)
+            if step == 0:  # from moments of zero: nothing has been rounded to 8 bits yet
+                torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         states = [optimizer.state[w] for optimizer, w in zip(optimizers, weights, strict=True)]
         off = max(differing(states[0][n], states[1][n]) for n in ("exp_avg", "exp_avg_sq"))
-        torch.testing.assert_close(weights[0].detach(), weights[1].detach(), rtol=1e-5, atol=1e-6)
+        # logarithms of the device and of torch differ in the last place, and now and then a code or
+        # a group's exponent with them
+        moved = float((ours - theirs).norm() / (theirs - value).norm())
+        assert off < 0.02 and moved < 2e-3, (off, moved)
+        for name in ("exp_avg", "exp_avg_sq"):
+            ours, theirs = (decoded(state, name) for state in states)
+            assert float((ours - theirs).norm() / theirs.norm()) < 5e-3, name
         num_bytes = count * (12 + 2 * 2.1875)
         yield row("adamw_fp8", f"{count:,}", off, median_s(optimizers[0].step), num_bytes)
         plain = nn.Parameter(value)
@@ -167,8 +186,11 @@ def bench_linears() -> Iterator[str]:
         ) -> None:
             torch.autograd.grad(multiply(x, weight), (x, weight), grad)
 
-        exact = torch.nn.functional.linear(x.double(), weight.double())
-        error = float((low(x, weight).double() - exact).norm() / exact.norm())
+        with torch.no_grad():
+            exact = torch.nn.functional.linear(x.float(), weight.float())
+            error = float((low(x, weight).float() - exact).norm() / exact.norm())
+            del exact
+        assert error < 0.06, error  # two operands with 3 bits of fraction: 0.0375 for Gaussians
         times = [
             median_s(lambda m=multiply: both(m)) for multiply in (torch.nn.functional.linear, low)
         ]
@@ -241,6 +263,9 @@ def training(options: argparse.Namespace) -> None:
         exact: float | None = None
         for name, (precision, optimizer) in PARTS.items():
             if options.only and options.only not in name and exact is not None:
+                continue
+            if optimizer in TORCHAO_OPTIMIZERS and find_spec("torchao") is None:
+                print(f"| {name} | needs torchao | | | |")
                 continue
             plan = plan_of(options.model, gpus, precision, optimizer, steps=options.steps,
                            seq=options.seq, seqs=options.seqs)  # fmt: skip
@@ -330,10 +355,6 @@ def layer(options: argparse.Namespace) -> None:
         x.requires_grad_()
         table = piece.rotary(2048, CUDA)
         grad = torch.randn_like(x)
-        before = torch.cuda.memory_allocated()
-        out = block(x, table)
-        kept = (torch.cuda.memory_allocated() - before - out.nbytes) / 2**20
-        out.backward(grad)
 
         def step(block=block, x=x, table=table, grad=grad) -> None:
             block(x, table).backward(grad)
@@ -341,6 +362,9 @@ def layer(options: argparse.Namespace) -> None:
             x.grad = None
 
         seconds = median_s(step)
+        before = torch.cuda.memory_allocated()
+        out = block(x, table)
+        kept = (torch.cuda.memory_allocated() - before - out.nbytes) / 2**20
         results.append((kept, seconds))
         print(f"| {name} | {kept:,.0f} | {seconds * 1e3:.2f} |", flush=True)
         del out, block, piece

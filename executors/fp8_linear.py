@@ -48,7 +48,7 @@ class Operands:
             self._left = self.readers
             self._of = weakref.ref(x)
             with torch.no_grad():
-                kept_transposed = x.is_cuda and self.low and self.stored
+                kept_transposed = needs_copies(x) and self.low and self.stored
                 plain = self.low or not kept_transposed
                 self._cast = cast(_matrix(x), E4M3, plain=plain, transposed=kept_transposed)
         found = self._cast
@@ -56,6 +56,11 @@ class Operands:
         if self._left == 0:
             self._of = self._cast = None
         return found
+
+
+def needs_copies(x: Tensor) -> bool:
+    """Whether matmuls want the contracted dimension last in memory; elsewhere a view will do."""
+    return x.is_cuda
 
 
 def product(operands: Operands, low: bool) -> Callable[..., Tensor]:
@@ -127,7 +132,7 @@ def _low_gradients(
     ctx: Any, grad_MN: Tensor, kept: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor
 ) -> Gradients:
     """Matmuls on 8-bit operands."""
-    copies = grad_MN.is_cuda  # elsewhere a view in the other order will do
+    copies = needs_copies(grad_MN)
     of_x, of_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     g = cast(grad_MN, E5M2, transposed=copies and of_weight)
     assert g.codes_MK is not None

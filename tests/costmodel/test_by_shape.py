@@ -123,9 +123,8 @@ def test_launches_count_where_the_host_is_behind() -> None:
     assert set(eager) < set(captured)
 
 
-def test_matches_the_inequality_of_the_specification() -> None:
-    """precision_memory.md, section 2.4, for one linear alone: `wo`, whose input nobody else
-    reads."""
+def test_matches_torchaos_inequality() -> None:
+    """For one linear alone: `wo`, whose input nobody else reads."""
     model, layouts, seq = load_model("llama-2-7b"), layouts_of(), 4096
     prices = Prices(H100.pools[0], None, 8)
     graph, sizes = graph_and_sizes(model, model.layers[0], layouts, seq, prices, FREE)

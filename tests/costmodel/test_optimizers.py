@@ -86,7 +86,7 @@ def test_shards_of_rows_sum_to_the_whole_but_for_tables(
     assert shards * part == pytest.approx(whole + tables, rel=1e-12)
 
 
-# Published, as listed in the specification (precision_memory.md, section 19).
+# Published: torchao 0.18.0, optim/README.md; COAT's code.
 
 
 def test_matches_torchao_savings_on_vit_h() -> None:

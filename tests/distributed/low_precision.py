@@ -12,7 +12,7 @@ from typing import Any
 import families
 import msgspec
 import torch
-from families import BATCH, PP, SEQ, SPLIT_BATCH, VOCAB
+from families import PP, SPLIT_BATCH, VOCAB
 from torch import Tensor
 
 from forerun.executors.build import build
@@ -45,11 +45,11 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "coat zero3": {"mesh": {"dp_shard": 2}, "zero": 3} | SPLIT_BATCH,
         "coat tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True},
         "coat 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b"} | PP,
-        "coat zero3 selective": {"mesh": {"dp_shard": 2}, "zero": 3, "recompute": "selective"},
-        "low zero3 full": {"mesh": {"dp_shard": 2}, "zero": 3, "recompute": "full"},
         "stored ddp": {"mesh": {"dp_replicate": 2}},
         "moments ddp": {"mesh": {"dp_replicate": 2}},
         "moments zero3": {"mesh": {"dp_shard": 2}, "zero": 3},
+        "coat zero3 selective": {"mesh": {"dp_shard": 2}, "zero": 3, "recompute": "selective"},
+        "low zero3 full": {"mesh": {"dp_shard": 2}, "zero": 3, "recompute": "full"},
         "blocks zero1": {"mesh": {"dp_shard": 2}, "zero": 1},
     },
     4: {
@@ -64,9 +64,13 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def names(world: int) -> list[tuple[str, str]]:
+SLOW = ("coat zero3 selective", "low zero3 full", "blocks zero1", *FAMILIES[4])
+"""Families of their own process groups, which the default run of the tests leaves out."""
+
+
+def names(world: int, slow: bool) -> list[tuple[str, str]]:
     """(model, family) of a process group."""
-    return [("wide", family) for family in FAMILIES[world]]
+    return [("wide", family) for family in FAMILIES[world] if (family in SLOW) == slow]
 
 
 def plan_of(family: str, world: int) -> Plan:
@@ -101,6 +105,3 @@ def _local(value: Tensor) -> Tensor:
     dequantize = getattr(local, "dequantize", None)  # torchao's states
     flat = dequantize() if dequantize is not None and type(local) is not Tensor else local
     return flat.detach().clone()
-
-
-assert BATCH and SEQ

@@ -22,15 +22,15 @@ from forerun.executors.build import build
 
 def names(world: int, selection: str) -> list[tuple[str, str]]:
     """What a group runs."""
-    if selection == "low":
-        return low_precision.names(world)
+    if selection in ("low", "low-slow"):
+        return low_precision.names(world, selection == "low-slow")
     return pairs.executed() if selection == "pairs" else families.names(world, selection == "slow")
 
 
 def run_family(model: str, family: str, world: int, selection: str) -> dict[str, Any]:
     """What one family gives on this rank, or the traceback of what went wrong."""
     try:
-        if selection == "low":
+        if selection in ("low", "low-slow"):
             return low_precision.run(family, world)
         if selection == "pairs":
             plan = pairs.plan_of(model, family)

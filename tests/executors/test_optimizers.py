@@ -21,6 +21,18 @@ from .plans import MODELS, plan_of, train, trainer_of
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 OPTIMIZERS = ("adamw", "adamw_fp8", "adamw8bit", "adamw4bit", "adamw_fp8_block", "sgd")
+EVERYWHERE = ("adamw_fp8",)
+"""Those of the default run beyond one model and one step."""
+
+
+def cases() -> list[Any]:
+    """(model, optimiser): all of them on one model, the others with fewer."""
+    found: list[Any] = []
+    for model in ("llama", "gpt", "nemotron"):
+        for optimizer in OPTIMIZERS:
+            marks = () if model == "llama" or optimizer in EVERYWHERE else (pytest.mark.slow,)
+            found.append(pytest.param(model, optimizer, marks=marks))
+    return found
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -36,8 +48,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", ["llama", "gpt", "nemotron"])
+@pytest.mark.parametrize(("model", "optimizer"), cases())
 def test_states_take_the_predicted_bytes(model: str, optimizer: str) -> None:
     """Within 0.1 %: fallbacks of small tensors and tables are in the ledger, step counters are
     not."""
@@ -48,7 +59,13 @@ def test_states_take_the_predicted_bytes(model: str, optimizer: str) -> None:
     assert state_bytes(trainer.optimizer) == pytest.approx(predicted, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:5])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(name, marks=() if name in EVERYWHERE else (pytest.mark.slow,))
+        for name in OPTIMIZERS[1:5]
+    ],
+)
 def test_low_bit_moments_train_as_plain_ones_do(optimizer: str) -> None:
     plain = train(trainer_of(plan_of()), 8)
     low = train(trainer_of(plan_of(optimizer=optimizer)), 8)
