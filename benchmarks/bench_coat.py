@@ -147,10 +147,10 @@ def bench_optimizer() -> Iterator[str]:
         optimizers = [AdamWFp8([weight], **settings) for weight in weights]
         for weight in weights:
             weight.grad = gradient
+        ours, theirs = (weight.detach() for weight in weights)  # updated in place
         for step in range(3):
             optimizers[0].step()
             on_reference(adamw_fp8, optimizers[1].step)
-            ours, theirs = (weight.detach() for weight in weights)
             if step == 0:  # from moments of zero: nothing has been rounded to 8 bits yet
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         states = [optimizer.state[w] for optimizer, w in zip(optimizers, weights, strict=True)]
@@ -373,7 +373,7 @@ def layer(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=["kernels", "training", "layer"])
     parser.add_argument("--model", default="tiny-1m")
     parser.add_argument("--gpus", help="device of the plans; default 1xcpu, or 1xH200 with CUDA")

@@ -155,7 +155,7 @@ class Prices:
         entry = KINDS[curve.operator]
         work = entry.backward_work if backward and entry.backward_work else entry.work
         if len(curve.axes) == 1:
-            return interpolate_time([row[0] for row in curve.sizes], seconds, work(sizes))
+            return interpolate_time([row[0] for row in curve.sizes], list(seconds), work(sizes))
         points = np.asarray(curve.sizes, dtype=float)
         columns = [points[:, i] for i in range(points.shape[1])]
         if self.pool.device.kind == "gpu" and is_compute(curve.operator):

@@ -57,15 +57,15 @@ class AdamWFp8(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state.update(_initial(parameter))
         state["step"] += 1
-        p, g = _local(parameter), _local(parameter.grad)
+        p, g = _local(parameter), _local(gradient)
         b1, b2 = group["betas"]
         settings = {
             "learning_rate": float(group["lr"]),

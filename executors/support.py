@@ -161,6 +161,10 @@ def _check_optimizer(plan: Plan) -> None:
     name, phase = plan.workload.optimizer, plan.phase
     if name in TORCHAO_OPTIMIZERS:
         _need_torchao("optimizer", name, "adamw_fp8 or adamw")
+    if name == "adamw_offload" and plan.workload.clip_norm is not None:
+        raise InputError("clip_norm", plan.workload.clip_norm,
+                         "adamw_offload takes gradients to the host before their norm is known",
+                         "drop it, or use adamw")  # fmt: skip
     if name == "adamw_offload" and (phase.mesh.world > 1 or phase.compute_dtype != "fp32"):
         what = "one process" if phase.mesh.world > 1 else "fp32, without FSDP's shards"
         raise InputError("optimizer", name, f"torchao's offload runs with {what}",

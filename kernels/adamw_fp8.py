@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """AdamW whose moments are kept in 8 bits, with a range expanded group by group.
 
 Moments spread over few powers of two within a group, far fewer than E4M3 covers, so that most codes
@@ -142,7 +143,8 @@ def _reference(
     p_RC: Tensor, g_RC: Tensor, first: Moment, second: Moment, b1: float, b2: float, eps: float,
     decay: float, rate: float, correction: float, skipped: Tensor,
 ) -> None:  # fmt: skip
-    for rows in chunks(*p_RC.shape, CHUNK_ELEMENTS):
+    num_rows, columns = p_RC.shape
+    for rows in chunks(num_rows, columns, CHUNK_ELEMENTS):
         p, g = p_RC[rows].float(), g_RC[rows].float()
         m = unpack(first.codes[rows], first.groups[rows]).mul_(b1).add_(g, alpha=1 - b1)
         v = unpack(second.codes[rows], second.groups[rows]).mul_(b2).addcmul_(g, g, value=1 - b2)

@@ -25,18 +25,19 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:  # plain PyTorch references do without
 
-    class tl:
+    class Language:
         """Names that signatures need."""
 
         constexpr = int
 
-    class triton:
+    class Untranslated:
         """A decorator that leaves a kernel as it is; it cannot be launched."""
 
         @staticmethod
         def jit(function: Any) -> Any:
             return function
 
+    tl, triton = Language, Untranslated
     AVAILABLE = False
 else:
     AVAILABLE = True

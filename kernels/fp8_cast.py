@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Casts to 8-bit floats: with one scale per tensor for matmuls, one per 16 neighbours for storage.
 
     per tensor   scale = max |x| / largest,   code = fp8(x / scale)         fp32 scale
