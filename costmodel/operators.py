@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..cluster import DTYPE_BYTES
 from .graph import Array
-from .moments import FORMATS
+from .moment_bytes import FORMATS
 
 Sized = Callable[[Sequence[Array], float], Array]
 

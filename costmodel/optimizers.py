@@ -16,7 +16,7 @@ from ..stack import Stack
 from ..workload import Optimizer
 from .graph import Array
 from .layout import Layouts
-from .moments import FORMATS, moment_bytes
+from .moment_bytes import FORMATS, moment_bytes
 from .options import Options
 from .pieces import Piece, Pieces
 from .prices import Prices

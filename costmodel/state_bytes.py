@@ -8,7 +8,7 @@ parameter has 16 bits, and the moments of its optimiser:
     megatron (mixed precision)         2        4 or 2     4       8
     16-bit throughout (torchtune)      2          2        0       4
 
-Optimisers with other formats have other moments (`moments.py`).
+Optimisers with other formats have other moments (`moment_bytes.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..cluster import DTYPE_BYTES
 from ..stack import Stack
 from .layout import Layouts
-from .moments import moment_rate, moved_rate
+from .moment_bytes import moment_rate, moved_rate
 from .options import Options
 
 

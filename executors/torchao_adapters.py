@@ -2,8 +2,8 @@
 
 Float8 linears (`torchao.float8`) come in the recipes tensorwise and rowwise; they keep their 16-bit
 input for backward, and run emulated where there is no CUDA device. Low-bit and offloaded AdamW
-(`torchao.optim`) keep what `costmodel/moments.py` says. Their steps are compiled on CUDA; on a CPU
-they run as they are written: compiling takes longer there than short runs do.
+(`torchao.optim`) keep what `costmodel/moment_bytes.py` says. Their steps are compiled on CUDA; on a
+CPU they run as they are written: compiling takes longer there than short runs do.
 
 Written for torchao 0.18.0.
 """

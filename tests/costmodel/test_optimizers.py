@@ -16,7 +16,7 @@ from forerun.costmodel import estimate
 from forerun.costmodel.layers import decoder_layer
 from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
-from forerun.costmodel.moments import FORMATS, moment_bytes, moment_rate
+from forerun.costmodel.moment_bytes import FORMATS, moment_bytes, moment_rate
 from forerun.costmodel.options import Options
 from forerun.costmodel.techniques import apply
 from forerun.errors import InputError
