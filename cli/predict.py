@@ -39,6 +39,7 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
     the schedule 1F1B, the micro-batch 1 sequence, recompute none. With --orders the plan file holds
     the orders, and forerun run executes them.
     """
+    from ..costmodel import memory_report
     from . import render
     from .layout import fixed_plan
 
@@ -61,6 +62,7 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
                 "label": plan_file.label,
                 "plan": plan_file.plan,
                 "estimate": plan_file.estimate,
+                "memory": memory_report(plan_file.plan),
                 "quality": risks(plan_file.plan),
             }
         )
@@ -68,4 +70,5 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
         render.print_job(job)
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
+        render.print_memory(memory_report(plan_file.plan))
         render.print_quality(plan_file.plan)

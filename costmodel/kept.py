@@ -15,13 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import DTYPE_BYTES
+from ..plan import TENSORS
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .liveness import Liveness
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, taken
 
 NORMS = 2
 """Of one layer; as many as it has entries into column-parallel matmuls."""
@@ -33,6 +35,8 @@ class Kept:
 
     embedding: Liveness
     layers: tuple[Liveness, ...]
+    stores: tuple[bool, ...]
+    """Whether layers store what they keep in another form than they are given it."""
     head: Liveness
     loss_peak: Array | None
     """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
@@ -49,9 +53,21 @@ class Kept:
         return Kept(
             embedding=costs.embedding.live,
             layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
+            stores=tuple(piece.options.activations is not None for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> Kept:
+        """The live bytes under the layouts at these positions."""
+        return Kept(
+            embedding=taken(self.embedding, rows),
+            layers=tuple(taken(live, rows) for live in self.layers),
+            stores=self.stores,
+            head=taken(self.head, rows),
+            loss_peak=taken(self.loss_peak, rows),
+            sequence_buffers=taken(self.sequence_buffers, rows),
         )
 
 
@@ -76,6 +92,9 @@ def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     saved = live.saved
     if options.recompute in ("none", "selective"):
         saved = (saved + norms - NORMS * whole) * stack.activation_multiplier
+    elif options.recompute == TENSORS:
+        more = (saved - piece.boundary_bytes) * stack.activation_multiplier
+        saved = piece.boundary_bytes + more
     grown = norms - whole  # one of the gathered inputs is back while its matmuls run
     return replace(
         live,

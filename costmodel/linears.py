@@ -69,7 +69,7 @@ def _named(
     graph, sizes = graph_and_sizes(model, layer, layout, seq_tokens, prices, options)
 
     def time_of(op: Operator) -> Times:
-        return operator_s(op, sizes, layout, prices, options)
+        return operator_s(op, sizes, prices, options)
 
     worth = uses(graph, time_of, _launch_s(graph, time_of, prices, options))
     linears = tuple(name for name, use in worth.items() if use[0])

@@ -22,8 +22,6 @@ from .pieces import Piece, Pieces
 from .prices import Prices
 from .stages import Load
 
-TABLE = "embedding.weight"
-"""Shared by embedding and head where tables are tied."""
 HOST_BYTES_PER_S = 50e9
 """Memory traffic of a host's fused AdamW: assumed, two channels of DDR5."""
 ON_CPU = {"adamw_fp8": 50.0, "adamw8bit": 260.0, "adamw4bit": 155.0, "adamw_fp8_block": 25.0}
@@ -54,9 +52,10 @@ def excess_bytes(
                 plain=stack.moment_bytes,
             )  # fmt: skip
             own = exact - rate * rows * tensor.columns
-            found = found + (own * (1.0 - shared) if tensor.name == TABLE else own)
+            found = found + (own * (1.0 - shared) if tensor.name in tables else own)
         return found
 
+    tables = {tensor.name for tensor in costs.embedding.trained}
     both = load.embedding * load.head * (costs.tied_params > 0)
     for count, piece in load.each(costs):
         shared = both if piece is costs.head else np.zeros(1)

@@ -50,7 +50,7 @@ def layer_s(model: Model, layouts: Layouts, seq: int, options: Options) -> float
     total = 0.0
     for op in graph.operators:
         if op.kind != "edge":
-            forward, backward, _ = operator_s(op, sizes, layouts, prices, options)
+            forward, backward, _ = operator_s(op, sizes, prices, options)
             total += float(forward[0] + backward[0])
     return total
 
@@ -67,7 +67,7 @@ def free_choice(model: Model, layouts: Layouts, seq: int) -> tuple[str, ...]:
     """The choice that leaves launches out."""
     prices = Prices(H100.pools[0], None, 8)
     graph, sizes = graph_and_sizes(model, model.layers[0], layouts, seq, prices, FREE)
-    worth = uses(graph, lambda op: operator_s(op, sizes, layouts, prices, FREE))
+    worth = uses(graph, lambda op: operator_s(op, sizes, prices, FREE))
     return tuple(name for name in LINEARS if worth[name][0])
 
 
@@ -130,7 +130,7 @@ def test_matches_torchaos_inequality() -> None:
     graph, sizes = graph_and_sizes(model, model.layers[0], layouts, seq, prices, FREE)
 
     def time_of(op):
-        return operator_s(op, sizes, layouts, prices, FREE)
+        return operator_s(op, sizes, prices, FREE)
 
     by_name = {op.name: op for op in graph.operators}
     wo = by_name["wo"]

@@ -1,10 +1,13 @@
-"""One rank of a group that runs families in turn: worker.py RANK WORLD FOLDER SELECTION."""
+"""One rank of a group that runs families, and checkpoints, in turn: worker.py RANK WORLD FOLDER
+SELECTION."""
 
 from __future__ import annotations
 
 import pickle
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +18,62 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import families
 import low_precision
+import modules
 import pairs
+import resumption
 
 from forerun.executors.build import build
+from forerun.executors.torch_compat import destroy_process_groups
+
+Task = Callable[[], dict[str, Any]]
 
 
-def names(world: int, selection: str) -> list[tuple[str, str]]:
-    """What a group runs."""
+def run_family(model: str, family: str, world: int) -> dict[str, Any]:
+    """What one family gives on this rank."""
+    settings = families.FAMILIES[world][family]
+    plan = families.make_plan(families.MODELS[model], **settings)
+    return families.train(build(plan, device=torch.device("cpu")))
+
+
+def run_pair(first: str, second: str) -> dict[str, Any]:
+    """What a plan of two techniques gives on this rank."""
+    plan = pairs.plan_of(first, second)
+    return families.train(build(plan, device=torch.device("cpu")), steps=4)
+
+
+def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Task]:
+    """What this rank does, by (model, what): a selection of `quick`, `slow`, `low`, `low-slow` and
+    `pairs`."""
     if selection in ("low", "low-slow"):
-        return low_precision.names(world, selection == "low-slow")
-    return pairs.executed() if selection == "pairs" else families.names(world, selection == "slow")
-
-
-def run_family(model: str, family: str, world: int, selection: str) -> dict[str, Any]:
-    """What one family gives on this rank, or the traceback of what went wrong."""
-    try:
-        if selection in ("low", "low-slow"):
-            return low_precision.run(family, world)
-        if selection == "pairs":
-            plan = pairs.plan_of(model, family)
-            return families.train(build(plan, device=torch.device("cpu")), steps=4)
-        settings = families.FAMILIES[world][family]
-        plan = families.make_plan(families.MODELS[model], **settings)
-        return families.train(build(plan, device=torch.device("cpu")))
-    except Exception:
-        return {"error": traceback.format_exc()}
+        return {
+            (model, family): partial(low_precision.run, family, world)
+            for model, family in low_precision.names(world, selection == "low-slow")
+        }
+    if selection == "pairs":
+        return {pair: partial(run_pair, *pair) for pair in pairs.executed()}
+    slow = selection == "slow"
+    found: dict[tuple[str, str], Task] = {
+        (model, family): partial(run_family, model, family, world)
+        for model, family in families.names(world, slow)
+    }
+    found |= resumption.tasks(world, folder, slow)
+    return found | modules.tasks(world, folder, slow)
 
 
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     results: dict[tuple[str, str], dict[str, Any]] = {}
-    for index, (model, family) in enumerate(names(world, sys.argv[4])):
-        # Each family has its own groups: those of all together would have hundreds of threads.
+    for index, (name, task) in enumerate(tasks(world, folder, sys.argv[4]).items()):
+        # Each has its own groups: those of all together would have hundreds of threads.
         store = f"file://{folder}/store{index}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        results[model, family] = run_family(model, family, world, sys.argv[4])
-        if "error" in results[model, family]:
+        try:
+            results[name] = task()
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
             break  # the other ranks may be out of step from here on
-        dist.destroy_process_group()
+        destroy_process_groups()
     (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(results))
 
 
