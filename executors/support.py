@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..costmodel import admissible
+from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
 from ..model import Model
 from ..plan import RECIPES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
@@ -17,7 +18,6 @@ COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
-STORED_MLPS = ("swiglu", "geglu", "gelu", "squared_relu")
 RECOMPUTE_MODES = ("none", "selective", "full")
 RUNTIMES = ("eager", "compiled")
 
@@ -123,7 +123,7 @@ def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
                          f"recompute {mode} does not keep the activations to be stored",
                          "use recompute none or selective")  # fmt: skip
     mlp = plan.model.layer_at(index).mlp
-    if mlp not in STORED_MLPS:
+    if mlp not in EXECUTED:
         raise InputError("precision.activations", settings["activations"],
                          f"layers with {mlp} cannot store theirs yet",
                          "leave it out")  # fmt: skip

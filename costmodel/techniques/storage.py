@@ -22,6 +22,8 @@ from .precision import is_low_precision
 GROUPED = "fp8_g16"
 NORMS: tuple[str, ...] = get_args(Norm)
 ACTIVATIONS: tuple[str, ...] = get_args(Mlp)
+EXECUTED = ("swiglu", "geglu", "gelu", "squared_relu")
+"""MLPs whose executors store what their activation function saves."""
 
 
 def rewrite(graph: Graph, activations: str | None, recompute: str) -> Graph:

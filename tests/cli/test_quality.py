@@ -134,3 +134,22 @@ def _html(invoke: Any, files: tuple[Path, Path], page: Path) -> str:
     result = invoke("diff", *files, "--html", page)
     assert result.exit_code == 0, result.output
     return page.read_text()
+
+
+@pytest.mark.parametrize("flags", [["--allow", "published"], ["--accept-risk", "storage"]])
+@pytest.mark.parametrize(("space", "most"), [([], 1.0), (["--space", "all"], 0.95)])
+def test_what_is_allowed_is_used_where_it_pays(
+    invoke: Any, flags: list[str], space: list[str], most: float
+) -> None:
+    """Memory is short: layers store activations in fp8 sooner than they compute them again."""
+    tight = "--model llama-2-7b --gpus 4xA100-40GB --seq-len 4096 --global-batch 16".split()
+    pinned = "--tp 1 --pp 1 --cp 1 --zero 3".split()
+
+    def best(*more: str) -> dict[str, Any]:
+        result = invoke("plan", *tight, *pinned, *space, "--top", "1", "--json", *more)
+        return json.loads(result.stdout)["plans"][0]
+
+    exact, allowed = best(), best(*flags)
+    assert exact["quality"] == []
+    assert [risk["technique"] for risk in allowed["quality"]] == ["storage"]
+    assert allowed["estimate"]["step_s"]["median"] < most * exact["estimate"]["step_s"]["median"]

@@ -8,11 +8,14 @@ import msgspec
 import pytest
 
 from forerun.catalogs import load_cluster, load_model, load_technique, names
+from forerun.costmodel.layout import Layouts
+from forerun.costmodel.options import Options
 from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
-from forerun.plan import Phase, Plan, Setting, even_stages
+from forerun.plan import SCHEDULES, SPLIT_SCHEDULES, Phase, Plan, Setting, even_stages
 from forerun.planner import Pins, risks, search
+from forerun.planner.keeping import policies, policies_under
 from forerun.planner.quality import (
     CLASSES,
     accepted_names,
@@ -132,3 +135,44 @@ def test_plans_of_a_search_say_their_risk() -> None:
     assert plan["label"].endswith("_fp8-coat")
     linears = found.plans[0].plan.phase.technique("precision").get("linears")
     assert linears is None or linears
+
+
+@pytest.mark.parametrize(
+    ("base", "allowed"),
+    [
+        (Options(compute="bf16"), True),
+        (Options(compute="fp8", recipe="coat"), True),
+        (Options(compute="fp8", recipe="rowwise"), False),  # keeps 16-bit inputs
+        (Options(compute="bf16", activations="fp8"), False),  # is stored so whatever is chosen
+    ],
+)
+def test_layers_may_store_their_activations_where_the_workload_says_so(
+    base: Options, allowed: bool
+) -> None:
+    pools, model = load_cluster("8xH100").pools, load_model("llama-3.2-1b")
+
+    def choices(workload: Workload, pins: Pins) -> set[str | None]:
+        return {own.activations for own in policies(model, pools, workload, base, pins, ())}
+
+    accepted = msgspec.structs.replace(WORKLOAD, accepted=("storage",))
+    published = msgspec.structs.replace(WORKLOAD, quality=classes_up_to(["published"]))
+    own, stored = {base.activations}, {base.activations, "fp8"}
+    for workload in (accepted, published):
+        for pins in (Pins(), Pins(run_only=True)):
+            assert choices(workload, pins) == (stored if allowed else own)
+        assert choices(workload, Pins(recompute="full")) == own
+    below = msgspec.structs.replace(WORKLOAD, quality=classes_up_to(["measured-here"]))
+    assert choices(below, Pins()) == choices(WORKLOAD, Pins()) == own
+
+
+def test_backwards_are_not_split_around_stored_activations_that_are_to_be_run() -> None:
+    pools = load_cluster("8xH100").pools
+    found = (Options(compute="bf16"), Options(compute="bf16", activations="fp8"))
+    for schedule in SCHEDULES:
+        layout = Layouts.of(
+            msgspec.structs.replace(plan_of(load_model("llama-2-7b"), {}).phase, schedule=schedule)
+        )
+        split = schedule in SPLIT_SCHEDULES
+        here = policies_under(layout, found, pools, Pins(run_only=True))
+        assert here == (found[:1] if split else found)
+        assert policies_under(layout, found, pools, Pins()) == found
