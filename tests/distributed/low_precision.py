@@ -64,13 +64,17 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-SLOW = ("coat zero3 selective", "low zero3 full", "blocks zero1", *FAMILIES[4])
-"""Families of their own process groups, which the default run of the tests leaves out."""
+SLOW = ("stored ddp", "coat zero3 selective", "low zero3 full", "blocks zero1", *FAMILIES[4])
+"""Families that the default run of the tests leaves out."""
 
 
 def names(world: int, slow: bool) -> list[tuple[str, str]]:
-    """(model, family) of a process group."""
-    return [("wide", family) for family in FAMILIES[world] if (family in SLOW) == slow]
+    """(model, family) of a process group; a single process is what tests are themselves."""
+    return [
+        ("wide", family)
+        for family in (FAMILIES.get(world, {}) if world > 1 else ())
+        if (family in SLOW) == slow
+    ]
 
 
 def plan_of(family: str, world: int) -> Plan:

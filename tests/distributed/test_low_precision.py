@@ -34,7 +34,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Single]:
 
 def results(group: Group, world: int, family: str) -> list[dict[str, Any]]:
     """What the ranks of a family found."""
-    selection = "low-slow" if family in SLOW else "low"
+    selection = "slow" if family in SLOW else "quick"
     ranks = [rank["wide", family] for rank in group(world, selection)]
     for rank in ranks:
         assert "error" not in rank, rank["error"]

@@ -42,19 +42,17 @@ def run_pair(first: str, second: str) -> dict[str, Any]:
 
 
 def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Task]:
-    """What this rank does, by (model, what): a selection of `quick`, `slow`, `low`, `low-slow` and
-    `pairs`."""
-    if selection in ("low", "low-slow"):
-        return {
-            (model, family): partial(low_precision.run, family, world)
-            for model, family in low_precision.names(world, selection == "low-slow")
-        }
+    """What this rank does, by (model, what): a selection of `quick`, `slow` and `pairs`."""
     if selection == "pairs":
         return {pair: partial(run_pair, *pair) for pair in pairs.executed()}
     slow = selection == "slow"
     found: dict[tuple[str, str], Task] = {
         (model, family): partial(run_family, model, family, world)
         for model, family in families.names(world, slow)
+    }
+    found |= {
+        (model, family): partial(low_precision.run, family, world)
+        for model, family in low_precision.names(world, slow)
     }
     found |= resumption.tasks(world, folder, slow)
     return found | modules.tasks(world, folder, slow)
