@@ -15,6 +15,7 @@ from .loader import (
     entry,
     load_hardware,
     load_stack,
+    load_technique,
     names,
 )
 from .profiles import load_user_profile, save_user_profile, user_profile_path
@@ -23,5 +24,6 @@ from .spellings import Resolved, load_cluster, load_model, resolve_gpus
 __all__ = [
     "KINDS", "Hardware", "Lengths", "Resolved", "Technique", "WorkloadEntry",
     "entries", "entry", "load_cluster", "load_hardware", "load_model", "load_stack",
-    "load_user_profile", "names", "resolve_gpus", "save_user_profile", "user_profile_path",
+    "load_technique", "load_user_profile", "names", "resolve_gpus", "save_user_profile",
+    "user_profile_path",
 ]  # fmt: skip

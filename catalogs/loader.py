@@ -68,6 +68,10 @@ class Technique(Document, frozen=True, kw_only=True):
     settings: dict[str, str]
     """Each setting and what it does to the numbers."""
     requirements: tuple[str, ...] = ()
+    validated_params: float | None = None
+    """Parameters of the largest model that the claim was tested on; None = it does not depend."""
+    recalled: bool = False
+    """Whether paper and claim are from memory, not read again."""
 
 
 class Lengths(Document, frozen=True, kw_only=True):
@@ -184,6 +188,11 @@ def load_stack(name: str, family: str | None = None) -> Stack:
     if family is not None and resolve_name("stacks", f"{name}-{family}") is not None:
         name = f"{name}-{family}"
     return _load("stacks", Stack, "stack", name)
+
+
+def load_technique(name: str, field: str = "technique") -> Technique:
+    """The evidence record of that name or alias; an error names `field`."""
+    return _load("techniques", Technique, field, name)
 
 
 def _as_entry(kind: str, name: str) -> dict[str, Any]:

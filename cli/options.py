@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import click
 
@@ -17,12 +17,14 @@ from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
+    RECIPES,
     RECOMPUTE_MODES,
     SCHEDULES,
+    STORAGE_DTYPES,
     Plan,
     PlanFile,
 )
-from ..workload import Workload
+from ..workload import Optimizer, Quality, Workload
 
 if TYPE_CHECKING:
     from ..planner import Pins
@@ -79,10 +81,10 @@ JOB_OPTIONS = (
     click.option("--data", help="File or folder of text or JSONL; default: Python's own source."),
     click.option(
         "--optimizer",
-        type=click.Choice(["adamw"]),
+        type=click.Choice(get_args(Optimizer)),
         default="adamw",
         show_default=True,
-        help="Optimiser.",
+        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
     ),
     click.option(
         "--clip-norm",
@@ -134,6 +136,32 @@ AXIS_OPTIONS = (
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
     click.option("--precision", type=click.Choice(COMPUTE_DTYPES), help="Dtype of the matmuls."),
+    click.option(
+        "--recipe",
+        type=click.Choice(RECIPES),
+        help="Scaling of matmuls below 16 bits: torchao's two, or coat, which can store operands.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(STORAGE_DTYPES),
+        help="Storage of saved activations, where it is not that of the matmuls.",
+    ),
+)
+
+QUALITY_OPTIONS = (
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="CLASS[,CLASS]",
+        help="Quality classes that the planner may use, each with those before it: exact (default),"
+        " equivalent-start, measured-here, published, unquantified.",
+    ),
+    click.option(
+        "--accept-risk",
+        multiple=True,
+        metavar="NAME[,NAME]",
+        help="Techniques that it may use whatever their class (see: forerun catalog techniques).",
+    ),
 )
 
 AXES = (
@@ -154,6 +182,8 @@ AXES = (
     "offload",
     "attention",
     "precision",
+    "recipe",
+    "activations",
 )
 
 NEEDED = {
@@ -174,6 +204,13 @@ def job_options(function: F) -> F:
 def axis_options(function: F) -> F:
     """One option per axis of the layout."""
     for option in reversed(AXIS_OPTIONS):
+        function = option(function)
+    return function
+
+
+def quality_options(function: F) -> F:
+    """What the planner may use beside exact techniques."""
+    for option in reversed(QUALITY_OPTIONS):
         function = option(function)
     return function
 
@@ -201,6 +238,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         trace_model(flags, seq_tokens) if is_traced(flags["model"]) else load_model(flags["model"])
     )
     resolved = resolve_gpus(flags["gpus"])
+    quality, accepted = read_quality(flags)
     workload = Workload(
         seq_tokens=seq_tokens,
         global_batch_seqs=batch_seqs,
@@ -209,8 +247,28 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         optimizer=flags["optimizer"],
         clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
+        quality=quality,
+        accepted=accepted,
     )
     return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
+
+
+def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
+    """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
+    if not any(flags.get(name) for name in ("allow", "accept_risk", "precision", "activations")):
+        if flags["optimizer"] == "adamw":
+            return ("exact",), ()
+    from ..planner.quality import accepted_names, classes_up_to, record_names
+
+    precision = {"compute": flags.get("precision"), "activations": flags.get("activations")}
+    given = {name: value for name, value in precision.items() if value is not None}
+    asked = record_names({"precision": given}, flags["optimizer"])
+    named = _split(flags.get("accept_risk") or ())
+    return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
+
+
+def _split(values: Iterable[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def is_traced(name: str | None) -> bool:

@@ -96,6 +96,8 @@ class Operator:
     """Dtype that its matmul runs in where that is not its input's (fp8, fp4)."""
     grad_inputs: bool = True
     """Whether the inputs need a gradient (token ids do not)."""
+    unpacks: tuple[Tensor, ...] = ()
+    """What backward makes anew, while it runs, of tensors that are saved in other dtypes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,9 @@ import numpy as np
 from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
 from .operators import transients
 
-NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise")
+NO_INPUT_NEEDED = (
+    "add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise", "quantize_weight"
+)  # fmt: skip
 """Kinds whose backward reads none of their inputs."""
 INSIDE: dict[str, tuple[Axes, float]] = {
     "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
@@ -187,6 +189,7 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
+        making = sum((t.num_bytes(sizes) for t in op.unpacks), making)
         peak = np.maximum(peak, standing + making + weights)
         stayed = stayed + weights
         fresh = np.maximum(fresh, standing + making + stayed)

@@ -15,7 +15,7 @@ policies; what they keep, and their working set, is added by `activations`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from .graph import Array
 from .kept import Kept
 from .layout import Layouts
 from .liveness import Liveness
+from .optimizers import excess_bytes
 from .options import Options
 from .pieces import Pieces
 from .stages import Load
@@ -83,9 +84,8 @@ class RankMoments:
     moments: tuple[Moment, ...]
     load: Load
     chunks: Array
-    sent: Array
-    """Outputs that chunks hand to other stages and keep until their backward, of one
-    micro-batch."""
+    boundary_bytes: Array
+    """What a chunk hands to the next stage, of one micro-batch."""
 
     @staticmethod
     def of(
@@ -96,19 +96,24 @@ class RankMoments:
             moments=tuple(_moments(load, costs, layouts, options, stack)),
             load=load,
             chunks=layouts.vpp.astype(float),
-            sent=(layouts.vpp - load.head) * costs.layers[0].boundary_bytes,
+            boundary_bytes=costs.layers[0].boundary_bytes,
         )
 
     def per_chunk(self, kept: Kept) -> Array:
         """Saved activations of one micro-batch through a chunk of the rank, on average.
 
-        A chunk whose output goes to another stage keeps it until its backward.
+        A chunk whose output goes to another stage keeps it until its backward, and its input as
+        well: that is what its first layer keeps, unless it stores activations in another form.
+        Where layers differ in that, the first is like all of them on average.
         """
         load = self.load
         total = load.embedding * kept.embedding.saved + load.head * kept.head.saved
         for count, live in zip(load.layers, kept.layers, strict=True):
             total = total + count * live.saved
-        return (total + self.sent) / self.chunks
+        storing = sum((n for n, own in zip(load.layers, kept.stores, strict=True) if own), 0.0)
+        share = storing / np.maximum(load.num_layers, 1.0)
+        ends = self.chunks - load.head + (self.chunks - load.embedding) * share
+        return (total + ends * self.boundary_bytes) / self.chunks
 
     def activations(self, moment: Moment, kept: Kept, per_chunk: Array) -> Activations:
         """What layers keep and work with at a moment."""
@@ -174,6 +179,8 @@ def _moments(
     load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack
 ) -> Iterator[Moment]:
     states = StateBytes.of(stack, options)
+    rest = AtRest.of(Counts.of(load, costs), states, layouts, stack)
+    more = excess_bytes(load, costs, layouts, options, stack)
     rank = _Rank(
         load=load,
         costs=costs,
@@ -182,10 +189,10 @@ def _moments(
         kept=Kept.of(costs, layouts, stack),
         units=in_units(layouts, options, stack),
         states=states,
-        rest=AtRest.of(Counts.of(load, costs), states, layouts, stack),
+        rest=replace(rest, optimizer=rest.optimizer + more),
         copies=WorkingCopies.of(load, costs, layouts, options, stack),
     )
-    rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
+    at_rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
     standing = rank.kept.sequence_buffers + _messages(rank)
     around = _gradients(rank)
     always = np.ones(1, dtype=bool)
@@ -199,7 +206,7 @@ def _moments(
             later: bool = bool(later),
             fresh: NDArray[np.bool_] = grads.fresh,
         ) -> Moment:
-            terms = {**rest, **terms, "comm_buffers": terms["comm_buffers"] + standing}
+            terms = {**at_rest, **terms, "comm_buffers": terms["comm_buffers"] + standing}
             return Moment(
                 kind=kind, layer=layer, later=later, exists=exists, fresh=fresh, terms=terms
             )
@@ -212,7 +219,7 @@ def _moments(
             yield moment("second", (count > 1) & (rank.copies.on_wire > 0), wire, which)
         yield moment("first", always, _first_layer(rank, grads))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
-    terms = {**rest, "gradients": around[1].after, "comm_buffers": exchange}
+    terms = {**at_rest, "gradients": around[1].after, "comm_buffers": exchange}
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
 
 

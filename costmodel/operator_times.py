@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .by_shape import Times, cheapest
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
 from .layers.attention import CORE
 from .layout import Layouts
@@ -19,6 +20,7 @@ from .operators import KINDS
 from .options import Options
 from .prices import Prices
 from .rates import is_compute, is_matmul
+from .techniques.precision import BY_SHAPE
 
 FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
 """Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
@@ -72,11 +74,17 @@ def operator_times(
     beside_backward: dict[str, Array] = {}
     again = runs_again(graph, prices.pool.stack.recompute_stops_early)
     merged, merged_back = _merges(graph, sizes, prices)
+
+    def time_of(op: Operator) -> Times:
+        return operator_s(op, sizes, prices, options)
+
+    free = options.linears == BY_SHAPE
+    chosen = cheapest(graph, time_of) if free else {}
     for op in graph.operators:
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back, of_weights = _operator(op, sizes, prices, options)
+            there, back, of_weights = chosen.get(op.name) or time_of(op)
             weight = weight + of_weights
             if op.name == CORE:
                 there, back = there + merged, back + merged_back
@@ -84,8 +92,9 @@ def operator_times(
                 streaming = streaming + there + back
             if is_matmul(op.kind):
                 near.add(op, there, back, of_weights)
-            forward_launches += KINDS[op.kind].launches
-            backward_launches += 2 * KINDS[op.kind].launches
+            launches = 0 if free and not op.grad_inputs else KINDS[op.kind].launches
+            forward_launches += launches
+            backward_launches += 2 * launches
         forward, backward = forward + there, backward + back
         beside_forward[op.name], beside_backward[op.name] = there, back
         if op.name in again:
@@ -169,9 +178,7 @@ class _Near:
             self.weights[reads] = self.weights[reads] + of_weights
 
 
-def _operator(
-    op: Operator, sizes: Sizes, prices: Prices, options: Options
-) -> tuple[Array, Array, Array]:
+def operator_s(op: Operator, sizes: Sizes, prices: Prices, options: Options) -> Times:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
     Those of norms and embeddings, which are small, are left with the rest.

@@ -37,6 +37,8 @@ class Options:
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
     ulysses."""
+    linears: tuple[str, ...] | None = None
+    """Linears of a layer that run in a compute dtype below 16 bits; None = all of them."""
     activations: str | None = None
     """Storage dtype of saved activations where it differs from compute (coat: fp8)."""
     lora_rank: int | None = None
@@ -46,7 +48,7 @@ class Options:
     base_dtype: str | None = None
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, adamw_fp8, sgd."""
+    """One of `forerun.workload.Optimizer`."""
     clips: bool = False
     """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
@@ -67,6 +69,7 @@ class Options:
         return Options(
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
+            linears=_names(precision.get("linears")),
             recompute=str(setting("recompute").get("mode", "none")),
             keep=tuple(setting("recompute").get("keep", ())),
             attention=str(setting("attention").get("kernel", "flash")),
@@ -86,10 +89,12 @@ class Options:
     def techniques(self) -> dict[str, dict[str, Any]]:
         """The settings of a plan that say the same: `of` read backwards; defaults are left out."""
         plain = Options(compute=self.compute)
-        precision = {"compute": self.compute}
+        precision: dict[str, Any] = {"compute": self.compute}
         for name in ("recipe", "activations"):
             if getattr(self, name) != getattr(plain, name):
                 precision[name] = getattr(self, name)
+        if self.linears is not None:
+            precision["linears"] = list(self.linears)
         chosen: dict[str, dict[str, Any]] = {"precision": precision}
         for technique, setting, field in _SETTINGS:
             value = getattr(self, field)
@@ -107,6 +112,10 @@ class Options:
     def tensor_dtype(self) -> str:
         """Dtype of the tensors between matmuls: 16-bit where matmuls are below that."""
         return self.compute if self.compute in ("fp32", "fp16", "bf16") else "bf16"
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    return None if value is None else tuple(map(str, value))
 
 
 _SETTINGS = (

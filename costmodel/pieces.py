@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cluster import Pool
 from ..model import Layer, Model
 from ..traced import TracedOperator, TracedWeight
 from . import traced
@@ -38,6 +39,7 @@ from .options import Options
 from .prices import Prices
 from .state_bytes import in_units
 from .techniques import apply, local_axes, precision
+from .trained import TrainedTensor, trained_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class Piece:
     """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
+    trained: tuple[TrainedTensor, ...]
+    """Those with optimiser states."""
     live: Liveness
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
@@ -123,9 +127,11 @@ def taken(value: T, rows: NDArray[np.intp]) -> T:
         return value if len(value) == 1 else value[rows]
     if isinstance(value, dict):
         return cast("T", {name: taken(part, rows) for name, part in value.items()})
-    if isinstance(value, Liveness):
+    if isinstance(value, tuple):
+        return cast("T", tuple(taken(part, rows) for part in value))
+    if isinstance(value, (Liveness, TrainedTensor)):
         own = {f.name: taken(getattr(value, f.name), rows) for f in fields(value)}
-        return cast("T", Liveness(**own))
+        return cast("T", type(value)(**own))
     return value
 
 
@@ -225,6 +231,28 @@ def pieces_of_each(
     return [replace(first, layers=layers, head=head) for layers in every]
 
 
+def graph_and_sizes(
+    model: Model,
+    layer: Layer,
+    layout: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> tuple[Graph, Sizes]:
+    """The rewritten graph of a layer under one layout, and the local sizes of its axes."""
+    near, layer = _nearby(model, layer)
+    split = bool(layout.sequence_parallel[0])
+    graph = _graph("layer", near, layer, split, *_of_pool(prices.pool, options))
+    return graph, local_axes(local_sizes(near, layer, layout, seq_tokens), options)
+
+
+def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool]:
+    """What a graph depends on besides its layer: fused norms, options, kept operands, casts."""
+    stack, low = pool.stack, options.compute != options.tensor_dtype
+    fused = pool.device.kind == "gpu"
+    return fused, options, stack.keeps_operands and low, stack.casts_weights and low
+
+
 def _priced(
     build: str,
     layer: Layer,
@@ -255,12 +283,10 @@ def _both(
     options: Options,
 ) -> Piece:
     """A piece under layouts with a split sequence and without."""
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, near, layer, bool(sp), fused, options, keeps)
+        graph = _graph(build, near, layer, bool(sp), *_of_pool(prices.pool, options))
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
@@ -284,11 +310,10 @@ def kept_by_tensor(
         graph = apply(traced.graph(build, operators), options)
         return saved_tensors(graph, traced.sizes(operators, layouts))
     near, layer = _nearby(model, layer)
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
-    sp = bool(layouts.sequence_parallel[0])
-    return saved_tensors(_graph(build, near, layer, sp, fused, options, keeps), sizes)
+    split = bool(layouts.sequence_parallel[0])
+    graph = _graph(build, near, layer, split, *_of_pool(prices.pool, options))
+    return saved_tensors(graph, sizes)
 
 
 def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
@@ -375,16 +400,19 @@ def _graph(
     fused: bool,
     options: Options,
     keeps_operands: bool,
+    casts_weights: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
     graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    if casts_weights:
+        graph = precision.cast_weights(graph)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
 def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
     """The rewritten graph of a layer of a model."""
     near, layer = _nearby(model, layer)
-    return _graph("layer", near, layer, sp, fused, options, False)
+    return _graph("layer", near, layer, sp, fused, options, False, False)
 
 
 def _plain_graph(
@@ -456,6 +484,7 @@ def _piece(
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
+        trained=trained_tensors(graph, sizes),
         live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire_bytes([*there, *back], sizes, layouts),
@@ -568,6 +597,19 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         zero = np.zeros(1)
         return {n: pick(a.get(n, zero), b.get(n, zero)) for n in sorted({*a, *b})}
 
+    def pick_tensors() -> tuple[TrainedTensor, ...]:
+        cut, whole = ({t.name: t for t in piece.trained} for piece in (yes, no))
+        none = np.zeros(1)
+        return tuple(
+            replace(
+                tensor,
+                rows=pick(cut[name].rows if name in cut else none,
+                          whole[name].rows if name in whole else none),
+                columns=pick(cut.get(name, tensor).columns, whole.get(name, tensor).columns),
+            )
+            for name, tensor in {**whole, **cut}.items()
+        )  # fmt: skip
+
     return Piece(
         options=yes.options,
         forward_s=pick(yes.forward_s, no.forward_s),
@@ -587,6 +629,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
+        trained=pick_tensors(),
         live=live(yes.live, no.live),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),
         wire_bytes=pick_each(yes.wire_bytes, no.wire_bytes),

@@ -15,6 +15,7 @@ from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
 from ..orders import Action
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
+from . import admissible
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
@@ -406,9 +407,10 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     """The predicted cost of one optimiser step of a plan's first phase.
 
     With `known` what plans have in common is priced once. Raises InputError when the plan
-    contradicts itself or its model is not covered.
+    contradicts itself, its devices lack what a technique needs, or its model is not covered.
     """
     plan.check()
+    admissible.check(plan)
     sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)

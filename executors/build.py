@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, compilation, recompute, FSDP2 or DDP, memory and
-initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, precision, tensor parallel, compilation, recompute, FSDP2 or DDP,
+memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..plan import Plan
 from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .marks import Marks
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import recompute, runtime
+from .techniques import precision, recompute, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -55,6 +55,7 @@ def build_piece(
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last, first_piece)
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
+    precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
@@ -100,7 +101,7 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         pieces,
         modules,
         pipeline,
-        make_adamw(parameters, plan.workload.learning_rate),
+        make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate),
         tied_groups(plan),
         tp_dims,
         marks,

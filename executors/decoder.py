@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import Layer, Model
+from ..model import GATED, Layer, Model
 
 
 def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -49,11 +49,12 @@ def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear whose product with its weight may be exchanged."""
+    """A linear whose product with its weight a technique may exchange."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.product: Callable[..., Tensor] = F.linear
+        """x, weight, bias (or None, or left out) -> x weight^T + bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.product(input, self.weight, self.bias)
@@ -83,24 +84,33 @@ class Attention(nn.Module):
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
 
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": lambda up: F.relu(up).square(),
+}
+"""What stands between the matmuls of an MLP: of gate and up-projection, or of the latter."""
+
+
 class Mlp(nn.Module):
-    """Dense feed-forward block: SwiGLU, GELU or squared ReLU."""
+    """Dense feed-forward block."""
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.kind = layer.mlp
-        if layer.mlp == "swiglu":
+        self.activation = ACTIVATIONS[layer.mlp]
+        if layer.mlp in GATED:
             self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
-        elif self.kind == "gelu":
-            inner_BSF = F.gelu(self.up(x_BSE))
+        if self.kind in GATED:
+            inner_BSF = self.activation(self.gate(x_BSE), self.up(x_BSE))
         else:
-            inner_BSF = F.relu(self.up(x_BSE)).square()
+            inner_BSF = self.activation(self.up(x_BSE))
         return self.down(inner_BSF)
 
 

@@ -19,7 +19,7 @@ from . import data_parallel, module_cuts, module_stages
 from .marks import Marks
 from .module_cuts import GroupLinks
 from .module_stages import Stage
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
 from .techniques.recompute import recomputed
 from .torch_compat import DeviceMesh
@@ -141,7 +141,7 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
     trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
-    optimizer = make_adamw(trained, plan.workload.learning_rate)
+    optimizer = make_optimizer(plan.workload.optimizer, trained, plan.workload.learning_rate)
     trainer = TracedTrainer(plan, device, mesh, pieces, modules, pipeline, optimizer,
                             tied_groups(plan), tp_dims, marks)  # fmt: skip
     trainer.shared = tuple(f"module.{weight.name}" for weight in traced.shared)

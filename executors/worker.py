@@ -149,6 +149,7 @@ class Run:
             | {
                 "collectives_matched": "yes" if matched else "no",
                 REFERENCE_MATMUL: f"{statistics.median(self.pace_s or [pace.matmul_s()]):.6g}",
+                **_skipped_groups(self.trainer.optimizer),
             },
         )
         results = [result]
@@ -327,6 +328,12 @@ class Run:
             self.trainer.optimizer_step()
 
         return profile_step(ready, step, marks, calls, self.device)
+
+
+def _skipped_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """How many groups of an optimiser with 8-bit moments had gradients that were not finite."""
+    skipped = getattr(optimizer, "num_skipped", 0)
+    return {"skipped_groups": str(skipped)} if skipped else {}
 
 
 def _kind_of_run(work: job.Job) -> type[Run]:

@@ -37,7 +37,9 @@ from numpy.typing import NDArray
 from ..cluster import Cluster, Pool
 from ..costmodel.layer_tensors import only_own
 from ..costmodel.layout import Ints, Layouts
+from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
+from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
@@ -57,7 +59,7 @@ from ..plan import (
 )
 from ..traced import Traced
 from ..workload import Workload
-from .pins import Pins
+from .pins import Pins, recipe_of
 
 GPIPE = SCHEDULES.index("gpipe")
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
@@ -117,8 +119,12 @@ CP_TOKENS = 2048
 
 def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
+    compute = compute_dtype(pools, pins)
     return Options(
-        compute=compute_dtype(pools, pins),
+        compute=compute,
+        recipe=recipe_of(pins),
+        linears=BY_SHAPE if compute in LOW_PRECISION else None,
+        activations=pins.activations,
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
@@ -214,7 +220,9 @@ def _block(
         n for n in divisors(replica_seqs) if pins.micro_batch is None or n == pins.micro_batch
     ]
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
-    schedules = _schedules(model.num_layers, pins, pp)
+    in_8_bits = pins.activations is not None or pins.precision in LOW_PRECISION
+    whole_backward = in_8_bits and not everything(pools, pins)
+    schedules = _schedules(model.num_layers, pins, pp, whole_backward)
     per_node = gcd(*(pool.devices_per_node for pool in pools))
     shards = _shards(pins, pp, dp, max(1, per_node // (tp * shape.cp)))
     experts = _experts(model, pools, pins, shape)
@@ -244,8 +252,11 @@ def _block(
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
 
-def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
-    """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own."""
+def _schedules(num_layers: int, pins: Pins, pp: int, whole_backward: bool) -> list[tuple[int, int]]:
+    """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own.
+
+    `whole_backward` says that layers do not split theirs; a pinned schedule is taken as it is.
+    """
     if pp == 1:
         kind = ONE_F_ONE_B if pins.schedule is None else SCHEDULES.index(pins.schedule)
         pairs = [(kind, 1)]
@@ -254,7 +265,8 @@ def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
         if isinstance(pins.stages, tuple):
             chunks = [len(pins.stages) // pp] if pins.vpp is None else chunks
         pairs = [(ONE_F_ONE_B, 1), (GPIPE, 1), *((INTERLEAVED, n) for n in chunks if n > 1)]
-        pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
+        if not whole_backward or pins.schedule is not None:
+            pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
     return [
         (kind, vpp)
         for kind, vpp in pairs
@@ -396,6 +408,8 @@ def plan_at(
             for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
         }
     )
+    here = grid.take(np.array([row]))
+    layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
     split = bool(grid.sequence_parallel[row])
     groups = [group for group, layer in enumerate(model.layers) for _ in range(layer.repeat)]
     wanted = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)

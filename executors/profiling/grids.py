@@ -44,6 +44,10 @@ ADAMW = [
 ]  # fmt: skip
 
 
+CASTS = ("quantize", "quantize_weight", "quantize_store")
+CAST_ELEMENTS = [2**12, 2**16, 2**20]
+
+
 def _few(points: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
     """`count` of the points, evenly spread, first and last included."""
     if len(points) <= count:
@@ -90,6 +94,8 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
+        grid["adamw_fp8"] = _few(ADAMW[:6], 3)
+        grid |= {name: [(count,) for count in CAST_ELEMENTS] for name in CASTS}
     return grid
 
 
@@ -100,6 +106,8 @@ def cuda_grid(dtype: str) -> Grid:
               (8192, 28672), (512, 4096), (4096, 512), (128256, 4096)]  # fmt: skip
     rows = (256, 2048, 8192) if dtype == "fp32" else (256, 2048, 8192, 32768)
     linear: list[tuple[int, ...]] = [(m, n, k) for m, (n, k) in product(rows, shapes)]
+    if dtype == "fp8":
+        return {"linear": _by_work(linear), "linear_wgrad": _by_work(linear)}
     tokens = [(256, 1024), (2048, 1024), (2048, 4096), (8192, 4096), (8192, 8192), (32768, 8192)]
     elements = [2**count for count in (10, 14, 17, 20, 22, 24, 26, 28)]
     grid: Grid = {
@@ -120,6 +128,9 @@ def cuda_grid(dtype: str) -> Grid:
     }  # fmt: skip
     if dtype == "fp32":
         grid["adamw"] = [(2**16, 20), (2**20, 20), (2**24, 100), (2**27, 100), (2**28, 300)]
+        grid["adamw_fp8"] = grid["adamw"][:4]
+    else:
+        grid |= {name: [(count,) for count in elements[1:7]] for name in CASTS}
     return grid
 
 

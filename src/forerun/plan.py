@@ -39,6 +39,10 @@ KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 """What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
+RECIPES: tuple[str, ...] = ("tensorwise", "rowwise", "coat")
+"""How matmuls below 16 bits are scaled."""
+STORAGE_DTYPES: tuple[str, ...] = ("fp8",)
+"""Of saved activations, where it is not the dtype of the tensors."""
 
 
 MOST_SIZES = 8
@@ -135,10 +139,17 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
-        parts.append(self.compute_dtype)
+        parts += self._precision()
         runtime = str(self.technique("runtime").get("mode", "eager"))
         parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
+
+    def _precision(self) -> list[str]:
+        """Compute dtype with its recipe, and storage of activations where it is another."""
+        settings = self.technique("precision")
+        recipe = f"-{settings['recipe']}" if "recipe" in settings else ""
+        stored = [f"act-{settings['activations']}"] if "activations" in settings else []
+        return [*stored, f"{self.compute_dtype}{recipe}"]
 
     def _schedule_label(self) -> str:
         """The schedule's name; a hash where the orders are the user's or a solver's."""
@@ -210,8 +221,10 @@ class Plan(Document, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The labels of the phases."""
-        return "+".join(phase.label for phase in self.phases)
+        """The labels of the phases, and an optimiser that is not AdamW with plain moments."""
+        phases = "+".join(phase.label for phase in self.phases)
+        optimizer = self.workload.optimizer
+        return phases if optimizer == "adamw" else f"{phases}_{optimizer.replace('_', '-')}"
 
     def check(self) -> None:
         """Raise InputError when the plan contradicts itself, its model or its cluster."""

@@ -10,7 +10,9 @@ from .errors import InputError
 
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
 Objective = Literal["throughput", "cost", "memory"]
-Optimizer = Literal["adamw", "adamw8bit", "adamw_fp8", "sgd"]
+Optimizer = Literal[
+    "adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "adamw_fp8_block", "adamw_offload", "sgd"
+]
 
 
 class Workload(Document, frozen=True, kw_only=True):
@@ -24,7 +26,8 @@ class Workload(Document, frozen=True, kw_only=True):
     global_batch_seqs: int
     steps: int = 10
     optimizer: Optimizer = "adamw"
-    """AdamW with fp32, 8-bit or fp8 moments, or plain SGD."""
+    """AdamW with moments in fp32; in 8 bits, 4 bits or 8-bit floats by block (torchao); in 8-bit
+    floats of expanded range (adamw_fp8, COAT); or on the host (torchao). Or SGD, no momentum."""
     learning_rate: float = 3e-4
     clip_norm: float | None = None
     """Largest norm of all gradients together, above which they are scaled down; None: as they are.
@@ -34,7 +37,9 @@ class Workload(Document, frozen=True, kw_only=True):
     """File or folder of text or JSONL; None = the Python standard library's own source."""
     objective: Objective = "throughput"
     quality: tuple[Quality, ...] = ("exact",)
-    """Classes of techniques that the planner may use."""
+    """Classes of techniques that the planner may use (`planner/quality.py`)."""
+    accepted: tuple[str, ...] = ()
+    """Single techniques that it may use whatever their class, by the names of their records."""
 
     def __post_init__(self) -> None:
         for field in ("seq_tokens", "global_batch_seqs", "steps"):
