@@ -156,7 +156,7 @@ def _units(
         units,
         gathers * prices.host("fsdp_unit_forward")
         + unit_scatters * prices.host("fsdp_unit_backward"),
-        np.where(layouts.dp > 1, prices.host("ddp_step"), 0.0),
+        np.where(layouts.dp * layouts.cp > 1, prices.host("ddp_step"), 0.0),
     )
     return DataParallel(
         exposed_s=exposed * prices.scale("exposed.dp"),

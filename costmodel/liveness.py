@@ -57,9 +57,10 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     if graph.checkpointed:
         boundary = graph.boundary.num_bytes(sizes)
         again = forward_kept + boundary  # the incoming gradient waits during recomputation
-        forward_free, _ = _forward(graph, sizes, set())
+        kept = {t.name for t in graph.kept}
+        forward_free, more = _forward(graph, sizes, kept)
         return Liveness(
-            saved=boundary,
+            saved=boundary + more,
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
@@ -92,6 +93,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
             peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
         else:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
+            extra = extra + _total(op.held_forward, sizes)
             peak = np.maximum(peak, before + added + extra)
         live.update(new)
         made, read = _names(op), {t.name for t in op.inputs}
@@ -149,6 +151,10 @@ def _inside(op: Operator, sizes: Sizes) -> Array:
     return volume(axes, sizes) * element_bytes
 
 
+def _total(tensors: tuple[Tensor, ...], sizes: Sizes) -> Array:
+    return sum((t.num_bytes(sizes) for t in tensors), np.zeros(1))
+
+
 def _names(op: Operator) -> set[str]:
     return {t.name for t in op.outputs}
 
@@ -176,6 +182,7 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
+        making = making + _total(op.held_backward, sizes)
         peak = np.maximum(peak, standing + making + weights)
         stayed = stayed + weights
         fresh = np.maximum(fresh, standing + making + stayed)

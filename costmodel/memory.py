@@ -233,7 +233,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     m = layouts.num_microbatches
     units = in_units(layouts, rank.options, rank.stack)
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    buckets = np.where(~units & (layouts.dp > 1), full, 0.0)
+    replicas = layouts.dp * layouts.cp
+    buckets = np.where(~units & (replicas > 1), full, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
     after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
@@ -241,7 +242,7 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)
         return always, always
-    first = _Gradients(before=buckets, after=after, fresh=units | (layouts.dp == 1))
+    first = _Gradients(before=buckets, after=after, fresh=units | (replicas == 1))
     return first, _Gradients(before=after, after=after, fresh=streams)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cores import core_s
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
 from .layout import Layouts
 from .operators import KINDS
@@ -65,8 +66,10 @@ def operator_times(
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back, of_weights = _operator(op, sizes, layouts, prices, options)
+            there, back, of_weights = _operator(op, sizes, prices, options)
             weight = weight + of_weights
+            exchanged = _exchange_copies(op, sizes, prices)
+            there, back = there + exchanged[0], back + exchanged[1]
             forward_launches += KINDS[op.kind].launches
             backward_launches += 2 * KINDS[op.kind].launches
         forward, backward = forward + there, backward + back
@@ -111,14 +114,16 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
     """
     if not graph.checkpointed:
         return frozenset(op.name for op in graph.operators if op.recomputed)
+    kept = {t.name for t in graph.kept}
+    some = [op for op in graph.operators if not {t.name for t in op.outputs} <= kept]
     if not stops_early:
-        return frozenset(op.name for op in graph.operators)
-    last = max(index for index, op in enumerate(graph.operators) if op.saves)
-    return frozenset(op.name for op in graph.operators[:last])
+        return frozenset(op.name for op in some)
+    last = max(index for index, op in enumerate(some) if op.saves)
+    return frozenset(op.name for op in some[:last])
 
 
 def _operator(
-    op: Operator, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
+    op: Operator, sizes: Sizes, prices: Prices, options: Options
 ) -> tuple[Array, Array, Array]:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
@@ -126,7 +131,10 @@ def _operator(
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
-    forward, backward = prices.operator(op.kind, shape, dtype)
+    if op.kind.startswith("attention"):
+        forward, backward = core_s(op, sizes, dtype, options.cp_kind, prices)
+    else:
+        forward, backward = prices.operator(op.kind, shape, dtype)
     weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
         weight = prices.operator("linear_wgrad", shape, dtype)[0]
@@ -135,13 +143,11 @@ def _operator(
         weight = backward / 2
     if not op.grad_inputs:
         weight = backward
-    factor = _factor(op.kind, dtype, layouts, prices, options)
+    factor = _factor(op.kind, dtype, prices, options)
     return forward * factor, backward * factor, weight * factor
 
 
-def _factor(
-    kind: str, dtype: str, layouts: Layouts, prices: Prices, options: Options
-) -> Array | float:
+def _factor(kind: str, dtype: str, prices: Prices, options: Options) -> float:
     """Time relative to the operator's price."""
     stack = prices.pool.stack
     if kind.startswith("grouped"):
@@ -150,8 +156,7 @@ def _factor(
         rowwise = dtype == "fp8" and options.recipe == "rowwise"
         return 1.0 / stack.rowwise_fraction if rowwise else 1.0
     if kind.startswith("attention"):
-        ring = np.where(layouts.ring > 1, stack.ring_attention_fraction, 1.0)
-        return 1.0 / (ring * FLASH_VERSIONS.get(options.attention, 1.0))
+        return 1.0 / FLASH_VERSIONS.get(options.attention, 1.0)
     return stack.compiled_elementwise if options.runtime == "compiled" else 1.0
 
 
@@ -171,6 +176,27 @@ def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
             shape = [volume(tensors[name].axes, sizes)]
             seconds = seconds + (count - 1) * prices.operator("add", shape, tensors[name].dtype)[0]
     return seconds
+
+
+def _exchange_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
+    """Copies around an operator's all-to-alls over ulysses ranks, forward and backward.
+
+    What goes out is cut by heads in a copy, and so is its gradient; what comes back from them is
+    put together in another. Behind the core it is the other way round.
+    """
+    zero = np.zeros(1)
+    if not prices.pool.stack.sequence_copies or np.all(sizes["ulysses"] <= 1):
+        return zero, zero
+    back_again = op.name == "wo"
+    forward, backward = zero, zero
+    for c in op.forward_collectives:
+        if c.axis == "ulysses":
+            shape = [volume(c.buffer.axes, sizes)]
+            one = prices.operator("copy", shape, c.buffer.dtype)[0]
+            one = np.where(sizes["ulysses"] > 1, one, 0.0)
+            forward = forward + (2 * one if back_again else one)
+            backward = backward + (one if back_again else 2 * one)
+    return forward, backward
 
 
 def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from typing import Any
 from ..plan import Phase
 from ..stack import Stack
 from ..workload import Workload
+from .packing import Packing, Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +25,14 @@ class Options:
     recipe: str = "tensorwise"
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
-    """none, selective (attention core), full, per_op (every second matmul, as torchtitan)."""
+    """none, selective (attention core), full, full_keep_attn (all but the attention core), per_op
+    (every second matmul, as torchtitan)."""
     attention: str = "flash"
     """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
     normalised by one kernel), eager (by several)."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
-    ulysses."""
+    ulysses, lightseq (contiguous blocks, early ranks help late ones)."""
     activations: str | None = None
     """Storage dtype of saved activations where it differs from compute (coat: fp8)."""
     lora_rank: int | None = None
@@ -47,6 +49,8 @@ class Options:
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
+    packing: Packing | Rows | None = None
+    """Documents packed into sequences; None = a sequence is one document."""
 
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
@@ -70,6 +74,7 @@ class Options:
             optimizer=workload.optimizer if workload is not None else "adamw",
             offload=float(setting("offload").get("activations", 0.0)),
             runtime=str(setting("runtime").get("mode", "eager")),
+            packing=Packing.of(workload) if workload is not None else None,
         )
 
     def techniques(self) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from .in_flight import in_flight
 from .layout import Layouts
 from .memory import Peak
 from .options import Options
+from .packing import Packing
 from .pieces import Known, Pieces, pieces
 from .prices import Prices
 from .ranks import (
@@ -295,6 +296,9 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     contradicts itself or its model is not covered.
     """
     plan.check()
+    if plan.phase.unequal is not None:
+        raise InputError("unequal", plan.phase.unequal, "groups are made by the planner",
+                         "call forerun.planner.unequal.estimate")  # fmt: skip
     sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)
@@ -303,49 +307,54 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     total = float(sum(memory_terms.values()))
     capacity = sim.pool.device.memory_bytes
     memory_spread = sim.pool.stack.memory_spread
-    probability = _normal_cdf((capacity - total) / (memory_spread * total))
+    probability = fit_probability(total, sim.pool)
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
-    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
+    packing = sim.options.packing
+    attended = packing.attended_tokens if isinstance(packing, Packing) else None
+    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens, attended)
     per_device = flops / step / sim.mesh.world
     peak_flops = sim.pool.device.peak_flops_per_s.get(sim.options.compute) or max(
         sim.pool.device.peak_flops_per_s.values()
     )
-    spread = _step_spread(sim, terms, step)
+    spread = step_spread(sim.prices, terms, step)
     return Estimate(
-        step_s=_interval(step, spread),
+        step_s=interval(step, spread),
         tokens_per_s=tokens / step,
         model_flops_per_s_per_device=per_device,
         mfu=per_device / peak_flops,
-        peak_memory_bytes=_interval(total, memory_spread),
+        peak_memory_bytes=interval(total, memory_spread),
         fits="yes" if probability >= 0.95 else "no" if probability < 0.05 else "marginal",
         fit_probability=probability,
         capacity_bytes=capacity,
         time_terms_s=terms,
         memory_terms_bytes=memory_terms,
         bytes_on_wire=sim.wire_bytes(),
-        evidence=_evidence(sim, terms),
+        evidence=evidence_of(sim.prices, terms),
     )
 
 
-def _interval(median: float, spread: float) -> Interval:
+def interval(median: float, spread: float) -> Interval:
+    """The 90 % interval of a log-normal."""
     factor = math.exp(Z90 * spread)
     return Interval(median=median, low=median / factor, high=median * factor)
 
 
-def _normal_cdf(x: float) -> float:
-    return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))
+def fit_probability(total_bytes: float, pool: Pool) -> float:
+    """The chance that a predicted peak is within the device's memory."""
+    spread = pool.stack.memory_spread * total_bytes
+    return 0.5 * (1.0 + math.erf((pool.device.memory_bytes - total_bytes) / spread / math.sqrt(2.0)))
 
 
-def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float:
+def step_spread(prices: Prices, terms: dict[str, float], step: float) -> float:
     """Relative standard deviation of the step: one per class of term, added in squares.
 
     The stack's (or profile's) spread is that of device work; links and the host's launches are less
     certain by `UNCERTAIN`, and runs of one plan differ by `RUN_TO_RUN`.
     """
-    profile = sim.prices.profile
-    compute_spread = profile.spread if profile is not None else sim.pool.stack.spread
-    measured_links = sim.prices.link_evidence == "measured"
-    link_spread = LINK_SPREAD if measured_links else UNCERTAIN * sim.pool.stack.spread
+    profile, stack = prices.profile, prices.pool.stack
+    compute_spread = profile.spread if profile is not None else stack.spread
+    measured_links = prices.link_evidence == "measured"
+    link_spread = LINK_SPREAD if measured_links else UNCERTAIN * stack.spread
     links = sum(value for name, value in terms.items() if name.startswith("exposed."))
     host = terms["host"]
     classes = (
@@ -356,12 +365,13 @@ def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float
     return math.sqrt(sum((part / step) ** 2 for part in classes) + RUN_TO_RUN**2)
 
 
-def _evidence(sim: Simulation, terms: dict[str, float]) -> dict[str, Evidence]:
+def evidence_of(prices: Prices, terms: dict[str, float]) -> dict[str, Evidence]:
+    """What each term rests on."""
     result: dict[str, Evidence] = {}
     for name in terms:
         if name.startswith("exposed."):
-            result[name] = sim.prices.link_evidence
+            result[name] = prices.link_evidence
         else:
-            result[name] = sim.prices.evidence
-    result["memory"] = "measured" if sim.prices.profile is not None else "assumed"
+            result[name] = prices.evidence
+    result["memory"] = "measured" if prices.profile is not None else "assumed"
     return result

@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
-parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, context and tensor parallel, recompute, FSDP2 or DDP, memory and
+initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import data_parallel, init, tensor_parallel, traced
+from . import context_parallel, data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .marks import Marks
 from .optimizer import make_adamw
@@ -22,6 +22,7 @@ from .support import check_executed
 from .techniques import recompute
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
+from .unequal import UnequalTrainer
 
 
 def check_supported(plan: Plan) -> None:
@@ -57,13 +58,19 @@ def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
 
 
 def build_piece(
-    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks
+    plan: Plan,
+    stage: int,
+    mesh: DeviceMesh,
+    device: torch.device,
+    marks: Marks,
+    spread: context_parallel.Spread,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
     phase = plan.phase
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last)
+    piece.spread = spread
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
@@ -74,8 +81,8 @@ def build_piece(
     piece.to_empty(device=device)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
-    if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
-        return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
+    if not data_parallel.uses_fsdp(phase) and phase.mesh.dp * phase.mesh.cp > 1:
+        return piece, data_parallel.apply_ddp(piece, mesh, phase.mesh.cp), tp_dims
     return piece, piece, tp_dims
 
 
@@ -92,14 +99,16 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
-    built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]
+    spread = context_parallel.over_mesh(phase)
+    built = [build_piece(plan, stage, mesh, device, marks, spread) for stage in stages]
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
         pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks)
     parameters = [p for piece in pieces for p in piece.parameters()]
-    return Trainer(
+    kind = Trainer if phase.unequal is None else UnequalTrainer
+    trainer = kind(
         plan,
         device,
         mesh,
@@ -111,3 +120,5 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         tp_dims,
         marks,
     )
+    trainer.spread = spread
+    return trainer.prepare() if isinstance(trainer, UnequalTrainer) else trainer

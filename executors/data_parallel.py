@@ -1,17 +1,22 @@
-"""Data parallelism: DDP for replicated fp32 states, FSDP2 for everything else."""
+"""Data parallelism: DDP for replicated fp32 states, FSDP2 for everything else.
+
+Ranks that share a sequence hold the same parameters and see different tokens: they are replicas as
+well, and states are sharded over them too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..plan import Phase
 from .decoder import Decoder
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, fully_shard
+from .torch_compat import DeviceMesh, FSDPModule, flattened, fully_shard
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -19,25 +24,46 @@ def uses_fsdp(phase: Phase) -> bool:
     return phase.zero > 0 or phase.compute_dtype != "fp32"
 
 
+def state_mesh(phase: Phase, mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks over which states are replicated, where there are several, and sharded.
+
+    Under ZeRO states are divided over dp_shard and cp; without, no rank has a part only.
+    """
+    if phase.mesh.cp == 1:
+        replicated = phase.mesh.dp_replicate > 1
+        return mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
+    shards = ("dp_shard", "cp") if phase.zero else ("dp_shard",)
+    replicas = ("dp_replicate",) if phase.zero else ("dp_replicate", "dp_shard", "cp")
+    if phase.zero and phase.mesh.dp_replicate == 1:
+        return flattened(mesh, shards)
+    place = phase.mesh.coordinates(dist.get_rank())
+    alike = mesh.mesh[place["pp"], ..., place["tp"]].flatten()
+    groups = [flattened(mesh, axes).get_group() for axes in (replicas, shards)]
+    ranks = alike.view(groups[0].size(), groups[1].size())
+    return DeviceMesh.from_group(
+        groups, mesh.device_type, mesh=ranks, mesh_dim_names=("replicas", "shards")
+    )
+
+
 def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
-    """Shard each block, then what is left of the piece, over dp_shard; replicate over dp_replicate.
+    """Shard each block, then what is left of the piece.
 
     Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
     its last backward.
     """
-    dims = ("dp_replicate", "dp_shard") if phase.mesh.dp_replicate > 1 else ("dp_shard",)
-    options = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    options = {"mesh": state_mesh(phase, mesh), "mp_policy": precision.policy(phase)}
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
         fully_shard(block, reshard_after_forward=not keep, **options)
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
-def apply_ddp(piece: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
+def apply_ddp(piece: Decoder, mesh: DeviceMesh, cp: int = 1) -> DistributedDataParallel:
     """The piece under DDP; initial parameters are equal already, so nothing is broadcast."""
+    axes = ("dp_replicate", "dp_shard", "cp") if cp > 1 else ("dp_replicate",)
     return DistributedDataParallel(
         piece,
-        process_group=mesh.get_group("dp_replicate"),
+        process_group=flattened(mesh, axes).get_group(),
         gradient_as_bucket_view=True,
         init_sync=False,
     )

@@ -6,11 +6,11 @@ from ..errors import InputError
 from ..model import Model
 from ..plan import Phase, Plan
 
-TECHNIQUES = ("precision", "recompute")
+TECHNIQUES = ("precision", "recompute", "context-parallel", "unequal")
 """Those that have a file in `executors/techniques/`."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
-RECOMPUTE_MODES = ("none", "selective", "full")
+RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
 
 
 def check_executed(plan: Plan) -> None:
@@ -22,12 +22,16 @@ def check_executed(plan: Plan) -> None:
     if plan.model.traced is None:
         check_model(plan.model)
         _check_length(plan.model, plan.phase.seq_tokens)
+    elif plan.workload.lengths is not None:
+        raise InputError("lengths", plan.workload.lengths.name,
+                         "documents are packed for decoders of the catalog alone",
+                         "drop --lengths")  # fmt: skip
     if plan.workload.optimizer != "adamw":
         raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
 
 
 def _check_phase(phase: Phase) -> None:
-    for axis in ("cp", "ep"):
+    for axis in ("ep",):
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")

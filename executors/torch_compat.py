@@ -27,6 +27,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "ObservedStage",
     "all_gather_single",
+    "flattened",
     "fully_shard",
     "is_fake",
     "make_schedule",
@@ -43,6 +44,11 @@ if hasattr(dist, "all_gather_single"):
 else:
     all_gather_single = dist.all_gather_into_tensor
     reduce_scatter_single = dist.reduce_scatter_tensor
+
+
+def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """One axis over neighbouring axes of a mesh; sliced from it by their names joined with _."""
+    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes[0]]
 
 
 class ObservedStage(PipelineStage):

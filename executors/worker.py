@@ -38,6 +38,7 @@ from .measure.report import RankResult
 from .processes import die_with_parent
 from .traced import TracedTrainer
 from .trainer import Trainer
+from .unequal import UnequalTrainer
 
 PROFILED_STEPS = 3
 """Their mean is less at the mercy of a busy machine than one."""
@@ -126,11 +127,14 @@ class Run:
             if own is not None:
                 self.next_step += 1
                 return own
-        batch = data.batch(
-            self.corpus, work.plan.workload.seed, self.next_step, work.plan.phase, self.dp_rank
-        )
+        workload, phase, step = work.plan.workload, work.plan.phase, self.next_step
         self.next_step += 1
-        return batch.to(self.device)
+        if isinstance(self.trainer, UnequalTrainer):
+            return self.trainer.share(self.corpus, step)
+        if workload.lengths is not None:
+            rows = data.packed_batch(self.corpus, workload, step, phase, self.dp_rank)
+            return rows.to(self.device)
+        return data.batch(self.corpus, workload.seed, step, phase, self.dp_rank).to(self.device)
 
     def train_step(self) -> tuple[float, float]:
         """Seconds and mean loss of one step, all ranks starting together."""
@@ -192,7 +196,7 @@ class Run:
         phase = self.work.plan.phase
         if not any(piece.is_last for piece in self.trainer.pieces):
             return None
-        tokens = phase.micro_batch_seqs * phase.seq_tokens
+        tokens = phase.micro_batch_seqs * phase.seq_tokens // phase.mesh.cp
         return tokens, self.work.plan.model.vocab // phase.mesh.tp
 
     def profile_steps(self, calls: list[Call]) -> tuple[dict[str, float], bool]:

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from ..cluster import Cluster, Pool
 from ..costmodel.layout import Ints, Layouts
 from ..costmodel.options import Options
+from ..costmodel.packing import Packing
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
@@ -95,8 +96,9 @@ def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
     return Options(
         compute=compute_dtype(pool, pins),
         attention=pins.attention or "flash",
-        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
+        packing=Packing.of(workload),
     )
 
 
@@ -150,13 +152,16 @@ def _contexts(
     """Pairs (cp, ulysses)."""
     shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if everything(pool, pins) and model.traced is None:
+    if model.traced is None:
         free = [n for n in _powers(pool.num_devices) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
     for cp in _free_or(pins.cp, free):
         inside = max(1, pool.devices_per_node // tp)
         hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
-        kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
+        paired = [1] if cp % 2 == 0 else []
+        kinds = {
+            "zigzag": [1], "ring": [1], "lightseq": paired, "ulysses": [cp], "usp": hybrids
+        }  # fmt: skip
         mixed = hybrids[-1:] if cp > inside else []
         ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *mixed, cp]
         if cp == 1:

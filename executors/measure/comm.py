@@ -96,6 +96,17 @@ def axis_of(mesh: Mesh, ranks: Sequence[int]) -> str:
     return "+".join(names)
 
 
+def purpose(kind: str, axis: str) -> str:
+    """The axis that a collective serves: ranks that share a sequence send and exchange for it, and
+    reduce and gather as data-parallel ranks.
+
+    >>> purpose("all_reduce", "dp+cp"), purpose("send", "cp")
+    ('dp', 'cp')
+    """
+    own = ("send", "recv", "all_to_all")
+    return axis if kind in own or axis not in ("cp", "dp+cp") else "dp"
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Lists the collectives issued while entered, in order."""
 
@@ -128,7 +139,7 @@ class CollectiveCounter(TorchDispatchMode):
         ranks = _group_ranks(args)
         if len(ranks) > 1:
             message_bytes = _message_bytes(func, kind, args, len(ranks))
-            self.calls.append(Call(kind, axis_of(self.mesh, ranks), message_bytes))
+            self.calls.append(Call(kind, purpose(kind, axis_of(self.mesh, ranks)), message_bytes))
 
 
 def _group_ranks(args: Sequence[Any]) -> list[int]:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ...catalogs import load_cluster
+from ...lengths import Lengths
 from ...mesh import Mesh
 from ...model import Layer, Model
 from ...plan import Phase, Plan, Setting, even_stages, techniques
 from ...workload import Workload
+from ..data import Rows
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -34,8 +36,10 @@ def tiny_plan(
     sequence_parallel: bool = False,
     recompute: str = "none",
     num_microbatches: int = 1,
+    documents: bool = False,
 ) -> Plan:
-    """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch."""
+    """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch; with
+    `documents` each token is one."""
     layer = Layer(repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN)
     phase = Phase(
         steps=1,
@@ -52,7 +56,11 @@ def tiny_plan(
     return Plan(
         model=Model(name="negligible", hidden=HIDDEN, vocab=VOCAB, layers=(layer,)),
         cluster=load_cluster(f"{mesh.world}xcpu"),
-        workload=Workload(seq_tokens=SEQ, global_batch_seqs=num_microbatches * mesh.dp),
+        workload=Workload(
+            seq_tokens=SEQ,
+            global_batch_seqs=num_microbatches * mesh.dp,
+            lengths=Lengths.of("tokens", [1], "made up") if documents else None,
+        ),
         phases=(phase,),
     )
 
@@ -82,7 +90,10 @@ class TimedTrainer:
 
         self.trainer: Trainer = build(plan, device=torch.device("cpu"))
         count = plan.phase.num_microbatches * plan.phase.micro_batch_seqs
-        self.tokens = torch.arange(count * (SEQ + 1)).remainder(VOCAB).view(count, SEQ + 1)
+        tokens = torch.arange(count * (SEQ + 1)).remainder(VOCAB).view(count, SEQ + 1)
+        self.rows = Rows.of(tokens)
+        if plan.workload.lengths is not None:
+            self.rows = self.rows._replace(documents_BN=torch.arange(1, SEQ + 1).repeat(count, 1))
         self.samples: list[dict[str, float]] = []
 
     def step(self) -> None:
@@ -90,7 +101,7 @@ class TimedTrainer:
         times = ThreadTimes()
         self.trainer.observer = times
         start = time.thread_time()
-        self.trainer.forward_backward(self.tokens)
+        self.trainer.forward_backward(self.rows)
         self.trainer.optimizer_step()
         times.seconds["total"] = time.thread_time() - start
         self.samples.append(times.seconds)

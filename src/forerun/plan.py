@@ -28,9 +28,16 @@ V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
 """Those of two chunks per rank, placed in a V."""
 LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 """Those of two or more chunks per rank, placed in rounds."""
-RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
-CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
-"""How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
+RECOMPUTE_MODES: tuple[str, ...] = (
+    "none", "selective", "full", "full_keep_attn", "per_op", "elementwise"
+)  # fmt: skip
+UNEQUAL_MODES: tuple[str, ...] = ("static", "flexsp", "hdp")
+"""How sequences of unequal length are shared out: all on groups of one size; on groups of unequal
+sizes that all meet after each micro-batch; on such groups without meeting (hybrid data
+parallelism)."""
+CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
+"""How the sequence is cut: balanced ring, contiguous blocks in a ring, all by all-to-all, or
+contiguous blocks whose early ranks help the late ones."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 """What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
@@ -97,6 +104,13 @@ class Phase(Value, frozen=True, kw_only=True):
         return str(self.technique("precision").get("compute", "bf16"))
 
     @property
+    def unequal(self) -> str | None:
+        """How sequences of unequal length are shared out: one of `UNEQUAL_MODES`; None = each
+        sequence is `seq_tokens` long."""
+        mode = self.technique("unequal").get("mode")
+        return None if mode is None else str(mode)
+
+    @property
     def recompute(self) -> str:
         """Recompute mode: one of `RECOMPUTE_MODES`."""
         return str(self.technique("recompute").get("mode", "none"))
@@ -114,7 +128,9 @@ class Phase(Value, frozen=True, kw_only=True):
             else:
                 parts.append(f"{kind}{mesh.dp}")
         if mesh.cp > 1:
-            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else ""))
+            kind = str(self.technique("context-parallel").get("kind", CP_KINDS[0]))
+            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else "")
+                         + (f"-{kind}" if kind in ("ring", "lightseq") else ""))  # fmt: skip
         if mesh.ep > 1:
             parts.append(f"ep{mesh.ep}")
         if mesh.tp > 1:
@@ -124,7 +140,10 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append(f"pp{mesh.pp}{chunks}-{self.schedule}")
         if mesh.world == 1 and not parts:
             parts.append("single")
-        parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
+        if self.unequal is None:
+            parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
+        else:
+            parts.append(self.unequal + str(self.technique("unequal").get("degree", "")))
         parts += self._activations()
         parts.append(self.compute_dtype)
         return "_".join(parts)
@@ -166,8 +185,9 @@ class Plan(Document, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The labels of the phases."""
-        return "+".join(phase.label for phase in self.phases)
+        """The labels of the phases, and whether documents are packed into sequences."""
+        packed = "_packed" if self.workload.lengths is not None and self.workload.packed else ""
+        return "+".join(phase.label for phase in self.phases) + packed
 
     def check(self) -> None:
         """Raise InputError when the plan contradicts itself, its model or its cluster."""
@@ -214,8 +234,9 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
         num_microbatches=phase.num_microbatches,
     ):
         raise problem
+    _check_unequal(plan, phase)
     seqs = phase.micro_batch_seqs * phase.num_microbatches * mesh.dp
-    if seqs != plan.workload.global_batch_seqs:
+    if phase.unequal is None and seqs != plan.workload.global_batch_seqs:
         raise _refuse("global-batch", plan.workload.global_batch_seqs,
                       f"is not micro_batch_seqs={phase.micro_batch_seqs} * num_microbatches="
                       f"{phase.num_microbatches} * dp={mesh.dp} = {seqs}",
@@ -248,6 +269,42 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if kind == "ulysses" and mesh.ulysses != mesh.cp:
         raise _refuse("cp-kind", kind, f"is all of cp={mesh.cp}, not ulysses={mesh.ulysses} of it",
                       f"set ulysses to {mesh.cp}, or use zigzag")  # fmt: skip
+    ring = mesh.cp // mesh.ulysses
+    if kind == "lightseq" and ring > 1 and ring % 2:
+        raise _refuse("cp-kind", kind, f"pairs up the ranks of its ring, and {ring} is odd",
+                      "use an even --cp, or zigzag")  # fmt: skip
+
+
+def _check_unequal(plan: Plan, phase: Phase) -> None:
+    """Groups of sequences of unequal length are made anew in each step, of data-parallel ranks."""
+    mesh, workload, mode = phase.mesh, plan.workload, phase.unequal
+    if mode is None:
+        if not workload.packed:
+            raise _refuse("unequal", "(missing)", "sequences keep their own lengths",
+                          f"use --unequal {', '.join(UNEQUAL_MODES)}")  # fmt: skip
+        return
+    if mode not in UNEQUAL_MODES:
+        raise _refuse("unequal", mode, "unknown way to share out sequences",
+                      f"use {', '.join(UNEQUAL_MODES)}")  # fmt: skip
+    if workload.lengths is None or workload.packed:
+        raise _refuse("unequal", mode, "needs sequences of their own lengths",
+                      "give --lengths")  # fmt: skip
+    if not plan.model.is_decoder:
+        raise _refuse("unequal", mode, f"{plan.model.name} is not a decoder of text",
+                      "drop --unequal")  # fmt: skip
+    for axis in ("cp", "tp", "pp", "ep"):
+        if getattr(mesh, axis) > 1:
+            raise _refuse(axis, getattr(mesh, axis), f"unequal={mode} makes groups of "
+                          "data-parallel ranks alone", f"drop --{axis}")  # fmt: skip
+    if mesh.dp & (mesh.dp - 1):
+        raise _refuse("dp", mesh.dp, "groups need a power of two of ranks", "use 2, 4, 8, ...")
+    if mode == "hdp" and phase.zero > 1:
+        raise _refuse("zero", phase.zero, "communicates in every pass, and under hdp ranks have "
+                      "unequal numbers of passes", "use --zero 1 or 0")  # fmt: skip
+    degree = int(phase.technique("unequal").get("degree", 1))
+    if mode == "static" and (degree < 1 or degree & (degree - 1) or degree > mesh.dp):
+        raise _refuse("unequal.degree", degree, f"is no power of two up to dp={mesh.dp}",
+                      "give 1, 2, 4, ...")  # fmt: skip
 
 
 def layout_problems(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
+import context_families
 import torch
 from torch import Tensor
 
 from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.executors import init
+from forerun.executors.data import Rows
 from forerun.executors.decoder import Decoder
 from forerun.executors.measure.comm import CollectiveCounter
+from forerun.executors.measure.memory import LiveTensors
 from forerun.executors.trainer import Trainer
+from forerun.lengths import Lengths
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
@@ -41,6 +46,7 @@ GPT = Model(
     positions="learned",
     max_positions=SEQ,
 )  # fmt: skip
+LENGTHS = Lengths.of("documents", [1, 3, 6, 9, 14, 32], "made up")
 MODELS = {"llama": LLAMA, "gpt": GPT}
 
 
@@ -61,17 +67,22 @@ def make_plan(
     dtype: str = "fp32",
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
+    cp_kind: str | None = None,
+    packed: bool = False,
     **phase: Any,
 ) -> Plan:
     """A plan of one phase on CPU processes; micro_batch_seqs 0 = the whole replica at once."""
     degrees = Mesh(**(mesh or {}))
     micro = micro_batch_seqs or BATCH // degrees.dp
     last = model.num_layers - 1
+    chosen = techniques(dtype, recompute)
+    if cp_kind is not None:
+        chosen["context-parallel"] = {"kind": cp_kind}
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
         workload=Workload(seq_tokens=SEQ, global_batch_seqs=BATCH, steps=STEPS, seed=7,
-                          learning_rate=1e-3),
+                          learning_rate=1e-3, lengths=LENGTHS if packed else None),
         phases=(
             Phase(
                 steps=STEPS,
@@ -80,7 +91,7 @@ def make_plan(
                 num_microbatches=BATCH // degrees.dp // micro,
                 mesh=degrees,
                 stages=even_stages(model.num_layers, degrees.num_stages, "cpu"),
-                settings=(Setting(layers=(0, last), techniques=techniques(dtype, recompute)),),
+                settings=(Setting(layers=(0, last), techniques=chosen),),
                 **phase,
             ),
         ),
@@ -138,7 +149,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "pp4": {"mesh": {"pp": 4}} | PP,
     },
 }  # fmt: skip
-
+for _world, _families in context_families.FAMILIES.items():
+    FAMILIES.setdefault(_world, {}).update(_families)
 
 SLOW = (
     "gpt accumulation", "gpt recompute selective", "gpt bf16 accumulation",
@@ -154,7 +166,14 @@ SLOW = (
 def names(world: int, slow: bool = False) -> list[tuple[str, str]]:
     """(model, family) of the default run or of the long one."""
     every = [(model, family) for model in MODELS for family in FAMILIES[world]]
-    return [name for name in every if (" ".join(name) in SLOW) == slow]
+    return [name for name in every if is_slow(world, *name) == slow]
+
+
+def is_slow(world: int, model: str, family: str) -> bool:
+    """Whether a family of a model is left to the long run."""
+    name = f"{model} {family}"
+    of_context = family in context_families.FAMILIES.get(world, {})
+    return name not in context_families.QUICK if of_context else name in SLOW
 
 
 def tokens(step: int) -> Tensor:
@@ -165,30 +184,70 @@ def tokens(step: int) -> Tensor:
     return (start_B + stride_B * torch.arange(SEQ + 1)) % VOCAB
 
 
-def replica_tokens(plan: Plan, coordinates: dict[str, int], step: int) -> Tensor:
+def document_ends(step: int) -> list[tuple[int, ...]]:
+    """Ends of the documents packed into each sequence of a step's batch."""
+    return [LENGTHS.packed(SEQ, 7, step, index) for index in range(BATCH)]
+
+
+def replica_rows(plan: Plan, coordinates: dict[str, int], step: int) -> Rows:
     """The contiguous slice of the global batch that a data-parallel rank trains on."""
+    dp = plan.phase.mesh.dp
     rank = coordinates["dp_replicate"] * plan.phase.mesh.dp_shard + coordinates["dp_shard"]
-    return tokens(step).chunk(plan.phase.mesh.dp)[rank]
+    rows = Rows.of(tokens(step).chunk(dp)[rank])
+    if plan.workload.lengths is None:
+        return rows
+    ends = document_ends(step)
+    most = max(map(len, ends))
+    filled = torch.tensor([row + row[-1:] * (most - len(row)) for row in ends])
+    return rows._replace(documents_BN=filled.chunk(dp)[rank])
 
 
 def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
-    """Losses of all steps, gradients of the first, collectives of the last."""
+    """Losses of all steps, gradients of the first, collectives and live bytes of the last."""
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
-    counter = CollectiveCounter(trainer.mesh)
+    counter, live = CollectiveCounter(trainer.mesh), LiveTensors()
     for step in range(steps):
-        with counter if step == steps - 1 else nullcontext():
-            batch = replica_tokens(trainer.plan, trainer.coordinates, step)
+        batch = replica_rows(trainer.plan, trainer.coordinates, step)
+        counted = step == steps - 1
+        if counted:
+            trainer.observer = live
+            hold_states(trainer, live)
+        with counter if counted else nullcontext(), live if counted else nullcontext():
             local = trainer.forward_backward(batch)
         losses.append(trainer.global_loss(local))
         if step == 0:
             gradients = {k: v.clone() for k, v in trainer.named_gradients().items()}
         trainer.optimizer_step()
     calls = Counter((c.kind, c.axis, c.message_bytes) for c in counter.calls if c.kind != "recv")
-    return {"losses": losses, "gradients": gradients, "collectives": dict(calls)}
+    return {"losses": losses, "gradients": gradients, "collectives": dict(calls),
+            "live_bytes": sum(live.peak().values())}  # fmt: skip
 
 
-def reference(model: Model, steps: int = STEPS) -> dict[str, Any]:
+def hold_states(trainer: Trainer, live: LiveTensors) -> None:
+    """Tell the counter of live tensors what is there before the step."""
+    parameters = [p for piece in trainer.pieces for p in piece.parameters()]
+    states = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    live.hold(parameters, "parameters")
+    live.hold([v for v in states if isinstance(v, Tensor)], "optimizer")
+
+
+def plain_loss(piece: Decoder, step: int, packed: bool) -> Tensor:
+    """The mean loss of a step's batch; of packed documents one by one, as if each were alone."""
+    batch = tokens(step)
+    if not packed:
+        logits = piece(batch[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    total = torch.zeros(())
+    for row, ends in zip(batch, document_ends(step), strict=True):
+        for start, end in pairwise((0, *ends)):
+            logits = piece(row[None, start:end])[0]
+            targets = row[start + 1 : end + 1]
+            total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return total / (BATCH * SEQ)
+
+
+def reference(model: Model, steps: int = STEPS, packed: bool = False) -> dict[str, Any]:
     """The same training as a plain loop over one plain module."""
     plan = make_plan(model)
     piece = Decoder(model, 0, model.num_layers - 1)
@@ -201,9 +260,7 @@ def reference(model: Model, steps: int = STEPS) -> dict[str, Any]:
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
-        batch = tokens(step)
-        logits = piece(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = plain_loss(piece, step, packed)
         loss.backward()
         losses.append(loss.item())
         if step == 0:
