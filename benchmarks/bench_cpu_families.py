@@ -66,6 +66,8 @@ FAMILIES = (
     Family(processes=2, schedule="gpipe", degrees={"pp": 2}),
     Family(processes=2, degrees={"pp": 2}),
     Family(processes=2, schedule="interleaved", degrees={"pp": 2, "vpp": 2}),
+    Family(processes=2, schedule="zb-h1", degrees={"pp": 2}),
+    Family(processes=2, schedule="zb-v", degrees={"pp": 2, "vpp": 2}),
     Family(processes=2, recompute="full", zero=3, degrees={"dp_shard": 2}),
     Family(processes=1, recompute="full_keep_attn"),
     Family(processes=2, packed=True, degrees={"dp_replicate": 2}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import click
 
@@ -43,7 +43,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: ep, offload and zero-bubble schedules, too (default on several).",
+    "predicted: ep and offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -70,7 +70,9 @@ JOB_OPTIONS = (
     click.option(
         "--model", help="Catalog name, config.json or its folder, 7b, or package.module:function."
     ),
-    click.option("--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 2xcpu, or a cluster TOML."),
+    click.option(
+        "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
+    ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
     click.option(
         "--lengths",
@@ -88,6 +90,12 @@ JOB_OPTIONS = (
         help="Optimiser.",
     ),
     click.option(
+        "--clip-norm",
+        type=float,
+        metavar="NORM",
+        help="Scale gradients down to this norm of all of them; default: as they are.",
+    ),
+    click.option(
         "--objective",
         type=click.Choice(["throughput", "cost", "memory"]),
         default="throughput",
@@ -102,6 +110,11 @@ AXIS_OPTIONS = (
     click.option("--pp", type=POSITIVE, help="Pipeline stages."),
     click.option("--vpp", type=POSITIVE, help="Model chunks per pipeline rank."),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Pipeline schedule."),
+    click.option(
+        "--stages",
+        metavar="LIST",
+        help="Layers of every pipeline stage, in order: 9,8,8,7; even: as even as can be.",
+    ),
     click.option("--dp", type=POSITIVE, help="Data-parallel replicas."),
     click.option("--dp-shard", type=POSITIVE, help="Ranks over which a replica group shards."),
     click.option("--zero", type=click.IntRange(0, 3), help="Sharded states: 0 none, 3 all (FSDP)."),
@@ -135,6 +148,7 @@ AXES = (
     "pp",
     "vpp",
     "schedule",
+    "stages",
     "dp",
     "dp_shard",
     "zero",
@@ -200,6 +214,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         steps=flags["steps"],
         data=flags["data"],
         optimizer=flags["optimizer"],
+        clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
     )
     return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
@@ -216,6 +231,9 @@ def is_traced(name: str | None) -> bool:
 
 def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
     """The user's module as a Model; data parallelism is the only one that divides it."""
+    if flags.get("stages"):
+        raise InputError("stages", flags["stages"], "a module of one's own has no pipeline",
+                         "drop --stages")  # fmt: skip
     for axis in ("tp", "sp", "pp", "vpp", "cp", "ep"):
         if (flags.get(axis) or 1) > 1 or (axis == "sp" and flags.get(axis)):
             raise InputError(axis, flags[axis], "a module of one's own runs data-parallel only",
@@ -253,7 +271,24 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     given = {axis: flags[axis] for axis in AXES}
     if given["recompute"] == "solve":
         given["recompute"] = None
-    return Pins(**given)
+    return Pins(**given | {"stages": parse_stages(given["stages"])})
+
+
+def parse_stages(text: str | None) -> tuple[int, ...] | Literal["even"] | None:
+    """Layers of every stage, or "even".
+
+    >>> parse_stages("9,8,8,7"), parse_stages("even"), parse_stages(None)
+    ((9, 8, 8, 7), 'even', None)
+    """
+    if text is None:
+        return None
+    if text.strip().lower() == "even":
+        return "even"
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError("stages", text, "not numbers of layers with commas between",
+                         "write --stages 9,8,8,7, or even") from None  # fmt: skip
 
 
 def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:

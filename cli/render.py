@@ -15,6 +15,7 @@ from ..units import GIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..costmodel import MemoryReport
     from ..planner import SearchResult, WhatIf
     from .options import Job
 
@@ -77,10 +78,11 @@ def parameters(count: int) -> str:
 
 def print_job(job: Job) -> None:
     """Print what is trained on what, with the batch in both units."""
-    work, pool = job.workload, job.cluster.pools[0]
+    work = job.workload
+    devices = " + ".join(f"{p.num_devices:,} x {p.device.name}" for p in job.cluster.pools)
     print_line(
-        f"{job.model.name} ({parameters(job.model.num_params)}) on "
-        f"{job.cluster.num_devices:,} x {pool.device.name}, sequences of {work.seq_tokens:,} tokens"
+        f"{job.model.name} ({parameters(job.model.num_params)}) on {devices}, sequences of "
+        f"{work.seq_tokens:,} tokens"
     )
     print_line(
         f"global batch {work.global_batch_seqs:,} sequences = {work.global_batch_tokens:,} tokens"
@@ -162,6 +164,28 @@ def print_terms(estimate: Estimate) -> None:
     )
 
 
+LARGEST_TENSORS = 12
+"""Of those kept for backward, in the table."""
+
+
+def print_memory(report: MemoryReport) -> None:
+    """Print the peak of every pipeline rank, and what the fullest keeps for backward."""
+    if len(report.ranks) > 1:
+        largest = sorted(report.ranks[report.fullest].terms_bytes.items(), key=lambda x: -x[1])
+        names = [name for name, value in largest if value > 0][:5]
+        rows = [
+            [str(r.rank), format_bytes(r.peak_bytes)]
+            + [format_bytes(r.terms_bytes[name]) for name in names]
+            for r in report.ranks
+        ]
+        print_table(("pipeline rank", "peak", *names), rows)
+    kept = sorted(report.kept, key=lambda x: -abs(x.times * x.bytes))
+    rows = [
+        [x.piece, x.tensor, format_bytes(x.bytes), f"{x.times:g}"] for x in kept[:LARGEST_TENSORS]
+    ]
+    print_table(("kept for backward", "tensor", "one micro-batch", "pieces"), rows)
+
+
 def _term_rows(
     terms: Mapping[str, float], total: float, show: Callable[[float], str]
 ) -> list[list[str]]:
@@ -199,7 +223,12 @@ def print_what_if(changes: Sequence[WhatIf]) -> None:
 
 def print_measurement(measurement: Measurement) -> None:
     """Print what a run did, in a few lines."""
+    from ..costmodel.diff import emulated_as
+
     step, loss = measurement.step_s, measurement.loss
+    emulation = emulated_as(measurement)
+    if emulation is not None:
+        print_line(emulation_line(emulation, measurement.step_s.median))
     print_line(f"{measurement.label}: {len(measurement.steps)} timed steps")
     print_line(
         f"step {format_seconds(step.median)} (p10 {format_seconds(step.p10)}, p90 "
@@ -216,6 +245,8 @@ def print_measurement(measurement: Measurement) -> None:
 def print_diff(comparison: Mapping[str, Any]) -> None:
     """Print predicted against measured, term by term."""
     print_line(comparison["label"])
+    if comparison["emulated"] is not None:
+        print_line(emulation_line(comparison["emulated"], comparison["step"]["measured_s"]))
     rows = [diff_row(name, unit, *values) for name, unit, values in headline(comparison)]
     print_table(("", "predicted", "measured", "error"), rows)
     if comparison.get("pace"):
@@ -225,6 +256,23 @@ def print_diff(comparison: Mapping[str, Any]) -> None:
             diff_row(t["term"], t["unit"], t["predicted"], t["measured"], t["error"]) for t in terms
         ]
         print_table((title, "predicted", "measured", "error"), rows)
+
+
+def emulation_line(emulation: Mapping[str, Any], step_s: float) -> str:
+    """That a run was paced, and how well it went.
+
+    >>> known = {"device": "H100", "scale": 50.0, "late": 0.002, "simulated_step_s": 1.0}
+    >>> print(emulation_line(known, 1.02))
+    emulated: chunks held to the times of H100 on CPU processes, 50 x as slow, at most 0.2 % of a
+    step late; step +2.0 % off the simulator's; memory is that of the CPU processes
+    """
+    error = step_s / emulation["simulated_step_s"] - 1 if emulation["simulated_step_s"] else None
+    return (
+        f"emulated: chunks held to the times of {emulation['device']} on CPU processes, "
+        f"{emulation['scale']:.3g} x as slow, at most {percent(emulation['late'])} of a\n"
+        f"step late; step {percent(error, signed=True)} off the simulator's; memory is that of the "
+        "CPU processes"
+    )
 
 
 def pace_line(pace: Mapping[str, float]) -> str:

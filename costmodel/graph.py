@@ -73,6 +73,10 @@ class Collective:
     """Of a send: the axis whose size is the rounds that follow one another."""
     sent: str | None = None
     """Of a send: the axis whose size is the messages that a rank sends, in the mean."""
+    edge: str | None = None
+    """Of tensor parallelism: name of the edge that it stands on."""
+    sums_gradients: bool = False
+    """Whether it adds up gradients of inputs, for which those of the weights do not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

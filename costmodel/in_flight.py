@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..orders import Action, Orders
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
 from .graph import Array
@@ -29,7 +30,7 @@ from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
 from .pieces import Pieces
-from .schedule import Action, live_chunks, order_of
+from .schedule import live_chunks, order_of
 from .stages import V_SHAPED, Load
 
 Ints = NDArray[np.intp]
@@ -47,9 +48,8 @@ class Shares:
     waiting: Array
 
     @staticmethod
-    def of(load: Load, costs: Pieces, layouts: Layouts, stack: Stack) -> Shares:
+    def of(load: Load, costs: Pieces, layouts: Layouts, kept: Kept) -> Shares:
         """Of the ranks that hold `load`."""
-        kept = Kept.of(costs, layouts, stack)
         head = load.head * kept.head.saved
         rest = load.embedding * kept.embedding.saved
         for count, live in zip(load.layers, kept.layers, strict=True):
@@ -80,25 +80,30 @@ def in_flight(
     costs: Pieces,
     layouts: Layouts,
     stack: Stack,
+    own_orders: Orders | None = None,
 ) -> InFlight:
     """Live chunk activations of `ranks` under the loads of `load`, row by row.
 
     `shape` is ranks of the pipeline, chunks per rank and micro-batches; `layouts` has as many rows,
-    all of that shape.
+    all of that shape. `own_orders` take the place of the schedule's.
     """
     first, later = np.zeros((2, len(ranks)))
-    if schedule not in SPLIT_SCHEDULES:
+    if schedule not in SPLIT_SCHEDULES and own_orders is None:
         for rank in np.unique(ranks):
             here = ranks == rank
             first[here], later[here] = live_chunks(schedule, *shape, int(rank))
         return InFlight(first=first, later=later)
-    shares = Shares.of(load, costs, layouts, stack)
+    shares = Shares.of(load, costs, layouts, Kept.of(costs, layouts, stack))
     for rank in np.unique(ranks):
         here = ranks == rank
         own = shares.take(here)
-        at_first, moments = live_moments(schedule, *shape, int(rank))
+        if own_orders is None:
+            at_first, moments = live_moments(schedule, *shape, int(rank))
+        else:
+            at_first, moments = moments_of(own_orders[rank])
         first[here] = own.live((at_first, 0))
-        later[here] = np.max([own.live(moment) for moment in moments], axis=0)
+        if moments:
+            later[here] = np.max([own.live(moment) for moment in moments], axis=0)
     return InFlight(first=first, later=later)
 
 
@@ -133,11 +138,15 @@ def moments_of(actions: Sequence[Action]) -> tuple[int, tuple[Moment, ...]]:
 
 
 def least_in_flight(layouts: Layouts, rank: Array, shares: Shares) -> Array:
-    """At most `in_flight.later`, in closed form, of rows whose schedule is split.
+    """At most `in_flight.later`, in closed form, of rows whose schedule is split."""
+    return shares.live(least_moment(layouts, rank))
 
-    The count at one moment, the same under all policies, so that what a mixture of policies keeps
-    is the mixture of what each keeps: where most waits, in a V of few ranks or at its outer ones
-    where nothing does.
+
+def least_moment(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
+    """Chunks before their I, and between I and W, at one moment of rows with a split schedule.
+
+    The same under all policies, so that what a mixture of policies keeps is the mixture of what
+    each keeps: where most waits, in a V of few ranks or at its outer ones where nothing does.
     """
     m, p, v = (x.astype(float) for x in (layouts.num_microbatches, layouts.pp, layouts.vpp))
     zb_v, dual, zb_h2 = (
@@ -153,4 +162,4 @@ def least_in_flight(layouts: Layouts, rank: Array, shares: Shares) -> Array:
     folded = zb_v | dual
     whole = np.where(folded, np.where(end, p - rank, steady), whole)
     waiting = np.where(folded, np.where(end, 2 * rank, 0.0), waiting)
-    return shares.live((whole, waiting))
+    return whole, waiting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -85,6 +86,17 @@ class Layouts:
         """The layouts at the given positions."""
         return Layouts(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def first(self, count: int) -> Layouts:
+        """The first rows."""
+        return self if count == len(self) else self.take(slice(0, count))
+
+    @staticmethod
+    def joined(parts: Sequence[Layouts]) -> Layouts:
+        """Several blocks of layouts as one."""
+        return Layouts(
+            **{f.name: np.concatenate([getattr(x, f.name) for x in parts]) for f in fields(Layouts)}
+        )
+
     @staticmethod
     def of(phase: Phase) -> Layouts:
         """One phase as layouts of length one."""
@@ -110,21 +122,17 @@ class Layouts:
         )
 
 
-def local_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int | Array) -> Sizes:
-    """Local size of every axis label under each layout, at the workload's sequence length; of a
-    decoder's layouts each may have its own."""
-    if model.is_decoder:
-        return _layer_sizes(model, layer, layouts, seq_tokens)
-    assert isinstance(seq_tokens, int)
+def local_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
+    """Local size of every axis label under each layout, at the workload's sequence length."""
     own = _layer_sizes(model, layer, layouts, layer.tokens(seq_tokens))
+    if model.is_decoder:
+        return own
     each = [_layer_sizes(model, x, layouts, x.tokens(seq_tokens)) for x in model.stacks]
     compared = (layouts.micro_batch_seqs * layouts.dp).astype(float)
     return {**own, **stack_sizes(model, layer, each), "compared": compared}
 
 
-def _layer_sizes(
-    model: Model, layer: Layer, layouts: Layouts, seq_tokens: int | Array
-) -> Sizes:
+def _layer_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
     """Local size of every axis label of a layer with `seq_tokens` tokens.
 
     tp divides heads, kv_heads, ffn and vocab; cp divides the sequence; `seq_part` is the sequence
@@ -142,7 +150,7 @@ def _layer_sizes(
         "batch": layouts.micro_batch_seqs.astype(float),
         "seq": seq_tokens / cp,
         "seq_part": seq_tokens / cp / part,
-        "seq_whole": const(1) * seq_tokens,
+        "seq_whole": const(seq_tokens),
         "expert_seq": seq_tokens / cp / part * np.where(part > 1, layouts.expert_tp, 1),
         "hidden": const(model.width(layer)),
         "heads": layer.heads / tp,
@@ -163,7 +171,7 @@ def _layer_sizes(
     }
 
 
-def _core_sizes(layer: Layer, layouts: Layouts, seq_tokens: int | Array) -> Sizes:
+def _core_sizes(layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
     """Sizes in the attention core, behind ulysses' exchange: longer sequences of fewer heads.
 
     "kv_heads_sent" are the heads of K and V before it, repeated where there are fewer than ulysses

@@ -47,8 +47,8 @@ class Liveness:
 
 def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     """The allocation curve of a graph under its recompute setting."""
-    saved_names = {t.name for op in graph.operators for t in op.saves}
-    forward_kept, saved = _forward(graph, sizes, saved_names)
+    forward_kept, kept = _forward(graph, sizes, _saved_names(graph))
+    saved = sum(kept.values(), np.zeros(1))
     backward, fresh = _backward(graph, sizes)
     loss = np.zeros(1)
     for op in graph.operators:
@@ -60,7 +60,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
         kept = {t.name for t in graph.kept}
         forward_free, more = _forward(graph, sizes, kept)
         return Liveness(
-            saved=boundary + more,
+            saved=sum(more.values(), boundary),
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
@@ -75,8 +75,21 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     )
 
 
-def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
-    """Peak and final saved bytes of the forward walk."""
+def saved_tensors(graph: Graph, sizes: Sizes) -> dict[str, Array]:
+    """What a graph keeps from forward to backward: bytes by tensor, the largest first."""
+    names = {t.name for t in graph.kept} if graph.checkpointed else _saved_names(graph)
+    _, kept = _forward(graph, sizes, names)
+    if graph.checkpointed:
+        kept[graph.boundary.name] = graph.boundary.num_bytes(sizes)
+    return dict(sorted(kept.items(), key=lambda item: -float(np.max(item[1]))))
+
+
+def _saved_names(graph: Graph) -> set[str]:
+    return {t.name for op in graph.operators for t in op.saves}
+
+
+def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[str, Array]]:
+    """Peak of the forward walk, and the bytes of what is left of `keep` by tensor."""
     last_use: dict[str, int] = {}
     for index, op in enumerate(graph.operators):
         for tensor in op.inputs:
@@ -101,8 +114,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
         before = before + added
         for name in [n for n in gone if n not in made or n in read]:
             before = before - live.pop(name)
-    saved = sum((size for name, size in live.items() if name in keep), np.zeros(1))
-    return peak, saved
+    return peak, {name: size for name, size in live.items() if name in keep}
 
 
 def _ranks(op: Operator, sizes: Sizes) -> Array:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cores import core_s
+from .cores import core_s, merges_s
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
+from .layers.attention import CORE
 from .layout import Layouts
 from .operators import KINDS
 from .options import Options
 from .prices import Prices
-from .rates import is_matmul
+from .rates import is_compute, is_matmul
 
 FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
 """Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
@@ -42,11 +43,19 @@ class OperatorTimes:
     weight_s: Array
     """Part of `backward_s` for which no other operator waits: gradients of weights."""
     recompute_s: Array
+    streaming_s: Array
+    """Part of forward and backward that is bound by memory."""
     forward_launches: int
     backward_launches: int
     beside_forward: dict[str, Array]
     """Of each operator by name: what communication beside it can hide behind."""
     beside_backward: dict[str, Array]
+    near_forward: dict[str, Array]
+    """Of each edge by name: the matmuls that read its output or make its input."""
+    near_backward: dict[str, Array]
+    """The same of their input gradients."""
+    near_weights: dict[str, Array]
+    """The gradients of the weights of those that read its output, for which nothing waits."""
     again: frozenset[str]
     """Operators that run again in backward."""
 
@@ -57,11 +66,13 @@ def operator_times(
     """The sums over a graph's operators."""
     zero = np.zeros(len(layouts))
     forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
-    weight = zero.copy()
+    weight, streaming = zero.copy(), zero.copy()
+    near = _Near.of(graph)
     forward_launches = backward_launches = 0
     beside_forward: dict[str, Array] = {}
     beside_backward: dict[str, Array] = {}
     again = runs_again(graph, prices.pool.stack.recompute_stops_early)
+    merged, merged_back = merges_s(graph, sizes, options.cp_kind, prices)
     for op in graph.operators:
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
@@ -70,6 +81,12 @@ def operator_times(
             weight = weight + of_weights
             exchanged = _exchange_copies(op, sizes, prices)
             there, back = there + exchanged[0], back + exchanged[1]
+            if op.name == CORE:
+                there, back = there + merged, back + merged_back
+            if not is_compute(op.kind):
+                streaming = streaming + there + back
+            if is_matmul(op.kind):
+                near.add(op, there, back, of_weights)
             forward_launches += KINDS[op.kind].launches
             backward_launches += 2 * KINDS[op.kind].launches
         forward, backward = forward + there, backward + back
@@ -84,10 +101,14 @@ def operator_times(
         backward_s=backward + _joins(graph, sizes, prices),
         weight_s=weight,
         recompute_s=recompute,
+        streaming_s=streaming,
         forward_launches=forward_launches,
         backward_launches=backward_launches,
         beside_forward=beside_forward,
         beside_backward=beside_backward,
+        near_forward=near.forward,
+        near_backward=near.backward,
+        near_weights=near.weights,
         again=again,
     )
 
@@ -122,26 +143,57 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
     return frozenset(op.name for op in some[:last])
 
 
+class _Near:
+    """Seconds of the matmuls next to each edge."""
+
+    def __init__(self, into: dict[str, str], out_of: dict[str, str]) -> None:
+        self._into, self._out_of = into, out_of
+        names = [*into.values(), *out_of.values()]
+        self.forward = dict.fromkeys(names, np.zeros(1))
+        self.backward = dict.fromkeys(names, np.zeros(1))
+        self.weights = dict.fromkeys(names, np.zeros(1))
+
+    @staticmethod
+    def of(graph: Graph) -> _Near:
+        """Edges by the tensor that they make and by the one that they take."""
+        edges = [op for op in graph.operators if op.kind == "edge"]
+        return _Near(
+            into={op.outputs[0].name: op.name for op in edges},
+            out_of={op.inputs[0].name: op.name for op in edges},
+        )
+
+    def add(self, op: Operator, there: Array, back: Array, of_weights: Array) -> None:
+        """A matmul."""
+        reads = self._into.get(op.inputs[0].name)
+        makes = self._out_of.get(op.outputs[0].name)
+        for edge in (reads, makes):
+            if edge is not None:
+                self.forward[edge] = self.forward[edge] + there
+                self.backward[edge] = self.backward[edge] + back - of_weights
+        if reads is not None:
+            self.weights[reads] = self.weights[reads] + of_weights
+
+
 def _operator(
     op: Operator, sizes: Sizes, prices: Prices, options: Options
 ) -> tuple[Array, Array, Array]:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
-    Those of norms, which are small, are left with the rest.
+    Those of norms and embeddings, which are small, are left with the rest.
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
     if op.kind.startswith("attention"):
-        forward, backward = core_s(op, sizes, dtype, options.cp_kind, prices)
+        forward, backward = core_s(op, sizes, dtype, options, prices)
     else:
-        forward, backward = prices.operator(op.kind, shape, dtype)
+        forward, backward = prices.operator(op.kind, shape, dtype, options.runtime)
     weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
         weight = prices.operator("linear_wgrad", shape, dtype)[0]
         backward = backward + weight
     elif op.kind in BOTH_GRADIENTS:
         weight = backward / 2
-    if not op.grad_inputs:
+    if not op.grad_inputs and np.any(weight):
         weight = backward
     factor = _factor(op.kind, dtype, prices, options)
     return forward * factor, backward * factor, weight * factor
@@ -157,7 +209,7 @@ def _factor(kind: str, dtype: str, prices: Prices, options: Options) -> float:
         return 1.0 / stack.rowwise_fraction if rowwise else 1.0
     if kind.startswith("attention"):
         return 1.0 / FLASH_VERSIONS.get(options.attention, 1.0)
-    return stack.compiled_elementwise if options.runtime == "compiled" else 1.0
+    return 1.0
 
 
 def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
@@ -185,7 +237,7 @@ def _exchange_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array,
     put together in another. Behind the core it is the other way round.
     """
     zero = np.zeros(1)
-    if not prices.pool.stack.sequence_copies or np.all(sizes["ulysses"] <= 1):
+    if not prices.pool.stack.sequence_copies or np.all(sizes.get("ulysses", zero) <= 1):
         return zero, zero
     back_again = op.name == "wo"
     forward, backward = zero, zero

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import Phase
+from ..plan import TENSORS, Phase
 from ..stack import Stack
 from ..workload import Workload
-from .packing import Packing, Rows
+from .packing import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +26,15 @@ class Options:
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
     """none, selective (attention core), full, full_keep_attn (all but the attention core), per_op
-    (every second matmul, as torchtitan)."""
+    (every second matmul, as torchtitan), or tensors: what `keep` names."""
+    keep: tuple[str, ...] = ()
+    """Tensors that a layer keeps from forward to backward under recompute mode tensors; names that
+    a layer does not have say nothing there."""
     attention: str = "flash"
     """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
     normalised by one kernel), eager (by several)."""
+    document_tokens: int | None = None
+    """Mean length of the documents packed into a sequence, where attention stays inside each."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
     ulysses, lightseq (contiguous blocks, early ranks help late ones)."""
@@ -43,13 +48,15 @@ class Options:
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
     """adamw, adamw8bit, adamw_fp8, sgd."""
+    clips: bool = False
+    """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
     """Fraction of saved activations kept on the host."""
     async_tp: bool = False
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
-    packing: Packing | Rows | None = None
+    packing: Packing | None = None
     """Documents packed into sequences; None = a sequence is one document."""
 
     @staticmethod
@@ -64,7 +71,9 @@ class Options:
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
             recompute=str(setting("recompute").get("mode", "none")),
+            keep=tuple(setting("recompute").get("keep", ())),
             attention=str(setting("attention").get("kernel", "flash")),
+            document_tokens=setting("attention").get("documents"),
             cp_kind=str(setting("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
             lora_rank=lora.get("rank"),
@@ -72,6 +81,7 @@ class Options:
             async_tp=bool(setting("tensor-parallel").get("async", False)),
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
+            clips=workload is not None and workload.clip_norm is not None,
             offload=float(setting("offload").get("activations", 0.0)),
             runtime=str(setting("runtime").get("mode", "eager")),
             packing=Packing.of(workload) if workload is not None else None,
@@ -89,6 +99,8 @@ class Options:
             value = getattr(self, field)
             if value != getattr(plain, field):
                 chosen.setdefault(technique, {})[setting] = value
+        if self.recompute == TENSORS:
+            chosen["recompute"]["keep"] = list(self.keep)
         return chosen
 
     def gathers_low(self, stack: Stack) -> bool:
@@ -104,6 +116,7 @@ class Options:
 _SETTINGS = (
     ("recompute", "mode", "recompute"),
     ("attention", "kernel", "attention"),
+    ("attention", "documents", "document_tokens"),
     ("context-parallel", "kind", "cp_kind"),
     ("lora", "rank", "lora_rank"),
     ("lora", "targets", "lora_targets"),

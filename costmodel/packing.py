@@ -66,33 +66,10 @@ class Packing:
         return float(np.mean([len(ends) for step in _ends(self) for ends in step]))
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Documents of given sequences, one per layout."""
-
-    rows: tuple[tuple[tuple[int, ...], int], ...]
-    """Ends of the documents of a sequence, and the ranks of the balanced ring that shares it."""
-
-    def sizes(self) -> Sizes:
-        """The axes of `packing_sizes`."""
-        attended: list[float] = []
-        documents: list[float] = []
-        busiest: list[float] = []
-        for ends, ring in self.rows:
-            squares = float(sum((b - a) ** 2 for a, b in pairwise((0, *ends))))
-            attended.append(squares / ends[-1])
-            documents.append(float(len(ends)))
-            busiest.append(max(shares(ends, ends[-1], "zigzag", ring)) * ring / squares)
-        return {"attended": np.array(attended), "documents": np.array(documents),
-                "slowest": np.array(busiest)}  # fmt: skip
-
-
-def packing_sizes(packing: Packing | Rows | None, kind: str, layouts: Layouts) -> Sizes:
+def packing_sizes(packing: Packing | None, kind: str, layouts: Layouts) -> Sizes:
     """Sizes of axes that the attention core is priced by where documents are packed."""
     if packing is None:
         return {}
-    if isinstance(packing, Rows):
-        return packing.sizes()
     one = np.ones(len(layouts))
     return {
         "attended": one * packing.attended_tokens,

@@ -20,6 +20,7 @@ from ..model import Layer, Model
 from ..traced import TracedOperator
 from . import traced
 from .exposed import (
+    Beside,
     backward_collectives,
     copies_s,
     exposed_s,
@@ -33,8 +34,8 @@ from .layers.attention import CORE
 from .layers.profiles import stack_graph
 from .layers.rings import BLOCKS
 from .layout import Layouts, local_sizes
-from .liveness import Liveness, liveness
-from .operator_times import operator_times, waiting_bytes
+from .liveness import Liveness, liveness, saved_tensors
+from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
 from .packing import packing_sizes
 from .prices import Prices
@@ -56,6 +57,8 @@ class Piece:
     waiting_bytes: Array
     """What that part needs where it is put off: inputs and output gradients of matmuls."""
     recompute_s: Array
+    streaming_s: Array
+    """Part of `forward_s` and `backward_s` that is bound by memory."""
     comm_forward_s: dict[str, Array]
     """Exposed communication by mesh axis (tp, cp, ep)."""
     comm_backward_s: dict[str, Array]
@@ -132,7 +135,7 @@ Known = dict[bytes, Piece]
 def pieces(
     model: Model,
     layouts: Layouts,
-    seq_tokens: int | Array,
+    seq_tokens: int,
     prices: Prices,
     options: Options,
     by_layer: Sequence[Options] | None = None,
@@ -140,9 +143,8 @@ def pieces(
 ) -> Pieces:
     """The costs of every piece of a model under each layout.
 
-    `options` are those of the whole, `by_layer` those of each of `model.layers` where they differ;
-    `seq_tokens` may be an array, one length per layout, where nothing is known yet. What is in
-    `known` is taken from there, what is not is added.
+    `options` are those of the whole, `by_layer` those of each of `model.layers` where they differ.
+    What is in `known` is taken from there, what is not is added.
     """
     each = tuple(by_layer or (options,) * len(model.layers))
     if model.traced is not None:
@@ -150,19 +152,10 @@ def pieces(
     here: dict[tuple[str, Layer, Options], Piece] = {}
 
     def one(build: str, layer: Layer, options: Options) -> Piece:
-        near, layer = _nearby(model, layer)
-        place = (build, layer, options)
-        if place in here:
-            return here[place]
-        if known is None or prices.profile is not None:  # curves depend on the whole mesh
-            here[place] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-            return here[place]
-        assert isinstance(seq_tokens, int)
-        key = _key(build, near, layer, layouts, seq_tokens, prices, options)
-        if key not in known:
-            known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-        here[place] = known[key]
-        return known[key]
+        place = (build, _nearby(model, layer)[1], options)
+        if place not in here:
+            here[place] = _priced(build, layer, model, layouts, seq_tokens, prices, options, known)
+        return here[place]
 
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
@@ -180,15 +173,16 @@ def pieces_of_each(
     seq_tokens: int,
     prices: Prices,
     policies: Sequence[Options],
+    known: Known | None = None,
 ) -> list[Pieces]:
     """`pieces` under each of several options that differ in what layers keep for backward: the ends
     of the model, which keep all, are the same."""
-    first = pieces(model, layouts, seq_tokens, prices, policies[0])
+    first = pieces(model, layouts, seq_tokens, prices, policies[0], None, known)
     others = [
-        pieces(model, layouts, seq_tokens, prices, own).layers
+        pieces(model, layouts, seq_tokens, prices, own, None, known).layers
         if model.traced is not None
         else tuple(
-            _both("layer", *_nearby(model, layer), layouts, seq_tokens, prices, own)
+            _priced("layer", layer, model, layouts, seq_tokens, prices, own, known)
             for layer in model.layers
         )
         for own in policies[1:]
@@ -196,12 +190,32 @@ def pieces_of_each(
     return [first, *(replace(first, layers=layers) for layers in others)]
 
 
+def _priced(
+    build: str,
+    layer: Layer,
+    model: Model,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+    known: Known | None,
+) -> Piece:
+    """A piece, out of those that are known."""
+    near, layer = _nearby(model, layer)
+    if known is None or prices.profile is not None:  # curves depend on the whole mesh
+        return _both(build, near, layer, layouts, seq_tokens, prices, options)
+    key = _key(build, near, layer, layouts, seq_tokens, prices, options)
+    if key not in known:
+        known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
+    return known[key]
+
+
 def _both(
     build: str,
     near: Model,
     layer: Layer,
     layouts: Layouts,
-    seq_tokens: int | Array,
+    seq_tokens: int,
     prices: Prices,
     options: Options,
 ) -> Piece:
@@ -218,6 +232,30 @@ def _both(
     if len(variants) == 1:
         return variants[0]
     return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
+
+
+def kept_by_tensor(
+    build: str,
+    model: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> dict[str, Array]:
+    """What a micro-batch keeps of one piece under one layout: bytes by tensor."""
+    if model.traced is not None:
+        prefix, *layers, suffix = traced.parts(model)
+        index = model.layers.index(layer) if build == "layer" else 0
+        operators = {"embedding": prefix, "head": suffix}.get(build, layers[index])
+        graph = apply(traced.graph(build, operators), options)
+        return saved_tensors(graph, traced.sizes(operators, layouts))
+    near, layer = _nearby(model, layer)
+    fused = prices.pool.device.kind == "gpu"
+    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
+    sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
+    sp = bool(layouts.sequence_parallel[0])
+    return saved_tensors(_graph(build, near, layer, sp, fused, options, keeps), sizes)
 
 
 def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
@@ -295,6 +333,12 @@ def _graph(
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
+def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
+    """The rewritten graph of a layer of a model."""
+    near, layer = _nearby(model, layer)
+    return _graph("layer", near, layer, sp, fused, options, False)
+
+
 def _plain_graph(
     build: str, model: Model, layer: Layer, sp: bool, fused: bool, options: Options
 ) -> Graph:
@@ -324,22 +368,25 @@ def _piece(
     busy_backward = times.backward_s + times.recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
-        times.beside_forward,
+        Beside(operators=times.beside_forward, matmuls=times.near_forward, weights={}),
     )  # fmt: skip
     comm_backward = exposed_s(
         back, sizes, layouts, prices, options, busy_backward + host_backward,
-        times.beside_backward,
+        Beside(
+            operators=times.beside_backward, matmuls=times.near_backward,
+            weights=times.near_weights,
+        ),
     )  # fmt: skip
     if options.offload and graph.name == "layer":
         comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
         comm_backward["copy"] = copies_s(live.saved, options, prices, busy_backward)
     host_scale = prices.scale("host")
-    launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
-    hooks_s = _hooks_s(graph, layouts, prices, options)
-    launching = times.forward_launches * launch_s + hooks_s
-    floor_forward = _floor(times.forward_s, comm_forward, launching, there, layouts, prices)
-    launching = times.backward_launches * launch_s + hooks_s
-    floor_backward = _floor(busy_backward, comm_backward, launching, back, layouts, prices)
+    launching, launching_back = _launching(graph, times, prices, options)
+    hooks, hooks_back = _hooks_s(graph, layouts, prices, options)
+    floor_forward = _floor(times.forward_s, comm_forward, launching + hooks, there, layouts, prices)
+    floor_backward = _floor(
+        busy_backward, comm_backward, launching_back + hooks_back, back, layouts, prices
+    )
     return Piece(
         options=options,
         forward_s=times.forward_s * prices.scale("forward"),
@@ -347,6 +394,7 @@ def _piece(
         weight_s=times.weight_s * prices.scale("backward"),
         waiting_bytes=waiting_bytes(graph, sizes) + zero,
         recompute_s=times.recompute_s * prices.scale("recompute"),
+        streaming_s=times.streaming_s,
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
@@ -363,12 +411,35 @@ def _piece(
     )
 
 
-def _hooks_s(graph: Graph, layouts: Layouts, prices: Prices, options: Options) -> Array:
+def _launching(
+    graph: Graph, times: OperatorTimes, prices: Prices, options: Options
+) -> tuple[float, float]:
+    """Host time to launch a piece's operators on a GPU, forward and backward, Python included."""
+    launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
+    forward, backward = times.forward_launches * launch_s, times.backward_launches * launch_s
+    if graph.name != "layer":
+        return forward, backward
+    glue = prices.beside("layer_forward"), prices.beside("layer_backward")
+    if options.runtime == "compiled" and prices.beside("compiled_layer_forward"):
+        forward, backward = (prices.beside(f"compiled_layer_{d}") for d in ("forward", "backward"))
+        glue = 0.0, 0.0
+    if graph.checkpointed:
+        again = forward if options.runtime == "compiled" else 0.0  # launches of eager ones are in
+        backward += again + glue[0] + prices.beside("checkpoint")
+    return forward + glue[0], backward + glue[1]
+
+
+def _hooks_s(
+    graph: Graph, layouts: Layouts, prices: Prices, options: Options
+) -> tuple[Array, Array]:
     """Host time of the hooks around an FSDP unit, which on a GPU runs beside the device."""
     stack = prices.pool.stack
     if graph.name != "layer" or prices.launch_s == 0.0 or stack.sharding != "fsdp":
-        return np.zeros(1)
-    return np.where(in_units(layouts, options, stack), stack.host_s_per_unit, 0.0)
+        return np.zeros(1), np.zeros(1)
+    units = in_units(layouts, options, stack)
+    forward = prices.beside("fsdp_unit_forward", stack.host_s_per_unit)
+    backward = prices.beside("fsdp_unit_backward", stack.host_s_per_unit)
+    return np.where(units, forward, 0.0), np.where(units, backward, 0.0)
 
 
 def _floor(
@@ -416,6 +487,8 @@ def _host(
         extra += prices.host(f"{prefix}_forward")
     forward = forward + np.where(tp, prices.host(f"{prefix}_forward"), 0.0)
     backward = backward + np.where(tp, extra, 0.0)
+    if "ring" not in sizes:  # a traced module
+        return forward, backward
     several = {"ring_block": (sizes[BLOCKS[options.cp_kind][0]], CORE in again),
                "ulysses_layer": (layouts.ulysses > 1, graph.checkpointed)}  # fmt: skip
     if "documents" in sizes:  # those of a rank's share of the sequence, of every row
@@ -466,6 +539,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         weight_s=pick(yes.weight_s, no.weight_s),
         waiting_bytes=pick(yes.waiting_bytes, no.waiting_bytes),
         recompute_s=pick(yes.recompute_s, no.recompute_s),
+        streaming_s=pick(yes.streaming_s, no.streaming_s),
         comm_forward_s=pick_each(yes.comm_forward_s, no.comm_forward_s),
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),
         host_forward_s=pick(yes.host_forward_s, no.host_forward_s),

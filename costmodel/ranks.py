@@ -11,8 +11,10 @@ import numpy as np
 
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
+from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight, Peak, Peaks, peak_bytes, peak_memory
+from .moments import RankMoments
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -75,14 +77,16 @@ class Update:
 
     dp: DataParallel
     optimizer_s: Array
+    """Of the update, and of the gradients' norm and their scaling."""
     host_s: Array
+    norm_s: Array
+    """The sum of the norm over all ranks."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
-        return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s
-        )
+        exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
+        return exchange + self.optimizer_s + self.host_s + self.norm_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
@@ -96,11 +100,17 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
     seconds = seconds * StateBytes.of(stack, options).update_share
+    norm_s = np.zeros(1)
+    if options.clips:  # the norm reads gradients, scaling reads and writes them
+        seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]
+        world, one = layouts.world.astype(float), np.ones(len(layouts))
+        norm_s = np.where(world > 1, prices.collective("all_reduce", 4 * one, world, one, one), 0.0)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
+        norm_s=norm_s,
     )
 
 
@@ -123,19 +133,10 @@ def rank_memory(
     )
 
 
-def rank_bytes(
-    load: Load,
-    costs: Pieces,
-    layouts: Layouts,
-    prices: Prices,
-    options: Options,
-    in_flight: InFlight,
-) -> Peaks:
-    """The total of `rank_memory`, and what it consists of."""
-    stack = prices.pool.stack
-    peaks = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
-    grown = 1.0 + stack.fragmentation
-    fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
+def rank_bytes(rank: RankMoments, kept: Kept, prices: Prices, in_flight: InFlight) -> Peaks:
+    """The total of `rank_memory` under a policy of what layers keep, and what it consists of."""
+    peaks = peak_bytes(rank, kept, in_flight)
+    grown, fixed = allocated(prices)
     return Peaks(
         total=peaks.total * grown + fixed,
         kept=peaks.kept * grown,
@@ -143,3 +144,10 @@ def rank_bytes(
         closing=peaks.closing * grown + fixed,
         others=peaks.others,
     )
+
+
+def allocated(prices: Prices) -> tuple[float, float]:
+    """What a device has in use for n bytes of live tensors: a n + b."""
+    stack = prices.pool.stack
+    fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
+    return 1.0 + stack.fragmentation, fixed

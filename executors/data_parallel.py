@@ -1,4 +1,4 @@
-"""Data parallelism: DDP for replicated fp32 states, FSDP2 for everything else.
+"""Data parallelism: replicated fp32 states under DDP or, in a pipeline, `Replicas`; else FSDP2.
 
 Ranks that share a sequence hold the same parameters and see different tokens: they are replicas as
 well, and states are sharded over them too.
@@ -6,9 +6,11 @@ well, and states are sharded over them too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,15 +60,84 @@ def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
-def apply_ddp(piece: Decoder, mesh: DeviceMesh, cp: int = 1) -> DistributedDataParallel:
+def replicas(phase: Phase) -> int:
+    """Ranks that hold the same parameters and see different tokens."""
+    return phase.mesh.dp * phase.mesh.cp
+
+
+def copies(phase: Phase) -> int:
+    """Ranks of different data that hold the same part of a gradient."""
+    if not uses_fsdp(phase):
+        return replicas(phase)
+    return phase.mesh.dp_replicate if phase.zero else replicas(phase) // phase.mesh.dp_shard
+
+
+def uses_ddp(phase: Phase) -> bool:
+    """Whether DDP averages gradients over replicas."""
+    return phase.mesh.pp == 1 and replicas(phase) > 1 and not uses_fsdp(phase)
+
+
+def uses_replicas(phase: Phase) -> bool:
+    """Whether `Replicas` do, of a pipeline's stages."""
+    return phase.mesh.pp > 1 and replicas(phase) > 1 and not uses_fsdp(phase)
+
+
+def replica_group(phase: Phase, mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that hold the same parameters where nothing is sharded."""
+    axes = ("dp_replicate", "dp_shard", "cp") if phase.mesh.cp > 1 else ("dp_replicate",)
+    return flattened(mesh, axes).get_group()
+
+
+def apply_ddp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> DistributedDataParallel:
     """The piece under DDP; initial parameters are equal already, so nothing is broadcast."""
-    axes = ("dp_replicate", "dp_shard", "cp") if cp > 1 else ("dp_replicate",)
     return DistributedDataParallel(
         piece,
-        process_group=flattened(mesh, axes).get_group(),
+        process_group=replica_group(phase, mesh),
         gradient_as_bucket_view=True,
         init_sync=False,
     )
+
+
+BUCKET_BYTES = 25 * 2**20
+"""As in DDP."""
+
+
+class Replicas:
+    """Gradients of the replicas of one pipeline stage, averaged once all of a step are there.
+
+    DDP reduces from hooks of one backward, which a backward in two halves does not have, and holds
+    a second copy of all gradients. Here they move into buckets when the stage is done, which take
+    their place; the sums run beside the other stages of the rank until `wait`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.buckets: list[list[nn.Parameter]] = [[]]
+        self.group, self.works = group, list[Any]()
+        room = BUCKET_BYTES
+        for parameter in parameters:
+            size = parameter.numel() * parameter.element_size()
+            if size > room and self.buckets[-1]:
+                self.buckets.append([])
+                room = BUCKET_BYTES
+            self.buckets[-1].append(parameter)
+            room -= size
+
+    def start(self) -> None:
+        """Issue the sums."""
+        for bucket in self.buckets:
+            held = [p for p in bucket if p.grad is not None]
+            if not held:
+                continue
+            flat = torch.cat([p.grad.flatten() for p in held if p.grad is not None])
+            for parameter, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            flat.div_(self.group.size())
+            self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+
+    def wait(self) -> None:
+        """Let the sums end."""
+        while self.works:
+            self.works.pop().wait()
 
 
 @contextmanager

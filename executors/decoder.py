@@ -65,6 +65,17 @@ def attention_core(
     )
 
 
+class Linear(nn.Linear):
+    """A linear whose product with its weight may be exchanged."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.product: Callable[..., Tensor] = F.linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries."""
 
@@ -74,10 +85,10 @@ class Attention(nn.Module):
         self.core: Callable[..., Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
-        self.wq = nn.Linear(model.hidden, width, bias=qkv_bias)
-        self.wk = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wv = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
+        self.wq = Linear(model.hidden, width, bias=qkv_bias)
+        self.wk = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wo = Linear(width, model.hidden, bias=layer.bias)
 
     def forward(
         self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
@@ -122,9 +133,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.kind = layer.mlp
         if layer.mlp == "swiglu":
-            self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+            self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         if self.kind == "swiglu":
@@ -156,8 +167,12 @@ class Block(nn.Module):
 class TiedHead(nn.Module):
     """The output head that shares the embedding's weight; a module, so that layouts can be set."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.product: Callable[..., Tensor] = F.linear
+
     def forward(self, x_BSE: Tensor, weight_VE: Tensor) -> Tensor:
-        return F.linear(x_BSE, weight_VE)
+        return self.product(x_BSE, weight_VE)
 
 
 class Decoder(nn.Module):
@@ -168,9 +183,13 @@ class Decoder(nn.Module):
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
     the logits. S are the tokens of this rank where several share a sequence (`spread`). `documents`
     (B, N) int64, on the host, holds the ends of documents packed into each whole sequence.
+    `first_piece` is the piece with the embedding where the same process holds it and the last one,
+    so that tied tables are one parameter, that piece's.
     """
 
-    def __init__(self, model: Model, first: int, last: int) -> None:
+    def __init__(
+        self, model: Model, first: int, last: int, first_piece: Decoder | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
@@ -180,7 +199,12 @@ class Decoder(nn.Module):
         """The ranks that share a sequence."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
-        if self.is_first or (self.is_last and model.tied_embeddings):
+        self.table: Callable[[], Tensor] = lambda: self.embedding.weight
+        """The tied table, wherever it is."""
+        borrows = self.is_last and model.tied_embeddings and first_piece is not None
+        if borrows and first_piece is not None:
+            self.table = first_piece.table
+        if self.is_first or (self.is_last and model.tied_embeddings and not borrows):
             self.embedding = nn.Embedding(model.vocab, model.hidden)
         if self.is_first and model.positions == "learned":
             self.positions = nn.Embedding(model.max_positions or 0, model.hidden)
@@ -192,7 +216,7 @@ class Decoder(nn.Module):
             if model.tied_embeddings:
                 self.tied_head = TiedHead()
             else:
-                self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+                self.head = Linear(model.hidden, model.vocab, bias=False)
         self.tables: dict[tuple[int, Spread], Tensor] = {}
 
     def rotary(self, num_tokens: int, device: torch.device) -> Tensor | None:
@@ -229,7 +253,7 @@ class Decoder(nn.Module):
         """Logits (B, S, V) of the last hidden states."""
         x_BSE = self.norm(x_BSE)
         if self.model.tied_embeddings:
-            return self.tied_head(x_BSE, self.embedding.weight)
+            return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
     def forward(

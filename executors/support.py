@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..errors import InputError
 from ..model import Model
-from ..plan import Phase, Plan
+from ..plan import SPLIT_SCHEDULES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute", "context-parallel", "unequal")
-"""Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+TECHNIQUES = ("precision", "recompute", "runtime", "context-parallel")
+"""Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
 COMPUTE_DTYPES = ("fp32", "bf16")
 RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
+RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:
@@ -18,6 +18,9 @@ def check_executed(plan: Plan) -> None:
     if len(plan.phases) != 1:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
+    if len(plan.cluster.pools) > 1:
+        raise InputError("cluster.pools", len(plan.cluster.pools), "runs have one pool for now",
+                         "plan for one kind of node")  # fmt: skip
     _check_phase(plan.phase)
     if plan.model.traced is None:
         check_model(plan.model)
@@ -26,21 +29,24 @@ def check_executed(plan: Plan) -> None:
         raise InputError("lengths", plan.workload.lengths.name,
                          "documents are packed for decoders of the catalog alone",
                          "drop --lengths")  # fmt: skip
+    if plan.workload.lengths is not None and _compiles(plan.phase):
+        raise InputError("lengths", plan.workload.lengths.name, "differ from step to step, and "
+                         "layers are compiled for one form", "use --runtime eager")  # fmt: skip
+    if plan.model.traced is not None and plan.phase.mesh.cp > 1:
+        raise InputError("cp", plan.phase.mesh.cp, "modules of one's own do not share sequences",
+                         "use --cp 1")  # fmt: skip
     if plan.workload.optimizer != "adamw":
         raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
 
 
+def _compiles(phase: Phase) -> bool:
+    """Whether any layer is compiled."""
+    return any(s.techniques.get("runtime", {}).get("mode") == "compiled" for s in phase.settings)
+
+
 def _check_phase(phase: Phase) -> None:
-    for axis in ("ep",):
-        degree = getattr(phase.mesh, axis)
-        if degree > 1:
-            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
+    if phase.mesh.ep > 1:
+        raise InputError("ep", phase.mesh.ep, "cannot be run yet", "use --ep 1")
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -55,6 +61,18 @@ def _check_phase(phase: Phase) -> None:
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
                              f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+        runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
+        if runtime not in RUNTIMES:
+            raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
+        if runtime == "compiled" and mode in ("selective", "full_keep_attn"):
+            raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
+                             "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, "exchanges messages inside of layers, which are "
+                             "compiled as a whole", "use --cp 1, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
+            raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
+                             "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
     num_layers = phase.stages[-1].layers[1] + 1
     dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
     if len(dtypes) > 1:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Decoder
+from .decoder import Decoder, Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
 
@@ -98,9 +98,9 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: nn.Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
+def row_forward(linear: Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
     """A linear cut along its input: partial products summed, then the bias, which is whole."""
-    out = leave(F.linear(x_BSF, linear.weight))
+    out = leave(linear.product(x_BSF, linear.weight))
     return out if linear.bias is None else out.add_(linear.bias)
 
 
@@ -140,7 +140,7 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
                 cut[f"blocks.{index}.{parameter}"] = 1 if name in ROWS else 0
         for name in ROWS:
             linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, Linear)
             _replace_forward(linear, partial(row_forward, linear, leave))
         for name in ("attention", "mlp"):
             block.get_submodule(name).register_forward_pre_hook(partial(enter_first, enter))

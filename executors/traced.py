@@ -72,9 +72,9 @@ class TracedTrainer(Trainer):
         num = len(tokens_BS1)
         for index, inputs in enumerate(tokens_BS1):
             with data_parallel.microbatch(self.modules[0], self.phase, index == num - 1):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](*inputs) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total
@@ -94,7 +94,7 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
     if data_parallel.uses_fsdp(plan.phase):
         data_parallel.apply_fsdp(piece, plan.phase, mesh)  # pyright: ignore[reportArgumentType]
     elif plan.phase.mesh.dp > 1:
-        module = data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
+        module = data_parallel.apply_ddp(piece, plan.phase, mesh)  # pyright: ignore[reportArgumentType]
     trained = [p for p in piece.parameters() if p.requires_grad]
     optimizer = make_adamw(trained, plan.workload.learning_rate)
     pieces: list = [piece]

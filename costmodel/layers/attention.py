@@ -14,8 +14,8 @@ number of causal squares of s / ring tokens makes up, so the operator is priced 
     zigzag    ring squares on every rank: two blocks from opposite ends each
     ring      2 ring - 1 on the slowest rank: one causal and ring - 1 full squares of two each;
               2 - 1 / ring times the balanced share
-    lightseq  ring + 1: one causal and ring / 2 full squares; the balanced share is ring / (ring + 1)
-              of that
+    lightseq  ring + 1: one causal and ring / 2 full squares; the balanced share is
+              ring / (ring + 1) of that
 
 Sources: Liu, Zaharia, Abbeel 2023 (Ring Attention); Jacobs et al. 2023 (DeepSpeed-Ulysses).
 """
@@ -27,8 +27,8 @@ from dataclasses import replace
 from ...model import Layer, Model
 from ..graph import Axes, Collective, Operator, Tensor
 from ..options import Options
-from .rings import SQUARES, messages
 from .parts import TOKENS, elementwise, enter, leave, linear, norm, part, whole
+from .rings import SQUARES, messages
 
 CORE = "attention_core"
 

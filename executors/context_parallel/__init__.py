@@ -7,7 +7,6 @@ method. Ranks that share a sequence count as data-parallel ranks for gradients.
 """
 
 from .chunks import Borders, as_borders
-from . import flash, lightseq, varlen
 from .context import Context, Slot, attend
 from .spread import Spread, over_mesh
 from .ulysses import Exchange, repeated, to_tokens

@@ -4,8 +4,8 @@ A `Method` is attention over all ranks that share a sequence, or over documents 
 `Context` goes with a micro-batch through the layers and says which method it takes, and which ranks
 exchange heads before it; None in its place is plain causal attention of one rank.
 
-What a method keeps for backward are q, k, v, the output and lse. A `Slot` can hold the last two from
-a layer's forward to its recomputation, which then does not run the attention again.
+What a method keeps for backward are q, k, v, the output and lse. A `Slot` can hold the last two
+from a layer's forward to its recomputation, which then does not run the attention again.
 """
 
 from __future__ import annotations

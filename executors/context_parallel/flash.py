@@ -3,7 +3,7 @@
 A kernel returns its output and the log of its softmax's denominator, lse_i = log sum_j exp(s_ij).
 Outputs over disjoint sets of keys add up by their denominators:
 
-    lse = log(exp(lse_a) + exp(lse_b)),     out = out_a + w (out_b - out_a),     w = exp(lse_b - lse)
+    lse = log(exp(lse_a) + exp(lse_b)),    out = out_a + w (out_b - out_a),    w = exp(lse_b - lse)
 
 The backward of a block takes the output and lse of the whole row: probabilities exp(s_ij - lse_i)
 are then the right ones, and so is the row's term sum(out . grad_out).

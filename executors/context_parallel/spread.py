@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...mesh import Mesh
 from ...plan import Phase
 from .chunks import Borders, places
 from .context import Context, Local, Method

@@ -2,8 +2,9 @@
 
 `full` drops everything inside a block but its input; `selective` drops only what the attention core
 saves; `full_keep_attn` is full, but keeps the core's output and statistics, so that the attention
-and the messages of its ring do not run again (Li et al. 2023, LightSeq, section 3.3). Torch ends a recomputation as soon as the last saved tensor is back, so that what follows it
-in a block (the matmul of the last projection, its reduction and the residual) does not run twice.
+and the messages of its ring do not run again (Li et al. 2023, LightSeq, section 3.3). Torch ends a
+recomputation as soon as the last saved tensor is back, so that what follows it in a block (the
+matmul of the last projection, its reduction and the residual) does not run twice.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch.utils.checkpoint import checkpoint
-
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...plan import Phase

@@ -41,7 +41,6 @@ KINDS = ("ring", "ulysses")
 def model_costs(
     model: Model, cluster: Cluster, *, zero: int = 3, recompute: str = "none",
     kind: str | None = None, max_degree: int | None = None, tokens_per_rank: int | None = None,
-    compute: str | None = None,
 ) -> Costs:  # fmt: skip
     """The costs of a decoder's sequences on groups of a cluster of one pool.
 
@@ -51,7 +50,6 @@ def model_costs(
         all ranks need as many passes; without barriers use 1.
     kind : ring (balanced) or ulysses; None takes the faster one of each degree.
     tokens_per_rank : in place of what the memory holds.
-    compute : dtype of the matmuls; None = bf16 on GPUs that have it, else fp32.
 
     Raises
     ------
@@ -67,7 +65,7 @@ def model_costs(
     if not model.is_decoder:
         raise InputError("model", model.name, "not a decoder of text", "give a decoder")
     most = cluster.num_devices if max_degree is None else min(max_degree, cluster.num_devices)
-    options = Options(compute=compute or _compute_dtype(pool), recompute=recompute)
+    options = Options(compute=_compute_dtype(pool), recompute=recompute)
     pricing = _Pricing(model, cluster, options, zero)
     pairs = _pairs(model, most, kind, zero)
     floors, capacities = pricing.floors_and_capacities(pairs)

@@ -1,7 +1,7 @@
-"""Lengths: how long documents are, as a distribution, and those of each step of a job.
+"""Lengths: how long documents are, as a distribution, and those packed into each sequence of a job.
 
-Lengths of a step depend on (seed, step, index) alone, never on the layout, so that what is predicted
-and what is trained on are the same, on any number of ranks.
+They depend on (seed, step, index) alone, never on the layout, so that what is predicted and what is
+trained on are the same, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import ClassVar
 from .document import Document
 from .errors import InputError
 
-SAMPLES = 1024
-"""Places at which means over a part of the sequences are taken; more than any number of buckets."""
 MOST_QUANTILES = 1001
 """Of a distribution made from a list of lengths."""
 
@@ -86,7 +84,7 @@ class Lengths(Document, frozen=True, kw_only=True):
         )
 
     def packed(self, seq_tokens: int, seed: int, step: int, index: int) -> tuple[int, ...]:
-        """Ends of the documents that fill sequence `index` of a step; the last one is cut to fit."""
+        """Ends of the documents that fill sequence `index` of a step, the last one cut to fit."""
         random = Random(f"{seed}:{step}:{index}")
         ends: list[int] = []
         total = 0
@@ -94,32 +92,3 @@ class Lengths(Document, frozen=True, kw_only=True):
             total = min(seq_tokens, total + self.at(random.random()))
             ends.append(total)
         return tuple(ends)
-
-    def drawn(
-        self, longest: int, seed: int, step: int, count: int, buckets: int = 1
-    ) -> tuple[int, ...]:
-        """Lengths of the sequences of a step, in tokens, none above `longest`.
-
-        Of one bucket `count` sequences. Of several, each a part of equal share of the sequences
-        sorted by length, a step draws from one: as many as have the tokens of `count` in the mean,
-        and buckets in proportion to 1 / that number, so that each sequence is as likely as others.
-        """
-        random = Random(f"{seed}:{step}")
-        low, high = 0.0, 1.0
-        if buckets > 1:
-            sizes = self._batch_sizes(longest, count, buckets)
-            bucket = random.choices(range(buckets), [1 / size for size in sizes])[0]
-            low, high, count = bucket / buckets, (bucket + 1) / buckets, sizes[bucket]
-        fractions = (low + (high - low) * random.random() for _ in range(count))
-        return tuple(min(longest, self.at(fraction)) for fraction in fractions)
-
-    def _batch_sizes(self, longest: int, count: int, buckets: int) -> list[int]:
-        """Sequences of a step of each bucket: equal tokens."""
-        places = [(i + 0.5) / SAMPLES for i in range(SAMPLES)]
-        lengths = [min(longest, self.at(place)) for place in places]
-        tokens = count * sum(lengths) / SAMPLES
-        means: list[float] = []
-        for bucket in range(buckets):
-            own = [n for p, n in zip(places, lengths, strict=True) if int(p * buckets) == bucket]
-            means.append(sum(own) / len(own))
-        return [max(1, round(tokens / mean)) for mean in means]

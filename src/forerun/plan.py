@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
@@ -14,6 +14,7 @@ from .errors import InputError
 from .estimate import Estimate
 from .mesh import Mesh
 from .model import Layer, Model
+from .orders import Orders, check_orders, owners, parse_orders, splits
 from .workload import Workload
 
 Schedule = Literal[
@@ -31,10 +32,8 @@ LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 RECOMPUTE_MODES: tuple[str, ...] = (
     "none", "selective", "full", "full_keep_attn", "per_op", "elementwise"
 )  # fmt: skip
-UNEQUAL_MODES: tuple[str, ...] = ("static", "flexsp", "hdp")
-"""How sequences of unequal length are shared out: all on groups of one size; on groups of unequal
-sizes that all meet after each micro-batch; on such groups without meeting (hybrid data
-parallelism)."""
+TENSORS = "tensors"
+"""The recompute mode that names every tensor of a layer that is kept (setting `keep`)."""
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, all by all-to-all, or
 contiguous blocks whose early ranks help the late ones."""
@@ -44,6 +43,8 @@ ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "un
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 
 
+MOST_SIZES = 8
+"""Stages whose sizes a label spells out."""
 UNDIVIDED = (
     ("conv", "convolutions", ("tp", "cp")),
     ("cross_decoder", "attention over an encoder's output", ("cp",)),
@@ -86,7 +87,9 @@ class Phase(Value, frozen=True, kw_only=True):
     """0 replicated (DDP), 1 optimiser states, 2 + gradients, 3 + parameters (FSDP)."""
     sequence_parallel: bool = False
     schedule: Schedule = "1f1b"
+    """With `orders` of one's own: a schedule of the same placement and the same halves."""
     orders: dict[str, tuple[str, ...]] | None = None
+    """The actions of each pipeline rank in order, such as `0F0`; None: those of `schedule`."""
     stages: tuple[Stage, ...]
     """Stage i runs on pipeline rank `rank_of(schedule, i, pp)`: i mod pp, or folded in a V."""
     settings: tuple[Setting, ...] = ()
@@ -104,15 +107,8 @@ class Phase(Value, frozen=True, kw_only=True):
         return str(self.technique("precision").get("compute", "bf16"))
 
     @property
-    def unequal(self) -> str | None:
-        """How sequences of unequal length are shared out: one of `UNEQUAL_MODES`; None = each
-        sequence is `seq_tokens` long."""
-        mode = self.technique("unequal").get("mode")
-        return None if mode is None else str(mode)
-
-    @property
     def recompute(self) -> str:
-        """Recompute mode: one of `RECOMPUTE_MODES`."""
+        """Recompute mode: one of `RECOMPUTE_MODES`, or `TENSORS`."""
         return str(self.technique("recompute").get("mode", "none"))
 
     @property
@@ -137,34 +133,65 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append(f"tp{mesh.tp}" + ("-sp" if self.sequence_parallel else ""))
         if mesh.pp > 1:
             chunks = f"x{mesh.vpp}" if mesh.vpp > 1 else ""
-            parts.append(f"pp{mesh.pp}{chunks}-{self.schedule}")
+            parts.append(f"pp{mesh.pp}{chunks}-{self._schedule_label()}")
+            parts += self._cut()
         if mesh.world == 1 and not parts:
             parts.append("single")
-        if self.unequal is None:
-            parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
-        else:
-            parts.append(self.unequal + str(self.technique("unequal").get("degree", "")))
+        parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
         parts.append(self.compute_dtype)
         return "_".join(parts)
 
+    def _schedule_label(self) -> str:
+        """The schedule's name; a hash where the orders are the user's or a solver's."""
+        if self.orders is None:
+            return self.schedule
+        return f"orders~{_hash(sorted(self.orders.items()))}"
+
+    def own_orders(self) -> Orders | None:
+        """The orders that the plan itself holds, parsed."""
+        return None if self.orders is None else parse_orders(self.orders)
+
+    def _cut(self) -> list[str]:
+        """Layers of the stages where they are not as even as can be; a hash of many."""
+        sizes = tuple(stage.num_layers for stage in self.stages)
+        if sizes == even_sizes(sum(sizes), len(sizes)):
+            return []
+        if len(sizes) <= MOST_SIZES:
+            return ["stages" + ".".join(map(str, sizes))]
+        return [f"stages~{_hash(sizes)}"]
+
     def _activations(self) -> list[str]:
-        """What layers keep for backward, in short; a hash where layers differ."""
-        kept = {
-            (
-                str(setting.techniques.get("recompute", {}).get("mode", "none")),
-                float(setting.techniques.get("offload", {}).get("activations", 0.0)),
-            )
-            for setting in self.settings
-        }
+        """What layers keep for backward, in short; a hash where layers differ, or of names."""
+        kept = {_kept(setting.techniques) for setting in self.settings}
         if len(kept) > 1:
-            ranges = msgspec.json.encode([(s.layers, s.techniques) for s in self.settings])
-            return [f"ac-solved~{sha256(ranges).hexdigest()[:4]}"]
+            ranges = [(s.layers, s.techniques) for s in self.settings]
+            return [f"ac-solved~{_hash(ranges)}"]
         parts: list[str] = []
-        for mode, offload in kept:
-            parts += [f"ac-{mode}"] if mode != "none" else []
+        for mode, names, offload, storage in kept:
+            if mode == TENSORS:
+                parts.append(f"ac-tensors~{_hash(names)}")
+            elif mode != "none":
+                parts.append(f"ac-{mode}")
+            parts += [f"act-{storage}"] if storage else []
             parts += [f"offload{offload:g}"] if offload else []
         return parts
+
+
+def _kept(techniques: Mapping[str, Mapping[str, Any]]) -> tuple[str, tuple[str, ...], float, str]:
+    """Recompute mode, names, offloaded fraction and storage dtype of a layer's activations."""
+    recompute = techniques.get("recompute", {})
+    return (
+        str(recompute.get("mode", "none")),
+        tuple(map(str, recompute.get("keep", ()))),
+        float(techniques.get("offload", {}).get("activations", 0.0)),
+        str(techniques.get("precision", {}).get("activations") or ""),
+    )
+
+
+def _hash(value: object) -> str:
+    """Four characters that stand for a value."""
+    return sha256(msgspec.json.encode(value)).hexdigest()[:4]
 
 
 class Plan(Document, frozen=True, kw_only=True):
@@ -186,7 +213,7 @@ class Plan(Document, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """The labels of the phases, and whether documents are packed into sequences."""
-        packed = "_packed" if self.workload.lengths is not None and self.workload.packed else ""
+        packed = "_packed" if self.workload.lengths is not None else ""
         return "+".join(phase.label for phase in self.phases) + packed
 
     def check(self) -> None:
@@ -232,11 +259,12 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
         sequence_parallel=phase.sequence_parallel,
         schedule=phase.schedule,
         num_microbatches=phase.num_microbatches,
+        own_orders=phase.orders is not None,
     ):
         raise problem
-    _check_unequal(plan, phase)
+    _check_orders(phase)
     seqs = phase.micro_batch_seqs * phase.num_microbatches * mesh.dp
-    if phase.unequal is None and seqs != plan.workload.global_batch_seqs:
+    if seqs != plan.workload.global_batch_seqs:
         raise _refuse("global-batch", plan.workload.global_batch_seqs,
                       f"is not micro_batch_seqs={phase.micro_batch_seqs} * num_microbatches="
                       f"{phase.num_microbatches} * dp={mesh.dp} = {seqs}",
@@ -253,12 +281,12 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
                           f"start this one at layer {expected}")  # fmt: skip
         plan.cluster.pool(stage.pool)
         expected = last + 1
+    _check_pools(plan, phase)
     if expected != model.num_layers:
         raise _refuse("stages", expected, f"{model.name} has {model.num_layers} layers",
                       "cover every layer once")  # fmt: skip
-    if phase.recompute not in RECOMPUTE_MODES:
-        raise _refuse("recompute", phase.recompute, "unknown mode",
-                      f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+    for setting in phase.settings:
+        _check_recompute(setting.techniques.get("recompute", {}))
     if phase.compute_dtype not in COMPUTE_DTYPES:
         raise _refuse("precision", phase.compute_dtype, "unknown dtype of matmuls",
                       f"use {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
@@ -275,36 +303,37 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
                       "use an even --cp, or zigzag")  # fmt: skip
 
 
-def _check_unequal(plan: Plan, phase: Phase) -> None:
-    """Groups of sequences of unequal length are made anew in each step, of data-parallel ranks."""
-    mesh, workload, mode = phase.mesh, plan.workload, phase.unequal
-    if mode is None:
-        if not workload.packed:
-            raise _refuse("unequal", "(missing)", "sequences keep their own lengths",
-                          f"use --unequal {', '.join(UNEQUAL_MODES)}")  # fmt: skip
-        return
-    if mode not in UNEQUAL_MODES:
-        raise _refuse("unequal", mode, "unknown way to share out sequences",
-                      f"use {', '.join(UNEQUAL_MODES)}")  # fmt: skip
-    if workload.lengths is None or workload.packed:
-        raise _refuse("unequal", mode, "needs sequences of their own lengths",
-                      "give --lengths")  # fmt: skip
-    if not plan.model.is_decoder:
-        raise _refuse("unequal", mode, f"{plan.model.name} is not a decoder of text",
-                      "drop --unequal")  # fmt: skip
-    for axis in ("cp", "tp", "pp", "ep"):
-        if getattr(mesh, axis) > 1:
-            raise _refuse(axis, getattr(mesh, axis), f"unequal={mode} makes groups of "
-                          "data-parallel ranks alone", f"drop --{axis}")  # fmt: skip
-    if mesh.dp & (mesh.dp - 1):
-        raise _refuse("dp", mesh.dp, "groups need a power of two of ranks", "use 2, 4, 8, ...")
-    if mode == "hdp" and phase.zero > 1:
-        raise _refuse("zero", phase.zero, "communicates in every pass, and under hdp ranks have "
-                      "unequal numbers of passes", "use --zero 1 or 0")  # fmt: skip
-    degree = int(phase.technique("unequal").get("degree", 1))
-    if mode == "static" and (degree < 1 or degree & (degree - 1) or degree > mesh.dp):
-        raise _refuse("unequal.degree", degree, f"is no power of two up to dp={mesh.dp}",
-                      "give 1, 2, 4, ...")  # fmt: skip
+def _check_recompute(technique: Mapping[str, Any]) -> None:
+    """The mode is known, and names of tensors are there where it needs them."""
+    mode, keep = technique.get("mode", "none"), cast("object", technique.get("keep"))
+    if mode not in (*RECOMPUTE_MODES, TENSORS):
+        raise _refuse("recompute", mode, "unknown mode",
+                      f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
+    names = cast("list[object]", keep) if isinstance(keep, (list, tuple)) else None
+    if mode == TENSORS and (names is None or not all(isinstance(n, str) for n in names)):
+        raise _refuse("recompute.keep", keep, "not a list of tensors' names",
+                      "name what a layer keeps, such as [\"q\", \"k\", \"v\"]")  # fmt: skip
+    if mode != TENSORS and keep is not None:
+        raise _refuse("recompute.keep", keep, f"mode {mode} names no tensors",
+                      f"use mode {TENSORS}, or drop keep")  # fmt: skip
+
+
+def _check_pools(plan: Plan, phase: Phase) -> None:
+    """Every rank lies in one pool, and every pool has as many ranks as it has devices."""
+    mesh = phase.mesh
+    of_rank: dict[int, str] = {}
+    for index, stage in enumerate(phase.stages):
+        rank = rank_of(phase.schedule, index, mesh.pp)
+        if of_rank.setdefault(rank, stage.pool) != stage.pool:
+            raise _refuse("stages", stage.pool,
+                          f"stage {index} is on rank {rank}, whose other stage is in pool"
+                          f" {of_rank[rank]}", "give both the same pool")  # fmt: skip
+    for pool in plan.cluster.pools:
+        ranks = sum(name == pool.name for name in of_rank.values()) * (mesh.world // mesh.pp)
+        if ranks != pool.num_devices:
+            raise _refuse("stages", pool.name,
+                          f"{ranks} ranks lie in a pool of {pool.num_devices} devices",
+                          "give every pool the stages that its devices hold")  # fmt: skip
 
 
 def layout_problems(
@@ -316,8 +345,12 @@ def layout_problems(
     sequence_parallel: bool,
     schedule: str,
     num_microbatches: int,
+    own_orders: bool = False,
 ) -> Iterator[InputError]:
-    """Every rule that a layout breaks, as errors in the user's words; none when it is legal."""
+    """Every rule that a layout breaks, as errors in the user's words; none when it is legal.
+
+    Orders of one's own need not keep to the micro-batches that their schedule asks for.
+    """
     tp = mesh.tp
     for layer in model.layers:
         for what, size in (
@@ -352,7 +385,9 @@ def layout_problems(
                       "lower pp or vpp")  # fmt: skip
     if mesh.vpp > 1 and mesh.pp == 1:
         yield _refuse("vpp", mesh.vpp, "needs pp > 1", "drop vpp or raise pp")
-    yield from _schedule_problems(mesh, schedule, num_microbatches)
+    yield from _chunk_problems(mesh, schedule)
+    if mesh.pp > 1 and not own_orders:
+        yield from _microbatch_problems(mesh, schedule, num_microbatches)
     if mesh.dp_shard > 1 and zero == 0:
         yield _refuse("zero", 0, f"dp_shard={mesh.dp_shard} shards states",
                       "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
@@ -367,8 +402,8 @@ def layout_problems(
             yield from _ulysses_problems(model, layer, mesh)
 
 
-def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iterator[InputError]:
-    """Each schedule has its number of chunks per rank and its least number of micro-batches."""
+def _chunk_problems(mesh: Mesh, schedule: str) -> Iterator[InputError]:
+    """Each schedule has its number of chunks per rank."""
     chunked = schedule in (*LOOPED_SCHEDULES, *V_SCHEDULES)
     if mesh.vpp > 1 and not chunked:
         yield _refuse("vpp", mesh.vpp, f"schedule {schedule} has one chunk per rank",
@@ -382,6 +417,10 @@ def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iter
                       "use --vpp 2")  # fmt: skip
     if schedule in LOOPED_SCHEDULES and mesh.vpp == 1:
         yield _refuse("schedule", schedule, "needs vpp of 2 or more", "raise --vpp or use 1f1b")
+
+
+def _microbatch_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iterator[InputError]:
+    """Each schedule has its least number of micro-batches."""
     least = {"gpipe": 1, "dualpipev": 2 * mesh.pp}.get(schedule, mesh.pp)
     if num_microbatches < least:
         of_pp = f"2*pp={least}" if least > mesh.pp else f"pp={mesh.pp}"
@@ -390,6 +429,57 @@ def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iter
     if schedule in LOOPED_SCHEDULES and num_microbatches % mesh.pp:
         problem = f"{schedule} needs a multiple of pp={mesh.pp}"
         yield _refuse("num_microbatches", num_microbatches, problem, "change the micro-batch")
+
+
+def _check_orders(phase: Phase) -> None:
+    """Orders of one's own are a schedule of this pipeline, placed as `schedule` places stages."""
+    orders, mesh = phase.own_orders(), phase.mesh
+    if orders is None:
+        return
+    if mesh.pp == 1:
+        raise _refuse(
+            "orders", "given", "there is one pipeline rank", "raise --pp or leave them out"
+        )
+    if len(orders) != mesh.pp:
+        raise _refuse("orders", f"{len(orders)} ranks", f"the plan has pp={mesh.pp}",
+                      f"give orders for {mesh.pp} ranks, or --pp {len(orders)}")  # fmt: skip
+    count = 1 + max((micro for order in orders for _, _, micro in order), default=-1)
+    if count != phase.num_microbatches:
+        raise _refuse("orders", f"{count} micro-batches",
+                      f"the plan has {phase.num_microbatches} of them",
+                      "change --global-batch, --micro-batch or the orders")  # fmt: skip
+    check_orders(orders, mesh.num_stages, phase.num_microbatches)
+    places = [rank_of(phase.schedule, stage, mesh.pp) for stage in range(mesh.num_stages)]
+    if owners(orders) != places:
+        raise _refuse("orders", f"stages on ranks {owners(orders)}",
+                      f"{phase.schedule} has them on {places}",
+                      "set schedule to one with the placement of the orders")  # fmt: skip
+    if splits(orders) and phase.schedule not in SPLIT_SCHEDULES:
+        raise _refuse("orders", "I and W", f"{phase.schedule} does not split the backward",
+                      f"set schedule to one of {', '.join(SPLIT_SCHEDULES)}")  # fmt: skip
+
+
+def schedule_of(orders: Orders) -> Schedule:
+    """The schedule known by name that places stages and splits backwards as these orders do.
+
+    Raises InputError for a placement that no schedule has: stages lie on the ranks in rounds, or
+    two per rank in a V.
+
+    >>> schedule_of([[("F", 0, 0), ("I", 0, 0), ("W", 0, 0)], [("F", 1, 0), ("B", 1, 0)]])
+    'zb-h1'
+    """
+    homes, pp = owners(orders), len(orders)
+    stages = range(len(homes))
+    looped = homes == [rank_of("interleaved", stage, pp) for stage in stages]
+    folded = homes == [rank_of("zb-v", stage, pp) for stage in stages] and len(homes) == 2 * pp
+    if looped and len(homes) % pp == 0:
+        if len(homes) == pp:
+            return "zb-h1" if splits(orders) else "1f1b"
+        return "interleaved-zb" if splits(orders) else "interleaved"
+    if folded:
+        return "zb-v"
+    raise _refuse("orders", f"stages on ranks {homes}", "no placement that can be run",
+                  "put stage i on rank i mod pp, or stages r and 2pp-1-r on rank r")  # fmt: skip
 
 
 def _ulysses_problems(model: Model, layer: Layer, mesh: Mesh) -> Iterator[InputError]:
@@ -407,20 +497,38 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def even_sizes(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of stages of equal size; the first stages take the remainder.
+
+    >>> even_sizes(5, 2)
+    (3, 2)
+    """
+    base, extra = divmod(num_layers, num_stages)
+    return tuple(base + (index < extra) for index in range(num_stages))
+
+
+def stages_of(sizes: Sequence[int], pools: str | Sequence[str]) -> tuple[Stage, ...]:
+    """Stages with these numbers of layers, on one pool, or each on its own.
+
+    >>> [stage.layers for stage in stages_of((3, 2), "p")]
+    [(0, 2), (3, 4)]
+    """
+    names = [pools] * len(sizes) if isinstance(pools, str) else pools
+    stages: list[Stage] = []
+    first = 0
+    for size, pool in zip(sizes, names, strict=True):
+        stages.append(Stage(pool=pool, layers=(first, first + size - 1)))
+        first += size
+    return tuple(stages)
+
+
 def even_stages(num_layers: int, num_stages: int, pool: str) -> tuple[Stage, ...]:
     """Cut layers into stages of equal size; the first stages take the remainder.
 
     >>> [stage.layers for stage in even_stages(5, 2, "p")]
     [(0, 2), (3, 4)]
     """
-    base, extra = divmod(num_layers, num_stages)
-    stages: list[Stage] = []
-    first = 0
-    for index in range(num_stages):
-        last = first + base + (1 if index < extra else 0) - 1
-        stages.append(Stage(pool=pool, layers=(first, last)))
-        first = last + 1
-    return tuple(stages)
+    return stages_of(even_sizes(num_layers, num_stages), pool)
 
 
 def techniques(compute: str, recompute: str) -> dict[str, dict[str, Any]]:

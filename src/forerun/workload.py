@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from .document import Document
@@ -22,18 +23,16 @@ class Workload(Document, frozen=True, kw_only=True):
     seq_tokens: int
     """Tokens per sequence; images and towers of fixed length keep their own (docs/models.md)."""
     lengths: Lengths | None = None
-    """How long documents are; None = a sequence is one document of `seq_tokens`."""
-    packed: bool = True
-    """With `lengths`: documents fill sequences of `seq_tokens`, and attention stays within a
-    document; else each document, cut at `seq_tokens`, is a sequence of its own length."""
-    buckets: int = 1
-    """With sequences of their own lengths: into so many classes they are sorted by length; a step
-    draws from one class, as many as make an equal number of tokens. 1 = steps draw from all."""
+    """How long documents are that fill a sequence, attention staying within each; None = a sequence
+    is one document."""
     global_batch_seqs: int
     steps: int = 10
     optimizer: Optimizer = "adamw"
     """AdamW with fp32, 8-bit or fp8 moments, or plain SGD."""
     learning_rate: float = 3e-4
+    clip_norm: float | None = None
+    """Largest norm of all gradients together, above which they are scaled down; None: as they are.
+    """
     seed: int = 0
     data: str | None = None
     """File or folder of text or JSONL; None = the Python standard library's own source."""
@@ -42,15 +41,12 @@ class Workload(Document, frozen=True, kw_only=True):
     """Classes of techniques that the planner may use."""
 
     def __post_init__(self) -> None:
-        if self.lengths is None and not self.packed:
-            raise InputError("lengths", "(missing)", "sequences of their own lengths need them",
-                             "give --lengths")  # fmt: skip
-        if self.buckets > 1 and self.packed:
-            raise InputError("buckets", self.buckets, "sort sequences of their own lengths",
-                             "use --unequal, or drop --buckets")  # fmt: skip
-        for field in ("seq_tokens", "global_batch_seqs", "steps", "buckets"):
+        for field in ("seq_tokens", "global_batch_seqs", "steps"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "not positive", "give 1 or more")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise InputError("clip-norm", self.clip_norm, "not a positive number",
+                             "give one such as 1.0, or leave it out")  # fmt: skip
 
     @property
     def global_batch_tokens(self) -> int:

@@ -138,8 +138,8 @@ def test_parts_over_disjoint_keys_add_up(cut: int, dtype: torch.dtype) -> None:
     first, second = (Block(rows, span, False) for span in ((0, cut), (cut, 24)))
     partial = flash.Partial.of(q, k, v, [first])
     partial.see(q, k, v, [second])
-    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype is torch.float64 else {"atol": 2e-2,
-                                                                               "rtol": 2e-2}  # fmt: skip
+    allowed = 1e-12 if dtype is torch.float64 else 2e-2
+    tolerance = {"atol": allowed, "rtol": allowed}
     torch.testing.assert_close(partial.out.to(dtype), whole[0], **tolerance)
     torch.testing.assert_close(partial.lse, whole[1], **tolerance)
     sums = flash.Rows(q, *whole, grad).start(k, v, [first, second])
