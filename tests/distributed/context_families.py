@@ -11,6 +11,9 @@ KEEP = {"recompute": "full_keep_attn"}
 LIGHTSEQ = {"cp_kind": "lightseq"}
 SP = {"sequence_parallel": True}
 PACKED = {"packed": True}
+CLIP = 0.3
+"""Below the norm of the gradients of every step."""
+CLIPPED = {"clip_norm": CLIP}
 
 FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
@@ -27,6 +30,7 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "bf16 zigzag": {"mesh": {"cp": 2}, "dtype": "bf16"},
         "bf16 ulysses selective": {"mesh": TWO, "zero": 3, "dtype": "bf16",
                                    "recompute": "selective"} | ALL_TO_ALL,
+        "clip zigzag zero3": {"mesh": {"cp": 2}, "zero": 3} | CLIPPED,
         "packed zigzag": {"mesh": {"cp": 2}} | PACKED | SPLIT,
         "packed ulysses": {"mesh": TWO, "zero": 2} | ALL_TO_ALL | KEEP | PACKED,
         "packed tp-sp": {"mesh": {"tp": 2}} | SP | PACKED,
@@ -41,6 +45,7 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "usp lightseq": {"mesh": {"cp": 4, "ulysses": 2}} | LIGHTSEQ,
         "cp2 x tp2-sp": {"mesh": {"cp": 2, "tp": 2}, "recompute": "selective"} | SP,
         "cp2 x pp2": {"mesh": {"cp": 2, "pp": 2}} | KEEP | SPLIT,
+        "clip cp2 x pp2 zb-h1": {"mesh": {"cp": 2, "pp": 2}, "schedule": "zb-h1"} | SPLIT | CLIPPED,
         "ulysses2 x pp2 x 2": {"mesh": TWO | {"pp": 2, "vpp": 2},
                                "schedule": "interleaved"} | ALL_TO_ALL | SPLIT,
         "cp2 x ddp2": {"mesh": {"cp": 2, "dp_replicate": 2}} | SPLIT,
@@ -63,5 +68,6 @@ QUICK = (
     "llama zigzag", "llama ulysses keep", "llama lightseq keep", "llama packed zigzag",
     "llama bf16 ulysses selective", "gpt ring full", "gpt packed 1f1b",
     "llama lightseq4", "llama usp", "llama cp2 x tp2-sp", "llama cp2 x pp2", "gpt cp2 x hsdp",
+    "llama clip cp2 x pp2 zb-h1",
 )  # fmt: skip
 """Families of the default run: each kind, each composition and each way of packing once."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import context_families
 import torch
+from context_families import CLIPPED
 from torch import Tensor
 
 from forerun.cluster import Cluster, Device, Link, Pool
@@ -27,8 +28,6 @@ from forerun.workload import Workload
 
 SEQ, STEPS, BATCH, VOCAB = 32, 10, 8, 256
 SPLIT_BATCH = {"micro_batch_seqs": 2}
-CLIP = 0.3
-"""Below the norm of the gradients of every step."""
 
 LLAMA = Model(
     name="tiny-llama",
@@ -117,7 +116,6 @@ def make_plan(
 
 PP = {"micro_batch_seqs": 2}
 ONE = {"micro_batch_seqs": 1}
-CLIPPED = {"clip_norm": CLIP}
 V22 = {"pp": 2, "vpp": 2}
 ORDERS = {
     "0": ("0F1", "0F0", "0F2", "0F3", "0B1", "0I0", "0I2", "0W2", "0W0", "0B3"),

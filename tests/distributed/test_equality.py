@@ -48,8 +48,8 @@ def check(group: Group, selection: str, world: int, model: str, family: str) -> 
     if family.startswith("bf16"):
         expected, dtype = group(1, "quick")[0][model, "bf16"], "bf16"
     else:
-        clip_norm = families.CLIP if family.startswith("clip") else None
-        packed = families.FAMILIES[world][family].get("packed", False)
+        settings = families.FAMILIES[world][family]
+        clip_norm, packed = settings.get("clip_norm"), settings.get("packed", False)
         expected, dtype = reference(model, clip_norm, packed), "fp32"
     for rank in ranks:
         compare(rank[model, family], expected, dtype)
