@@ -221,22 +221,21 @@ def read_job(flags: Mapping[str, Any]) -> Job:
 
 
 def is_traced(name: str | None) -> bool:
-    """Whether a model's name is `package.module:function`.
+    """Whether a model's name is `package.module:function`, or `hf:PATH`.
 
-    >>> is_traced("examples.mixer:build"), is_traced("llama-3.1-8b"), is_traced("C:/config.json")
-    (True, False, False)
+    >>> is_traced("examples.mixer:build"), is_traced("hf:llama/config.json")
+    (True, True)
+    >>> is_traced("llama-3.1-8b"), is_traced("C:/config.json")
+    (False, False)
     """
-    return re.fullmatch(r"[\w.]+:[\w.]+", name or "") is not None
+    return re.fullmatch(r"[\w.]+:[\w.]+|hf:.+", name or "") is not None
 
 
 def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
-    """The user's module as a Model; data parallelism is the only one that divides it."""
-    if flags.get("stages"):
-        raise InputError("stages", flags["stages"], "a module of one's own has no pipeline",
-                         "drop --stages")  # fmt: skip
-    for axis in ("tp", "sp", "pp", "vpp", "cp", "ep"):
+    """The user's module as a Model; what its plans do not name cannot divide it."""
+    for axis in ("sp", "cp", "ep"):
         if (flags.get(axis) or 1) > 1 or (axis == "sp" and flags.get(axis)):
-            raise InputError(axis, flags[axis], "a module of one's own runs data-parallel only",
+            raise InputError(axis, flags[axis], "does not divide a module of one's own",
                              f"drop --{axis}")  # fmt: skip
     if flags.get("recompute") not in (None, "none", "full"):
         raise InputError("recompute", flags["recompute"], "a module of one's own recomputes "
@@ -246,7 +245,14 @@ def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
     except ModuleNotFoundError as error:
         raise InputError("model", flags["model"], f"tracing needs {error.name}",
                          "pip install 'forerun[run]'") from error  # fmt: skip
-    return trace(flags["model"], seq_tokens)
+    model = trace(flags["model"], seq_tokens)
+    assert model.traced is not None
+    for axis, plan in (("tp", model.traced.divided), ("pp", model.traced.hidden)):
+        if (flags.get(axis) or 1) > 1 and not plan:
+            problem = f"{flags['model']} has no {axis}_plan that it can be divided by"
+            raise InputError(axis, flags[axis], problem,
+                             f"give it one (docs/modules.md), or drop --{axis}")  # fmt: skip
+    return model
 
 
 def job_warnings(model: Model, workload: Workload) -> tuple[str, ...]:
@@ -266,7 +272,7 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
 
     if is_traced(flags["model"]):
         given = {axis: flags[axis] for axis in AXES}
-        given |= {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
+        given |= {"cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
         return Pins(**given | {"recompute": flags["recompute"] or "none"})
     given = {axis: flags[axis] for axis in AXES}
     if given["recompute"] == "solve":

@@ -164,8 +164,8 @@ class _Near:
 
     def add(self, op: Operator, there: Array, back: Array, of_weights: Array) -> None:
         """A matmul."""
-        reads = self._into.get(op.inputs[0].name)
-        makes = self._out_of.get(op.outputs[0].name)
+        reads = self._into.get(op.inputs[0].name) if op.inputs else None
+        makes = self._out_of.get(op.outputs[0].name) if op.outputs else None
         for edge in (reads, makes):
             if edge is not None:
                 self.forward[edge] = self.forward[edge] + there

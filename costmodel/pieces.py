@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Layer, Model
-from ..traced import TracedOperator
+from ..traced import TracedOperator, TracedWeight
 from . import traced
 from .exposed import (
     Beside,
@@ -246,8 +246,8 @@ def kept_by_tensor(
     """What a micro-batch keeps of one piece under one layout: bytes by tensor."""
     if model.traced is not None:
         prefix, *layers, suffix = traced.parts(model)
-        index = model.layers.index(layer) if build == "layer" else 0
-        operators = {"embedding": prefix, "head": suffix}.get(build, layers[index])
+        ends = {"embedding": prefix, "head": suffix}
+        operators = layers[model.layers.index(layer)] if build == "layer" else ends[build]
         graph = apply(traced.graph(build, operators), options)
         return saved_tensors(graph, traced.sizes(operators, layouts))
     near, layer = _nearby(model, layer)
@@ -293,28 +293,45 @@ def _key(
 def _traced_pieces(
     model: Model, layouts: Layouts, prices: Prices, options: Options, by_layer: Sequence[Options]
 ) -> Pieces:
-    """The pieces of a traced module: prefix, layers, suffix."""
+    """The pieces of a traced module: prefix, layers, suffix; cut ones where tp divides it."""
+    assert model.traced is not None
 
-    def piece(name: str, operators: Sequence[TracedOperator], options: Options) -> Piece:
-        sizes = traced.sizes(operators, layouts)
-        there = apply(traced.graph(name, operators), options)
+    def piece(
+        name: str,
+        operators: Sequence[TracedOperator],
+        options: Options,
+        more: Sequence[TracedWeight],
+    ) -> Piece:
+        sizes = {**traced.sizes(operators, layouts), **traced.weight_table(more, layouts)}
+        there = apply(traced.graph(name, operators, more), options)
         back = apply(traced.backward_graph(operators), options)
         costs = _piece(there, sizes, layouts, prices, options, False)
-        more = _piece(back, sizes, layouts, prices, options, False)
+        again = _piece(back, sizes, layouts, prices, options, False)
         return replace(
             costs,
-            backward_s=costs.backward_s + more.forward_s,
-            host_backward_s=costs.host_backward_s + more.host_forward_s,
+            backward_s=costs.backward_s + again.forward_s,
+            host_backward_s=costs.host_backward_s + again.host_forward_s,
         )
 
-    prefix, *layers, suffix = traced.parts(model)
+    def all_pieces(divided: bool) -> list[Piece]:
+        prefix, *layers, suffix = traced.parts(model, divided)
+        shared = traced.shared_weights(model, divided)
+        return [
+            piece("embedding", prefix, options, ()),
+            *(piece("layer", x, own, ()) for x, own in zip(layers, by_layer, strict=True)),
+            piece("head", suffix, options, shared),
+        ]
+
+    made = all_pieces(divided=False)
+    if model.traced.divided is not None and np.any(layouts.tp > 1):
+        cut = all_pieces(divided=True)
+        made = [_choose(layouts.tp > 1, c, m) for c, m in zip(cut, made, strict=True)]
+    embedding, *layers, head = made
     return Pieces(
-        embedding=piece("embedding", prefix, options),
-        layers=tuple(
-            piece("layer", layer, own) for layer, own in zip(layers, by_layer, strict=True)
-        ),
-        head=piece("head", suffix, options),
-        tied_params=np.zeros(len(layouts)),
+        embedding=embedding,
+        layers=tuple(layers),
+        head=head,
+        tied_params=traced.shared_params(model, layouts),
     )
 
 

@@ -310,8 +310,8 @@ class Simulation:
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
             add("send@pp", sent_bytes(boundary, self.layouts, self.prices) * m * crossings)
             if self.plan.model.tied_embeddings and self.owners[-1] != self.owners[0]:
-                table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
-                add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)
+                table_bytes = 4.0 * self.costs.tied_params / self.updates[0].dp.shard
+                add("all_reduce@pp", 2 * table_bytes)
         return dict(sorted(total.items()))
 
     def time_terms(self, played: Played) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -38,7 +40,10 @@ def phase_orders(phase: Phase) -> Orders:
 def hidden_example(phase: Phase, model: Model) -> Tensor:
     """The form of what stages send: hidden states of one micro-batch, on the meta device."""
     parts = phase.mesh.tp if phase.sequence_parallel else 1
-    shape = (phase.micro_batch_seqs, phase.seq_tokens // phase.mesh.cp // parts, model.hidden)
+    num_tokens = phase.seq_tokens // phase.mesh.cp
+    shape: tuple[int, ...] = (phase.micro_batch_seqs, num_tokens // parts, model.hidden)
+    if model.traced is not None:
+        shape = (phase.micro_batch_seqs, *model.traced.hidden)
     dtype = precision.compute_dtype(phase)
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
@@ -54,14 +59,16 @@ class Pipeline:
         mesh: DeviceMesh,
         device: torch.device,
         marks: Marks,
+        first: tuple[Tensor, ...] = (),
     ) -> None:
+        """`first` is the form of what the first stage takes, where that is not tokens."""
         indices = local_stages(phase, mesh.get_local_rank("pp"))
         last = phase.mesh.num_stages - 1
         self.has_first, self.has_last = 0 in indices, last in indices
         hidden = hidden_example(phase, model)
         self.group, self.hidden, self.device = mesh.get_group("pp"), hidden, device
         form = (hidden.shape[0], phase.seq_tokens // phase.mesh.cp)
-        tokens = torch.empty(form, dtype=torch.int64, device="meta")
+        taken = first or (torch.empty(form, dtype=torch.int64, device="meta"),)
         loss = torch.empty((), device="meta", requires_grad=True)
         self.stages: list[ObservedStage] = []
         for piece, index in zip(pieces, indices, strict=True):
@@ -71,7 +78,7 @@ class Pipeline:
                 index,
                 phase.mesh.num_stages,
                 device,
-                input_args=tokens if index == 0 else hidden,
+                input_args=taken if index == 0 else hidden,
                 output_args=loss if index == last else hidden,
                 group=self.group,
                 dw_builder=later.take if later is not None else None,
@@ -113,30 +120,41 @@ class Pipeline:
         return statistics.median(taken_s)
 
     def step(self, rows: Rows) -> Tensor:
-        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN.
+        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN."""
+        every = {} if rows.documents_BN is None else {"documents": rows.documents_BN}
+        behind = {"targets": rows.targets_BS}
+        return self.run((rows.inputs_BS,), behind, rows.targets_BS, every)
+
+    def run(
+        self,
+        inputs: tuple[Tensor, ...],
+        behind: dict[str, Tensor],
+        target: Tensor,
+        every: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        """The same with what the first stage takes, and what the last one and every one take by
+        name.
 
         The last stage computes its loss inside the module, where the logits die; the schedule's
         loss function only scales it, but wants a target of its own to cut into micro-batches.
         """
-        inputs = rows.inputs_BS.contiguous()  # torch 2.11 checks strides
-        arguments = (inputs,) if self.has_first else ()
-        documents = {} if rows.documents_BN is None else {"documents": rows.documents_BN}
+        # torch 2.11 checks strides
+        arguments = tuple(x.contiguous() for x in inputs) if self.has_first else ()
         losses: list[Tensor] = []
         if self.has_last:
-            targets = rows.targets_BS
             self.schedule.step(
                 *arguments,
-                targets=targets,
-                target=targets,
+                **behind,
+                **every,
+                target=target,
                 losses=losses,
                 return_outputs=False,
-                **documents,
             )
         else:
-            self.schedule.step(*arguments, return_outputs=False, **documents)
+            self.schedule.step(*arguments, return_outputs=False, **every)
         for stage in self.stages:
             if stage.replicas is not None:
                 stage.replicas.wait()
         if not self.has_last:
-            return torch.full((), float("nan"), device=inputs.device)
+            return torch.full((), float("nan"), device=target.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

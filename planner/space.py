@@ -56,6 +56,7 @@ from ..plan import (
     rank_of,
     stages_of,
 )
+from ..traced import Traced
 from ..workload import Workload
 from .pins import Pins
 
@@ -301,12 +302,11 @@ def _shards(pins: Pins, pp: int, dp: int, near: int) -> list[tuple[int, int]]:
 
 def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     """True where a row breaks no rule of `forerun.plan.layout_problems`."""
-    widths = {model.vocab}
-    for layer in model.layers:
-        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
     ok = np.ones(len(grid), dtype=bool)
-    for width in sorted(widths):
+    for width in sorted(_divided_widths(model)):
         ok &= width % grid.tp == 0
+    if model.traced is not None:
+        ok &= _legal_traced(model.traced, grid)
     sp = grid.sequence_parallel == 1
     ok &= ~sp | (grid.tp > 1)
     for tokens in model.lengths(seq_tokens):
@@ -320,6 +320,24 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     ok &= (grid.dp_shard == 1) | (grid.zero > 0)
     ok &= grid.cp % grid.ulysses == 0
     return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
+
+
+def _divided_widths(model: Model) -> set[int]:
+    """The sizes that tp must divide; a traced module tells the degrees instead."""
+    if model.traced is not None:
+        return set()
+    widths = {model.vocab}
+    for layer in model.layers:
+        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
+    return widths
+
+
+def _legal_traced(traced: Traced, grid: Layouts) -> NDArray[np.bool_]:
+    """What a user's module says of how it can be divided."""
+    degrees = traced.divided.degrees if traced.divided is not None else ()
+    ok = np.isin(grid.tp, (1, *degrees)) & (grid.sequence_parallel == 0)
+    ok &= (grid.cp == 1) & (grid.ep == 1) & ~np.isin(grid.schedule, SPLIT)
+    return ok if traced.hidden else ok & (grid.pp == 1)
 
 
 def _legal_schedules(grid: Layouts) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from .estimate import Estimate
 from .mesh import Mesh
 from .model import Layer, Model
 from .orders import Orders, check_orders, owners, parse_orders, splits
+from .traced import Traced
 from .workload import Workload
 
 Schedule = Literal[
@@ -140,6 +141,8 @@ class Phase(Value, frozen=True, kw_only=True):
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
         parts.append(self.compute_dtype)
+        runtime = str(self.technique("runtime").get("mode", "eager"))
+        parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
 
     def _schedule_label(self) -> str:
@@ -305,11 +308,12 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
 
 def _check_recompute(technique: Mapping[str, Any]) -> None:
     """The mode is known, and names of tensors are there where it needs them."""
-    mode, keep = technique.get("mode", "none"), cast("object", technique.get("keep"))
+    mode, keep = technique.get("mode", "none"), technique.get("keep")
     if mode not in (*RECOMPUTE_MODES, TENSORS):
         raise _refuse("recompute", mode, "unknown mode",
                       f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
-    names = cast("list[object]", keep) if isinstance(keep, (list, tuple)) else None
+    listed = isinstance(keep, (list, tuple))
+    names = cast("list[object]", keep) if listed else None
     if mode == TENSORS and (names is None or not all(isinstance(n, str) for n in names)):
         raise _refuse("recompute.keep", keep, "not a list of tensors' names",
                       "name what a layer keeps, such as [\"q\", \"k\", \"v\"]")  # fmt: skip
@@ -352,7 +356,9 @@ def layout_problems(
     Orders of one's own need not keep to the micro-batches that their schedule asks for.
     """
     tp = mesh.tp
-    for layer in model.layers:
+    if model.traced is not None:
+        yield from _traced_problems(model.traced, mesh, sequence_parallel, schedule)
+    for layer in model.layers if model.traced is None else ():
         for what, size in (
             ("attention heads", layer.heads),
             ("key-value heads", layer.kv_heads),
@@ -362,7 +368,7 @@ def layout_problems(
                 allowed = ", ".join(str(n) for n in _divisors(size)[:8])
                 yield _refuse("tp", tp, f"does not divide {size} {what} of {model.name}",
                               f"use one of {allowed} or leave tp free")  # fmt: skip
-    if model.vocab % tp:
+    if model.vocab % tp and model.traced is None:
         yield _refuse("tp", tp, f"does not divide the vocabulary {model.vocab} of {model.name}",
                       "pad the vocabulary or lower tp")  # fmt: skip
     if sequence_parallel and tp == 1:
@@ -400,6 +406,32 @@ def layout_problems(
                           "give a divisor")  # fmt: skip
         if mesh.ulysses > 1:
             yield from _ulysses_problems(model, layer, mesh)
+
+
+def _traced_problems(
+    traced: Traced, mesh: Mesh, sequence_parallel: bool, schedule: str
+) -> Iterator[InputError]:
+    """What a user's module says of how it can be divided."""
+    degrees = traced.divided.degrees if traced.divided is not None else ()
+    if mesh.tp > 1 and not degrees:
+        yield _refuse("tp", mesh.tp, f"{traced.target} has no tp_plan that it can be cut by",
+                      "give it one (docs/modules.md), or use --tp 1")  # fmt: skip
+    elif mesh.tp > 1 and mesh.tp not in degrees:
+        allowed = ", ".join(map(str, degrees))
+        yield _refuse("tp", mesh.tp, f"{traced.target} does not run cut in so many parts",
+                      f"use one of {allowed}")  # fmt: skip
+    if sequence_parallel:
+        yield _refuse("sp", "on", "a module of one's own keeps its sequence whole", "drop --sp")
+    if mesh.pp > 1 and not traced.hidden:
+        yield _refuse("pp", mesh.pp, f"{traced.target} has no pp_plan by which it could be staged",
+                      "give it one (docs/modules.md), or use --pp 1")  # fmt: skip
+    if mesh.pp > 1 and schedule in SPLIT_SCHEDULES:
+        yield _refuse("schedule", schedule, "does not split the backward of a module of one's own",
+                      "use gpipe, 1f1b or interleaved")  # fmt: skip
+    for axis in ("cp", "ep"):
+        if getattr(mesh, axis) > 1:
+            yield _refuse(axis, getattr(mesh, axis), "does not divide a module of one's own",
+                          f"drop --{axis}")  # fmt: skip
 
 
 def _chunk_problems(mesh: Mesh, schedule: str) -> Iterator[InputError]:
