@@ -164,16 +164,16 @@ def _with_axes(flights: Sequence[Any], calls: Sequence[Call]) -> tuple[list[Span
     """
     ordered = sorted(flights, key=lambda event: event.time_range.start)
     if len(ordered) == len(calls):
-        names = map(_awaited, calls)
+        names = map(awaited, calls)
         return [_span(event, name) for event, name in zip(ordered, names, strict=True)], True
     others = [call.axis for call in calls if call.kind not in ("send", "recv")]
     usual = statistics.mode(others) if others else "dp"
-    received = [_awaited(call) for call in calls if call.kind == "recv"]
+    received = [awaited(call) for call in calls if call.kind == "recv"]
     arriving = statistics.mode(received) if received else "recv"
     return [_span(event, _guess(event.name.lower(), usual, arriving)) for event in ordered], False
 
 
-def _awaited(call: Call) -> str:
+def awaited(call: Call) -> str:
     """The axis of what a rank waits for; sends and a pipeline's messages are named as such."""
     if call.kind == "send" or (call.kind == "recv" and call.axis == "pp"):
         return call.kind
