@@ -304,7 +304,7 @@ class Simulation:
             uncut = load.total(self.costs_of[pool], "uncut_gradient_bytes")
             add("all_reduce@tp", uncut / step.dp.shard)
         if self.options.clips and self.mesh.world > 1:
-            add(f"all_reduce@{self.mesh.wire_name()}", 4.0 * self.mesh.pp)
+            add(f"all_reduce@{self.mesh.reduction_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -363,7 +363,7 @@ class Simulation:
             + actions * self.prices_of[pool].host("pp_action"),
         }
         if self.mesh.world > 1:
-            axis = f"exposed.{self.mesh.wire_name().partition('+')[0]}"
+            axis = f"exposed.{self.mesh.reduction_name().partition('+')[0]}"
             terms[axis] = terms.get(axis, 0.0) + float(once.norm_s[0])
         return terms
 

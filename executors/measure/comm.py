@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...mesh import Mesh
+from ...mesh import Mesh, reduced_over
 from ..torch_compat import is_fake, operator_name, resolve_group
 
 KINDS = {
@@ -103,7 +103,7 @@ def purpose(kind: str, axis: str) -> str:
     ('dp', 'cp')
     """
     own = ("send", "recv", "all_to_all")
-    return axis if kind in own or axis not in ("cp", "dp+cp") else "dp"
+    return axis if kind in own else reduced_over(axis)
 
 
 class CollectiveCounter(TorchDispatchMode):
