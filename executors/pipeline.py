@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,9 +129,9 @@ class Pipeline:
     def run(
         self,
         inputs: tuple[Tensor, ...],
-        behind: dict[str, Tensor],
+        behind: Mapping[str, Any],
         target: Tensor,
-        every: Mapping[str, Tensor] = MappingProxyType({}),
+        every: Mapping[str, Any] = MappingProxyType({}),
     ) -> Tensor:
         """The same with what the first stage takes, and what the last one and every one take by
         name.

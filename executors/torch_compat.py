@@ -58,7 +58,7 @@ else:
 
 def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
     """One axis over neighbouring axes of a mesh; sliced from it by their names joined with _."""
-    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes[0]]
+    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes]
 
 
 class ObservedStage(PipelineStage):

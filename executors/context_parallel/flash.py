@@ -183,7 +183,8 @@ class Rows:
     def gradients(self, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """Of the block's part of q, k and v, over this block."""
         q, out, lse, grad_out = block.queries(self.q, self.out, self.lse, self.grad_out)
-        return backward(grad_out, q, *block.keys(k, v), out, lse, causal=block.causal)
+        seen_k, seen_v = block.keys(k, v)
+        return backward(grad_out, q, seen_k, seen_v, out, lse, causal=block.causal)
 
     def start(
         self, k: Tensor, v: Tensor, blocks: Sequence[Block], dtype: torch.dtype | None = None

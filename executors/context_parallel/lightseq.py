@@ -76,7 +76,8 @@ class LightSeq:
             source, other, helper = self._roles(step)
             sends: list[Message] = []
             if source is not None:
-                partial.see(q, *unpacked(here[0]), self._blocks(q, rank, source))
+                their_k, their_v = unpacked(here[0])
+                partial.see(q, their_k, their_v, self._blocks(q, rank, source))
             elif other is not None:
                 (theirs,) = unpacked(here[0])
                 helping = Partial.of(theirs, k, v, self._blocks(q, other, rank))
@@ -114,7 +115,9 @@ class LightSeq:
             if source is not None:
                 grads = here[0].new_zeros(here[0].shape)
                 seen = self._blocks(q, rank, source)
-                rows.add(*unpacked(here[0]), seen, grad_q, *unpacked(grads))
+                their_k, their_v = unpacked(here[0])
+                their_grad_k, their_grad_v = unpacked(grads)
+                rows.add(their_k, their_v, seen, grad_q, their_grad_k, their_grad_v)
                 sends.append((grads, source))
             elif other is not None:
                 their_q, their_out, their_grad = unpacked(here[0])

@@ -40,7 +40,8 @@ class Ring:
             here = there
             there, flight = self._pass_on(here, step)
             if self._works(step):
-                partial.see(q, *unpacked(here), self._blocks(q, step))
+                their_k, their_v = unpacked(here)
+                partial.see(q, their_k, their_v, self._blocks(q, step))
         flight.land()
         return partial.out.to(q.dtype), partial.lse
 
@@ -67,7 +68,8 @@ class Ring:
             own: Tensor | None = None
             if self._works(step):
                 own = here.new_zeros(here.shape)
-                rows.add(*unpacked(here), self._blocks(q, step), grad_q, *unpacked(own))
+                (their_k, their_v), (own_k, own_v) = unpacked(here), unpacked(own)
+                rows.add(their_k, their_v, self._blocks(q, step), grad_q, own_k, own_v)
             following.land()
             if own is not None and coming is not None:
                 own.add_(coming)
