@@ -45,7 +45,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, ep and offload, too (default on several).",
+    "predicted: ep and offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -76,6 +76,11 @@ JOB_OPTIONS = (
         "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
     ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
+    click.option(
+        "--lengths",
+        help="Documents of these lengths are packed into each sequence, attention within a "
+        "document: a name of the catalog, a TOML file, or a text file of one length per line.",
+    ),
     click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
     click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimiser steps."),
     click.option("--data", help="File or folder of text or JSONL; default: Python's own source."),
@@ -119,7 +124,8 @@ AXIS_OPTIONS = (
     click.option(
         "--cp-kind",
         type=click.Choice(KINDS_OF_CP),
-        help="How cp cuts the sequence: balanced ring, plain ring, all-to-all, or both.",
+        help="How cp cuts the sequence: balanced ring, plain ring, all-to-all, contiguous blocks "
+        "whose early ranks help the late ones, or all-to-all inside a balanced ring.",
     ),
     click.option("--ep", type=POSITIVE, help="Expert-parallel degree."),
     click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
@@ -230,7 +236,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     for field, remedy in NEEDED.items():
         if flags[field] is None:
             raise InputError(field.replace("_", "-"), "(missing)", "not given", remedy)
-    from ..catalogs import load_model, resolve_gpus
+    from ..catalogs import load_lengths, load_model, resolve_gpus
 
     seq_tokens = units.parse_tokens(flags["seq_len"])
     batch_seqs = units.parse_batch(flags["global_batch"], seq_tokens)
@@ -241,6 +247,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     quality, accepted = read_quality(flags)
     workload = Workload(
         seq_tokens=seq_tokens,
+        lengths=load_lengths(flags["lengths"]) if flags.get("lengths") else None,
         global_batch_seqs=batch_seqs,
         steps=flags["steps"],
         data=flags["data"],
@@ -355,7 +362,7 @@ def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    beyond = any((flags[axis] or 1) > 1 for axis in ("cp", "ep")) or bool(flags["offload"])
+    beyond = (flags["ep"] or 1) > 1 or bool(flags["offload"])
     if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)

@@ -133,7 +133,7 @@ def _units(
         units,
         gathers * prices.host("fsdp_unit_forward")
         + unit_scatters * prices.host("fsdp_unit_backward"),
-        np.where((layouts.dp > 1) & alone, prices.host("ddp_step"), 0.0),
+        np.where((layouts.dp * layouts.cp > 1) & alone, prices.host("ddp_step"), 0.0),
     )
     return DataParallel(
         exposed_s=exposed * prices.scale("exposed.dp"),

@@ -242,7 +242,8 @@ def _bucket(rank: _Rank) -> Array:
     """The bucket in which replicas of a pipeline stage sum their gradients; it takes the place of
     the gradients in it once it is filled."""
     layouts = rank.layouts
-    sums = ~rank.units & (layouts.dp > 1) & (layouts.pp > 1) & (rank.stack.sharding == "fsdp")
+    several = layouts.dp * layouts.cp > 1
+    sums = ~rank.units & several & (layouts.pp > 1) & (rank.stack.sharding == "fsdp")
     return np.where(sums, np.minimum(rank.rest.whole_gradients, BUCKET_BYTES), 0.0)
 
 
@@ -261,7 +262,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
         return always, always
     m, units = layouts.num_microbatches, rank.units
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    buckets = np.where(~units & (layouts.dp > 1) & (layouts.pp == 1), full, 0.0)
+    replicas = layouts.dp * layouts.cp
+    buckets = np.where(~units & (replicas > 1) & (layouts.pp == 1), full, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
     after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
@@ -269,7 +271,7 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)
         return always, always
-    fresh = units | (layouts.dp == 1) | (layouts.pp > 1)
+    fresh = units | (replicas == 1) | (layouts.pp > 1)
     first = _Gradients(before=buckets, after=after, fresh=fresh)
     return first, _Gradients(before=after, after=after, fresh=streams)
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..plan import TENSORS, Phase
 from ..stack import Stack
 from ..workload import Workload
+from .packing import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,8 @@ class Options:
     recipe: str = "tensorwise"
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
-    """none, selective (attention core), full, per_op (every second matmul, as torchtitan), or
-    tensors: what `keep` names."""
+    """none, selective (attention core), full, full_keep_attn (all but the attention core), per_op
+    (every second matmul, as torchtitan), or tensors: what `keep` names."""
     keep: tuple[str, ...] = ()
     """Tensors that a layer keeps from forward to backward under recompute mode tensors; names that
     a layer does not have say nothing there."""
@@ -36,7 +37,7 @@ class Options:
     """Mean length of the documents packed into a sequence, where attention stays inside each."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
-    ulysses."""
+    ulysses, lightseq (contiguous blocks, early ranks help late ones)."""
     linears: tuple[str, ...] | None = None
     """Linears of a layer that run in a compute dtype below 16 bits; None = all of them."""
     activations: str | None = None
@@ -57,6 +58,8 @@ class Options:
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
+    packing: Packing | None = None
+    """Documents packed into sequences; None = a sequence is one document."""
 
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
@@ -84,6 +87,7 @@ class Options:
             clips=workload is not None and workload.clip_norm is not None,
             offload=float(setting("offload").get("activations", 0.0)),
             runtime=str(setting("runtime").get("mode", "eager")),
+            packing=Packing.of(workload) if workload is not None else None,
         )
 
     def techniques(self) -> dict[str, dict[str, Any]]:

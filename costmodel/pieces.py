@@ -31,11 +31,14 @@ from .exposed import (
 )
 from .graph import Array, Collective, Graph, Sizes, volume
 from .layers import decoder_layer, embedding, head
+from .layers.attention import CORE
 from .layers.profiles import stack_graph
+from .layers.rings import BLOCKS
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness, saved_tensors
 from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
+from .packing import packing_sizes
 from .prices import Prices
 from .state_bytes import in_units
 from .techniques import apply, local_axes, precision
@@ -284,9 +287,11 @@ def _both(
 ) -> Piece:
     """A piece under layouts with a split sequence and without."""
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
+    sizes = {**sizes, **packing_sizes(options.packing, options.cp_kind, layouts)}
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, near, layer, bool(sp), *_of_pool(prices.pool, options))
+        plain = replace(options, packing=None)  # which changes no operator
+        graph = _graph(build, near, layer, bool(sp), *_of_pool(prices.pool, plain))
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
@@ -334,13 +339,15 @@ def _key(
     options: Options,
 ) -> bytes:
     """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
-    losses over all samples, dp."""
+    losses over all samples and packed documents, dp."""
     degrees = [
         layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
         layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
     ]  # fmt: skip
-    if not near.is_decoder:
+    if not near.is_decoder or options.packing is not None:
         degrees.append(layouts.dp)
+    if options.packing is not None:
+        degrees += [layouts.num_microbatches, layouts.pp]
     pool = msgspec.structs.replace(prices.pool, num_nodes=1)
     local = [degree.tolist() for degree in degrees]
     return msgspec.json.encode((build, near, layer, local, seq_tokens, pool, options))
@@ -440,7 +447,7 @@ def _piece(
     live = liveness(graph, sizes)
     there = forward_collectives(graph, options, prices)
     back = backward_collectives(graph, times.again)
-    host_forward, host_backward = _host(graph, layouts, prices, sp)
+    host_forward, host_backward = _host(graph, sizes, layouts, prices, options, times.again, sp)
     busy_backward = times.backward_s + times.recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
@@ -548,7 +555,15 @@ def _floor(
     return floor, np.maximum(device_s - host_s, 0.0)
 
 
-def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Array, Array]:
+def _host(
+    graph: Graph,
+    sizes: Sizes,
+    layouts: Layouts,
+    prices: Prices,
+    options: Options,
+    again: frozenset[str],
+    sp: bool,
+) -> tuple[Array, Array]:
     """Host time beyond the operators: Python and autograd glue, DTensor dispatch, checkpoints."""
     if graph.name != "layer":
         return np.zeros(1), np.zeros(1)
@@ -560,10 +575,20 @@ def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Arr
     extra = prices.host(f"{prefix}_backward")
     if graph.checkpointed:
         extra += prices.host(f"{prefix}_forward")
-    return (
-        forward + np.where(tp, prices.host(f"{prefix}_forward"), 0.0),
-        backward + np.where(tp, extra, 0.0),
-    )
+    forward = forward + np.where(tp, prices.host(f"{prefix}_forward"), 0.0)
+    backward = backward + np.where(tp, extra, 0.0)
+    if "ring" not in sizes:  # a traced module
+        return forward, backward
+    several = {"ring_block": (sizes[BLOCKS[options.cp_kind][0]], CORE in again),
+               "ulysses_layer": (layouts.ulysses > 1, graph.checkpointed)}  # fmt: skip
+    if "documents" in sizes:  # those of a rank's share of the sequence, of every row
+        count = sizes["batch"] * np.maximum(sizes["documents"] / sizes["ring"], 1.0)
+        several["document"] = (count, CORE in again)
+    for name, (count, twice) in several.items():
+        one = prices.host(f"{name}_forward")
+        forward = forward + count * one
+        backward = backward + count * (prices.host(f"{name}_backward") + twice * one)
+    return forward, backward
 
 
 CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "vocab"})

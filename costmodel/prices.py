@@ -8,6 +8,8 @@ assumed constants ("assumed").
 Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forward`,
 `layer_backward` (Python and autograd glue of one block), `checkpoint` (per recomputed block),
 `tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
+`ring_block_forward|backward` (per block of keys that comes round), `ulysses_layer_forward|backward`
+(per block), `document_forward|backward` (per block and packed document),
 `fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),
 `micro_batch`, `step`; on a GPU also `launch` (of one operator) and
 `compiled_layer_forward|backward` (of one compiled block, launches included). On a CPU they add to
@@ -65,6 +67,10 @@ class Prices:
         if self._collectives:
             return "measured"
         return "assumed" if self.pool.device.kind == "cpu" else "catalog"
+
+    def measures(self, kind: str) -> bool:
+        """Whether the profile holds a curve of an operator kind."""
+        return any(operator == kind for operator, _, _ in self._operators)
 
     def host(self, name: str) -> float:
         """Host seconds of that name that operators wait for, which run on the same cores.

@@ -305,7 +305,7 @@ class Simulation:
             uncut = load.total(self.costs_of[pool], "uncut_gradient_bytes")
             add("all_reduce@tp", uncut / step.dp.shard)
         if self.options.clips and self.mesh.world > 1:
-            add(f"all_reduce@{self.mesh.wire_name()}", 4.0 * self.mesh.pp)
+            add(f"all_reduce@{self.mesh.reduction_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -363,7 +363,7 @@ class Simulation:
             + actions * self.prices_of[pool].host("pp_action"),
         }
         if self.mesh.world > 1:
-            axis = f"exposed.{self.mesh.wire_name().partition('+')[0]}"
+            axis = f"exposed.{self.mesh.reduction_name().partition('+')[0]}"
             terms[axis] = terms.get(axis, 0.0) + float(once.norm_s[0])
         return terms
 
@@ -421,7 +421,9 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     memory_spread = fullest.stack.memory_spread
     probability = _normal_cdf((capacity - total) / (memory_spread * total))
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
-    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
+    packing = sim.options.packing
+    attended = None if packing is None else packing.attended_tokens
+    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens, attended)
     per_device = flops / step / sim.mesh.world
     peak_flops = sum(
         share.num_devices * _peak_flops(share, sim.options.compute) for share in sim.pools

@@ -1,6 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, precision, tensor parallel, compilation, recompute, FSDP2 or DDP,
+Order: pieces on the meta device, precision, context and tensor parallel, compilation, recompute,
+FSDP2 or DDP,
 memory and initial parameters, pipeline schedule, optimiser.
 """
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import data_parallel, init, tensor_parallel, traced
+from . import context_parallel, data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .marks import Marks
 from .optimizer import make_optimizer
@@ -44,6 +45,7 @@ def build_piece(
     mesh: DeviceMesh,
     device: torch.device,
     marks: Marks,
+    spread: context_parallel.Spread,
     first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
@@ -54,6 +56,7 @@ def build_piece(
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last, first_piece)
+    piece.spread = spread
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
@@ -67,7 +70,7 @@ def build_piece(
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
     if data_parallel.uses_ddp(phase):
-        return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
+        return piece, data_parallel.apply_ddp(piece, phase, mesh), tp_dims
     return piece, piece, tp_dims
 
 
@@ -84,17 +87,18 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
+    spread = context_parallel.over_mesh(phase)
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        built.append(build_piece(plan, stage, mesh, device, marks, first_piece))
+        built.append(build_piece(plan, stage, mesh, device, marks, spread, first_piece))
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks)
     parameters = [p for piece in pieces for p in piece.parameters()]
-    return Trainer(
+    trainer = Trainer(
         plan,
         device,
         mesh,
@@ -106,3 +110,5 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         tp_dims,
         marks,
     )
+    trainer.spread = spread
+    return trainer

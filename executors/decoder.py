@@ -16,20 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import GATED, Layer, Model
+from .context_parallel import (
+    Context,
+    Exchange,
+    Spread,
+    as_borders,
+    attend,
+    repeated,
+    to_tokens,
+)
 
 
-def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines of rotary positions, (2, S, D), fp32."""
-    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of rotary positions, (2, *positions, D), fp32."""
+    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = theta ** (-half / head_dim)
-    angle = torch.arange(seq_tokens, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = positions.to(torch.float32)[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; computed in the dtype of `x`."""
-    cos, sin = table_2SD.to(x_BSHD.dtype)[:, None, :, None, :].unbind(0)
+def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions applied to queries or keys; computed in the dtype of `x`.
+
+    The table is (2, S, D), or (2, B, S, D) where rows differ.
+    """
+    rows = table.to(x_BSHD.dtype)
+    cos, sin = (rows if rows.dim() == 4 else rows[:, None])[:, :, :, None].unbind(0)
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -41,8 +54,12 @@ def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
     return nn.LayerNorm(hidden, eps=eps)
 
 
-def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+def attention_core(
+    q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context: Context | None = None
+) -> Tensor:
     """Causal attention (B, H, S, D); the part that selective recompute runs twice."""
+    if context is not None and context.method is not None:
+        return attend(q_BHSD, k_BGSD, v_BGSD, context.method)
     return F.scaled_dot_product_attention(
         q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
     )
@@ -66,7 +83,7 @@ class Attention(nn.Module):
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.head_dim = layer.head_dim
-        self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
+        self.core: Callable[..., Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
         self.wq = Linear(model.hidden, width, bias=qkv_bias)
@@ -74,14 +91,40 @@ class Attention(nn.Module):
         self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
         self.wo = Linear(width, model.hidden, bias=layer.bias)
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSGD = self.wk(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BSGD = self.wv(x_BSE).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        if context is not None and context.ulysses is not None:
+            return self.wo(self._exchanged(x_BSE, table_2SD, context).flatten(-2))
+        q_BSHD, k_BSGD, v_BSGD = (self._project(w, x_BSE) for w in (self.wq, self.wk, self.wv))
         if table_2SD is not None:
             q_BSHD, k_BSGD = rotate(q_BSHD, table_2SD), rotate(k_BSGD, table_2SD)
-        out_BHSD = self.core(q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2))
+        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        out_BHSD = self.core(q_BHSD, k_BGSD, v_BGSD, context)
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
+
+    def _project(self, linear: nn.Module, x_BSE: Tensor) -> Tensor:
+        return linear(x_BSE).unflatten(-1, (-1, self.head_dim))
+
+    def _exchanged(self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context) -> Tensor:
+        """Attention (B, S, H, D) with heads exchanged for tokens around the core.
+
+        A tensor leaves as soon as it is there, while the next is projected.
+        """
+        assert context.ulysses is not None
+        q_way, k_way, v_way = (Exchange(context.ulysses) for _ in range(3))
+        v_BSGD = v_way.start(repeated(self._project(self.wv, x_BSE), v_way.ranks))
+        k_BSGD = self._project(self.wk, x_BSE)
+        if table_2SD is not None:
+            k_BSGD = rotate(k_BSGD, table_2SD)
+        k_BSGD = k_way.start(repeated(k_BSGD, k_way.ranks))
+        q_BSHD = self._project(self.wq, x_BSE)
+        if table_2SD is not None:
+            q_BSHD = rotate(q_BSHD, table_2SD)
+        q_BSHD = q_way.start(q_BSHD)
+        v_BSGD, k_BSGD, q_BSHD = v_way.finish(v_BSGD), k_way.finish(k_BSGD), q_way.finish(q_BSHD)
+        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        return to_tokens(self.core(q_BHSD, k_BGSD, v_BGSD, context).transpose(1, 2), q_way.group)
 
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -124,8 +167,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.mlp = Mlp(model, layer)
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD)
+    def forward(
+        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD, context)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
@@ -146,8 +191,10 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits. `first_piece` is the piece with the embedding where the same process holds it and
-    the last one, so that tied tables are one parameter, that piece's.
+    the logits. S are the tokens of this rank where several share a sequence (`spread`). `documents`
+    (B, N) int64, on the host, holds the ends of documents packed into each whole sequence.
+    `first_piece` is the piece with the embedding where the same process holds it and the last one,
+    so that tied tables are one parameter, that piece's.
     """
 
     def __init__(
@@ -157,7 +204,9 @@ class Decoder(nn.Module):
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
         self.sequence_shard: tuple[int, int] = (0, 1)
-        """(part, parts) of the sequence that hidden states hold between modules."""
+        """(part, parts) of the rank's tokens that hidden states hold between modules."""
+        self.spread = Spread()
+        """The ranks that share a sequence."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
         self.table: Callable[[], Tensor] = lambda: self.embedding.weight
@@ -178,25 +227,36 @@ class Decoder(nn.Module):
                 self.tied_head = TiedHead()
             else:
                 self.head = Linear(model.hidden, model.vocab, bias=False)
-        self.table_2SD: Tensor | None = None
+        self.tables: dict[tuple[int, Spread], Tensor] = {}
 
-    def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
-        """The rotary table for a sequence length; made once and kept."""
+    def rotary(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """The rotary table of this rank's tokens, one after the other; made once and kept."""
         if self.model.positions != "rope":
             return None
-        if self.table_2SD is None or self.table_2SD.shape[1] != seq_tokens:
+        if (num_tokens, self.spread) not in self.tables:
+            positions = self.spread.places(num_tokens * self.spread.ranks).to(device)
             head_dim = self.model.layers[0].head_dim
-            self.table_2SD = rotary_table(seq_tokens, head_dim, self.model.rope_theta, device)
-        return self.table_2SD
+            table = rotary_table(positions, head_dim, self.model.rope_theta)
+            self.tables = {(num_tokens, self.spread): table}
+        return self.tables[num_tokens, self.spread]
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
+    def rotary_of_documents(self, positions_BS: Tensor, x_BSE: Tensor) -> Tensor | None:
+        """The rotary table (2, B, S, D) of tokens at these places in their documents."""
+        if self.model.positions != "rope":
+            return None
+        head_dim = self.model.layers[0].head_dim
+        return rotary_table(positions_BS, head_dim, self.model.rope_theta).to(x_BSE.dtype)
+
+    def embed(self, tokens_BS: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states of tokens, (B, S/parts, E)."""
         x_BSE = self.embedding(tokens_BS)
         if self.model.positions == "learned":
+            num_tokens = tokens_BS.shape[1]
+            if positions is None:
+                positions = self.spread.places(num_tokens * self.spread.ranks).to(x_BSE.device)
             part, parts = self.sequence_shard
-            length = tokens_BS.shape[1] // parts
-            index_S = torch.arange(part * length, (part + 1) * length, device=x_BSE.device)
-            x_BSE = x_BSE + self.positions(index_S)
+            length = num_tokens // parts
+            x_BSE = x_BSE + self.positions(positions[..., part * length : (part + 1) * length])
         return x_BSE
 
     def logits(self, x_BSE: Tensor) -> Tensor:
@@ -206,13 +266,21 @@ class Decoder(nn.Module):
             return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        seq_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        num_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+        borders = None if documents is None else as_borders(documents)
+        positions = None if borders is None else self.spread.in_documents(borders).to(x.device)
         if self.is_first:
-            x = self.embed(x)
-        table_2SD = self.rotary(seq_tokens, x.device)
+            x = self.embed(x, positions)
+        if positions is None:
+            table = self.rotary(num_tokens, x.device)
+        else:
+            table = self.rotary_of_documents(positions, x)
+        context = self.spread.context(borders)
         for block in self.blocks.values():
-            x = block(x, table_2SD)
+            x = block(x, table, context)
         if self.is_last:
             x = self.logits(x)
             if targets is not None:

@@ -12,13 +12,13 @@ from ..errors import InputError, unknown_name
 from ..model import Model
 from ..plan import RECIPES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute", "runtime")
-"""Those that have a file in `executors/techniques/`."""
+TECHNIQUES = ("precision", "recompute", "runtime", "context-parallel")
+"""Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
-RECOMPUTE_MODES = ("none", "selective", "full")
+RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
 RUNTIMES = ("eager", "compiled")
 
 
@@ -34,16 +34,29 @@ def check_executed(plan: Plan) -> None:
     if plan.model.traced is None:
         check_model(plan.model)
         _check_length(plan.model, plan.phase.seq_tokens)
+    elif plan.workload.lengths is not None:
+        raise InputError("lengths", plan.workload.lengths.name,
+                         "documents are packed for decoders of the catalog alone",
+                         "drop --lengths")  # fmt: skip
+    if plan.workload.lengths is not None and _compiles(plan.phase):
+        raise InputError("lengths", plan.workload.lengths.name, "differ from step to step, and "
+                         "layers are compiled for one form", "use --runtime eager")  # fmt: skip
+    if plan.model.traced is not None and plan.phase.mesh.cp > 1:
+        raise InputError("cp", plan.phase.mesh.cp, "modules of one's own do not share sequences",
+                         "use --cp 1")  # fmt: skip
     admissible.check(plan)
     _check_precision(plan)
     _check_optimizer(plan)
 
 
+def _compiles(phase: Phase) -> bool:
+    """Whether any layer is compiled."""
+    return any(s.techniques.get("runtime", {}).get("mode") == "compiled" for s in phase.settings)
+
+
 def _check_phase(phase: Phase) -> None:
-    for axis in ("cp", "ep"):
-        degree = getattr(phase.mesh, axis)
-        if degree > 1:
-            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
+    if phase.mesh.ep > 1:
+        raise InputError("ep", phase.mesh.ep, "cannot be run yet", "use --ep 1")
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -56,9 +69,12 @@ def _check_phase(phase: Phase) -> None:
         runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
         if runtime not in RUNTIMES:
             raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
-        if runtime == "compiled" and mode == "selective":
+        if runtime == "compiled" and mode in ("selective", "full_keep_attn"):
             raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
                              "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, "exchanges messages inside of layers, which are "
+                             "compiled as a whole", "use --cp 1, or --runtime eager")  # fmt: skip
         if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
             raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
                              "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip

@@ -38,6 +38,7 @@ __all__ = [
     "Runtime",
     "all_gather_single",
     "destroy_process_groups",
+    "flattened",
     "fully_shard",
     "fused_rms_norm",
     "fused_rms_norm_backward",
@@ -57,6 +58,11 @@ if hasattr(dist, "all_gather_single"):
 else:
     all_gather_single = dist.all_gather_into_tensor
     reduce_scatter_single = dist.reduce_scatter_tensor
+
+
+def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """One axis over neighbouring axes of a mesh; sliced from it by their names joined with _."""
+    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes]
 
 
 class ObservedStage(PipelineStage):

@@ -173,7 +173,7 @@ def _replicate_or_shard(piece: Trainable, phase: Phase, mesh: DeviceMesh) -> nn.
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     elif data_parallel.uses_ddp(phase):
-        return data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
+        return data_parallel.apply_ddp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     return piece
 
 

@@ -39,6 +39,7 @@ from ..costmodel.layer_tensors import only_own
 from ..costmodel.layout import Ints, Layouts
 from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
+from ..costmodel.packing import Packing
 from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
 from ..mesh import Mesh
@@ -126,9 +127,10 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         linears=BY_SHAPE if compute in LOW_PRECISION else None,
         activations=pins.activations,
         attention=pins.attention or "flash",
-        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
         clips=workload.clip_norm is not None,
+        packing=Packing.of(workload),
     )
 
 
@@ -178,14 +180,17 @@ def _contexts(
     """Pairs (cp, ulysses)."""
     shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if everything(pools, pins) and model.traced is None:
+    if model.traced is None:
         most = min(pool.num_devices for pool in pools)
         free = [n for n in _powers(most) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
     for cp in _free_or(pins.cp, free):
         inside = max(1, gcd(*(pool.devices_per_node for pool in pools)) // tp)
         hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
-        kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
+        paired = [1] if cp % 2 == 0 else []
+        kinds = {
+            "zigzag": [1], "ring": [1], "lightseq": paired, "ulysses": [cp], "usp": hybrids
+        }  # fmt: skip
         mixed = hybrids[-1:] if cp > inside else []
         ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *mixed, cp]
         if cp == 1:

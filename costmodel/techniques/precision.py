@@ -144,6 +144,10 @@ def _settle(graph: Graph, dtype: str) -> Graph:
     def collective(c: Collective) -> Collective:
         return replace(c, buffer=tensor(c.buffer))
 
+    def held(some: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        there = [t for t in some if t.dtype != "upcast" or dtype != "fp32"]
+        return tuple(tensor(replace(t, dtype="fp32") if t.dtype == "upcast" else t) for t in there)
+
     def operator(op: Operator) -> Operator:
         return replace(
             op,
@@ -153,6 +157,8 @@ def _settle(graph: Graph, dtype: str) -> Graph:
             weights=tuple(map(tensor, op.weights)),
             forward_collectives=tuple(map(collective, op.forward_collectives)),
             backward_collectives=tuple(map(collective, op.backward_collectives)),
+            held_forward=held(op.held_forward),
+            held_backward=held(op.held_backward),
         )
 
     return replace(

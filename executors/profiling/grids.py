@@ -25,6 +25,11 @@ ATTENTION = [
     (8, 64, 32), (16, 128, 16), (8, 128, 64), (32, 256, 32), (16, 256, 64), (8, 512, 32),
     (8, 512, 64), (4, 1024, 64), (8, 256, 128), (64, 128, 32),
 ]  # fmt: skip
+ATTENTION_FULL = [
+    (16, 64, 16, 32), (32, 64, 32, 64), (8, 128, 64, 64), (32, 128, 32, 128), (16, 256, 64, 128),
+    (8, 512, 32, 512), (8, 256, 128, 256),
+]  # fmt: skip
+FEW_ATTENTION_FULL = [(16, 64, 32, 32), (32, 128, 32, 128), (8, 512, 64, 256)]
 FEW_ATTENTION = [(8, 64, 32), (16, 128, 32), (32, 256, 32), (8, 512, 64)]
 NORM = [
     (64, 32), (256, 128), (1024, 64), (2048, 128), (2048, 256), (1024, 512), (8192, 128),
@@ -86,6 +91,7 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
         "linear": _by_work(linear),
         "linear_wgrad": _by_work(linear),
         "attention": FEW_ATTENTION if few else ATTENTION,
+        "attention_full": FEW_ATTENTION_FULL if few else ATTENTION_FULL,
         "rmsnorm": FEW_NORM if few else NORM,
         "layernorm": FEW_NORM if few else NORM,
         **_elementwise(FEW_ELEMENTS if few else ELEMENTS),
@@ -116,6 +122,10 @@ def cuda_grid(dtype: str) -> Grid:
         "attention": [
             (16, 512, 64), (32, 1024, 64), (64, 2048, 64), (32, 2048, 128), (32, 4096, 128),
             (32, 8192, 128), (8, 16384, 128), (8, 32768, 128),
+        ],
+        "attention_full": [
+            (32, 1024, 64, 512), (32, 2048, 128, 1024), (32, 2048, 128, 2048),
+            (32, 4096, 128, 4096), (8, 8192, 128, 8192), (8, 16384, 128, 16384),
         ],
         "rmsnorm": list(tokens),
         "layernorm": list(tokens),

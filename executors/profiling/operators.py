@@ -132,6 +132,24 @@ def _attention(buffers: Buffers, sizes: Sizes) -> Case:
     return _through_autograd(core, triples[0], triples, buffers)
 
 
+def _attention_full(buffers: Buffers, sizes: Sizes) -> Case:
+    """Attention of some queries on all of some keys, of which there may be more or fewer."""
+    batch_heads, queries, head_dim, keys = sizes
+    heads = next(h for h in (4, 2, 1) if batch_heads % h == 0)
+    batch = batch_heads // heads
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    count = max(2, buffers.copies(batch_heads * (queries + 2 * keys) * head_dim))
+    asking = _leaves(buffers.rotating(batch, queries, heads, head_dim, count=count))
+    given = _leaves(buffers.rotating(batch, keys, heads, head_dim, count=2 * count))
+    triples = list(zip(asking, given[::2], given[1::2], strict=False))
+    return _through_autograd(core, triples[0], triples, buffers)
+
+
 def _norm(kind: type[nn.Module]) -> Callable[[Buffers, Sizes], Case]:
     def prepare(buffers: Buffers, sizes: Sizes) -> Case:
         rows, width = sizes
@@ -171,7 +189,7 @@ def rope_shape(elements: int) -> tuple[int, int, int, int]:
 
 def _rope(buffers: Buffers, sizes: Sizes) -> Case:
     shape = rope_shape(sizes[0])
-    table = rotary_table(shape[1], shape[3], 10000.0, buffers.device)
+    table = rotary_table(torch.arange(shape[1], device=buffers.device), shape[3], 10000.0)
     rotating = [(x,) for x in _leaves(buffers.rotating(*shape))]
     return _through_autograd(lambda x: rotate(x, table), rotating[0], rotating, buffers)
 
@@ -378,6 +396,9 @@ BENCHES: dict[str, Bench] = {
     "linear": Bench(("m", "n", "k"), _linear, _volume, engine=False),
     "linear_wgrad": Bench(("m", "n", "k"), _linear_wgrad, _volume),
     "attention": Bench(("batch_heads", "seq", "head_dim"), _attention, _attention_work),
+    "attention_full": Bench(
+        ("batch_heads", "queries", "head_dim", "keys"), _attention_full, _volume
+    ),
     "rmsnorm": Bench(ROWS, _norm(nn.RMSNorm), _volume),
     "layernorm": Bench(ROWS, _norm(nn.LayerNorm), _volume),
     "swiglu": Bench(ELEMENTS, _elementwise(lambda g, u: F.silu(g) * u, 2), _volume),

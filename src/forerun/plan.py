@@ -30,11 +30,14 @@ V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
 """Those of two chunks per rank, placed in a V."""
 LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 """Those of two or more chunks per rank, placed in rounds."""
-RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
+RECOMPUTE_MODES: tuple[str, ...] = (
+    "none", "selective", "full", "full_keep_attn", "per_op", "elementwise"
+)  # fmt: skip
 TENSORS = "tensors"
 """The recompute mode that names every tensor of a layer that is kept (setting `keep`)."""
-CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
-"""How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
+CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
+"""How the sequence is cut: balanced ring, contiguous blocks in a ring, all by all-to-all, or
+contiguous blocks whose early ranks help the late ones."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 """What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
@@ -126,7 +129,9 @@ class Phase(Value, frozen=True, kw_only=True):
             else:
                 parts.append(f"{kind}{mesh.dp}")
         if mesh.cp > 1:
-            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else ""))
+            kind = str(self.technique("context-parallel").get("kind", CP_KINDS[0]))
+            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else "")
+                         + (f"-{kind}" if kind in ("ring", "lightseq") else ""))  # fmt: skip
         if mesh.ep > 1:
             parts.append(f"ep{mesh.ep}")
         if mesh.tp > 1:
@@ -221,10 +226,12 @@ class Plan(Document, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The labels of the phases, and an optimiser that is not AdamW with plain moments."""
-        phases = "+".join(phase.label for phase in self.phases)
-        optimizer = self.workload.optimizer
-        return phases if optimizer == "adamw" else f"{phases}_{optimizer.replace('_', '-')}"
+        """The labels of the phases, an optimiser that is not AdamW with plain moments, and whether
+        documents are packed into sequences."""
+        label = "+".join(phase.label for phase in self.phases)
+        if self.workload.optimizer != "adamw":
+            label += f"_{self.workload.optimizer.replace('_', '-')}"
+        return f"{label}_packed" if self.workload.lengths is not None else label
 
     def check(self) -> None:
         """Raise InputError when the plan contradicts itself, its model or its cluster."""
@@ -307,6 +314,10 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if kind == "ulysses" and mesh.ulysses != mesh.cp:
         raise _refuse("cp-kind", kind, f"is all of cp={mesh.cp}, not ulysses={mesh.ulysses} of it",
                       f"set ulysses to {mesh.cp}, or use zigzag")  # fmt: skip
+    ring = mesh.cp // mesh.ulysses
+    if kind == "lightseq" and ring > 1 and ring % 2:
+        raise _refuse("cp-kind", kind, f"pairs up the ranks of its ring, and {ring} is odd",
+                      "use an even --cp, or zigzag")  # fmt: skip
 
 
 def _check_recompute(technique: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from .document import Document
 from .errors import InputError
+from .lengths import Lengths
 
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
 Objective = Literal["throughput", "cost", "memory"]
@@ -23,6 +24,9 @@ class Workload(Document, frozen=True, kw_only=True):
     schema: str = "forerun.workload/1"
     seq_tokens: int
     """Tokens per sequence; images and towers of fixed length keep their own (docs/models.md)."""
+    lengths: Lengths | None = None
+    """How long documents are that fill a sequence, attention staying within each; None = a sequence
+    is one document."""
     global_batch_seqs: int
     steps: int = 10
     optimizer: Optimizer = "adamw"

@@ -29,8 +29,10 @@ pytestmark = pytest.mark.usefixtures("one_rank")
         ("precision", {"precision": {"compute": "fp16"}}),
         ("settings.techniques", {"lora": {"rank": 8}}),
         ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
+        ("recompute", {"precision": {"compute": "fp32"}, "runtime": {"mode": "compiled"},
+                       "recompute": {"mode": "full_keep_attn"}}),
     ],
-)
+)  # fmt: skip
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
     layer = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
     cluster = load_cluster("1xcpu")
