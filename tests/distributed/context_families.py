@@ -64,10 +64,7 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 QUICK = (
-    "llama packed", "gpt full_keep_attn",
-    "llama zigzag", "llama ulysses keep", "llama lightseq keep", "llama packed zigzag",
-    "llama bf16 ulysses selective", "gpt ring full", "gpt packed 1f1b",
-    "llama lightseq4", "llama usp", "llama cp2 x tp2-sp", "llama cp2 x pp2", "gpt cp2 x hsdp",
-    "llama clip cp2 x pp2 zb-h1",
+    "llama packed", "llama zigzag", "llama ulysses keep", "llama lightseq keep",
+    "llama packed zigzag", "llama usp", "llama cp2 x pp2",
 )  # fmt: skip
 """Families of the default run: each kind, each composition and each way of packing once."""
