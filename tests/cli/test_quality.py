@@ -136,8 +136,13 @@ def _html(invoke: Any, files: tuple[Path, Path], page: Path) -> str:
     return page.read_text()
 
 
-@pytest.mark.parametrize("flags", [["--allow", "published"], ["--accept-risk", "storage"]])
-@pytest.mark.parametrize(("space", "most"), [([], 1.0), (["--space", "all"], 0.95)])
+@pytest.mark.parametrize(
+    ("flags", "space", "most"),
+    [
+        (["--allow", "published"], [], 1.0),
+        (["--accept-risk", "storage"], ["--space", "all"], 0.95),
+    ],
+)
 def test_what_is_allowed_is_used_where_it_pays(
     invoke: Any, flags: list[str], space: list[str], most: float
 ) -> None:

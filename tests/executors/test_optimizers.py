@@ -21,16 +21,16 @@ from .plans import MODELS, plan_of, train, trainer_of
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 OPTIMIZERS = ("adamw", "adamw_fp8", "adamw8bit", "adamw4bit", "adamw_fp8_block", "sgd")
-EVERYWHERE = ("adamw_fp8",)
-"""Those of the default run beyond one model and one step."""
+ALWAYS = ("adamw_fp8",)
+"""Those of the default run beyond one step."""
 
 
 def cases() -> list[Any]:
-    """(model, optimiser): all of them on one model, the others with fewer."""
+    """(model, optimiser): all of them on one model by default."""
     found: list[Any] = []
     for model in ("llama", "gpt", "nemotron"):
         for optimizer in OPTIMIZERS:
-            marks = () if model == "llama" or optimizer in EVERYWHERE else (pytest.mark.slow,)
+            marks = () if model == "llama" else (pytest.mark.slow,)
             found.append(pytest.param(model, optimizer, marks=marks))
     return found
 
@@ -62,7 +62,7 @@ def test_states_take_the_predicted_bytes(model: str, optimizer: str) -> None:
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param(name, marks=() if name in EVERYWHERE else (pytest.mark.slow,))
+        pytest.param(name, marks=() if name in ALWAYS else (pytest.mark.slow,))
         for name in OPTIMIZERS[1:5]
     ],
 )

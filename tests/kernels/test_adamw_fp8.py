@@ -213,8 +213,22 @@ def test_bytes_are_those_of_the_paper() -> None:
     assert stored == 2.1875 * 4 * 512
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(5, 128), (3, 300), (20, 256)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [
+        (3, 300, torch.float32),
+        (5, 128, torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (5, 128, torch.float32),
+                (20, 256, torch.float32),
+                (3, 300, torch.bfloat16),
+                (20, 256, torch.bfloat16),
+            ]
+        ),
+    ],
+)
 def test_the_kernel_equals_the_reference(
     rows: int, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
