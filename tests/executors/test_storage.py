@@ -65,10 +65,9 @@ def saved_bytes(trainer: Trainer) -> int:
         trainer.forward_backward(tokens(0))
     for hook in hooks:
         hook.remove()
-    table = piece.table_2SD
-    rotary = (
-        0 if table is None else table.numel() * (2 if trainer.phase.compute_dtype != "fp32" else 4)
-    )  # cosines and sines are no activations; 16-bit copies of them are held per block
+    itemsize = 4 if trainer.phase.compute_dtype == "fp32" else 2
+    rotary = sum(table.numel() for table in piece.tables.values()) * itemsize
+    # cosines and sines are no activations; 16-bit copies of them are held per block
     return sum(s.nbytes() for s in held.values()) - rotary * (
         1 if trainer.phase.compute_dtype == "fp32" else len(piece.blocks)
     )
