@@ -59,6 +59,7 @@ def fixed_plan(
         recompute=pins.recompute or "none",
         offload=pins.offload or 0.0,
         attention=pins.attention or "flash",
+        runtime=pins.runtime or "eager",
         cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
     )
     if mesh.ulysses == mesh.cp > 1:

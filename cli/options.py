@@ -19,6 +19,7 @@ from ..plan import (
     KINDS_OF_CP,
     RECIPES,
     RECOMPUTE_MODES,
+    RUNTIMES,
     SCHEDULES,
     STORAGE_DTYPES,
     Plan,
@@ -141,6 +142,9 @@ AXIS_OPTIONS = (
         help="Saved activations that wait on the host.",
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
+    click.option(
+        "--runtime", type=click.Choice(RUNTIMES), help="Layers one operator at a time, or compiled."
+    ),
     click.option("--precision", type=click.Choice(COMPUTE_DTYPES), help="Dtype of the matmuls."),
     click.option(
         "--recipe",
@@ -187,6 +191,7 @@ AXES = (
     "recompute",
     "offload",
     "attention",
+    "runtime",
     "precision",
     "recipe",
     "activations",

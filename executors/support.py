@@ -10,7 +10,7 @@ from ..costmodel import admissible
 from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
 from ..model import Model
-from ..plan import RECIPES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
+from ..plan import RECIPES, RUNTIMES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
 
 TECHNIQUES = ("precision", "recompute", "runtime", "context-parallel")
 """Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
@@ -19,7 +19,6 @@ TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
-RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:

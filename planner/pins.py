@@ -18,6 +18,7 @@ from ..plan import (
     KINDS_OF_CP,
     RECIPES,
     RECOMPUTE_MODES,
+    RUNTIMES,
     SCHEDULES,
     STORAGE_DTYPES,
 )
@@ -55,6 +56,8 @@ class Pins(Value, frozen=True, kw_only=True):
     """Fraction of saved activations that waits on the host."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
+    runtime: str | None = None
+    """How layers are launched, eager or compiled; free means eager."""
     stages: tuple[int, ...] | Literal["even"] | None = None
     """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
@@ -107,6 +110,7 @@ def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
     _check_choice("cp_kind", pins.cp_kind, KINDS_OF_CP)
     _check_choice("attention", pins.attention, ATTENTION_KERNELS)
+    _check_choice("runtime", pins.runtime, RUNTIMES)
     _check_choice("precision", pins.precision, COMPUTE_DTYPES)
     _check_choice("recipe", pins.recipe, RECIPES)
     _check_choice("activations", pins.activations, STORAGE_DTYPES)

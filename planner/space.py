@@ -127,6 +127,7 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         linears=BY_SHAPE if compute in LOW_PRECISION else None,
         activations=pins.activations,
         attention=pins.attention or "flash",
+        runtime=pins.runtime or "eager",
         cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
         clips=workload.clip_norm is not None,

@@ -40,6 +40,8 @@ CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
 contiguous blocks whose early ranks help the late ones."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 """What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
+RUNTIMES: tuple[str, ...] = ("eager", "compiled")
+"""How a run launches a layer's operators: one by one, or compiled as a whole."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 RECIPES: tuple[str, ...] = ("tensorwise", "rowwise", "coat")
@@ -144,17 +146,16 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
-        parts += self._precision()
+        parts.append(self._precision())
         runtime = str(self.technique("runtime").get("mode", "eager"))
         parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
 
-    def _precision(self) -> list[str]:
-        """Compute dtype with its recipe, and storage of activations where it is another."""
+    def _precision(self) -> str:
+        """Compute dtype with its recipe."""
         settings = self.technique("precision")
         recipe = f"-{settings['recipe']}" if "recipe" in settings else ""
-        stored = [f"act-{settings['activations']}"] if "activations" in settings else []
-        return [*stored, f"{self.compute_dtype}{recipe}"]
+        return f"{self.compute_dtype}{recipe}"
 
     def _schedule_label(self) -> str:
         """The schedule's name; a hash where the orders are the user's or a solver's."""
