@@ -57,7 +57,7 @@ class Prices:
     @property
     def evidence(self) -> Evidence:
         """What compute times rest on."""
-        if self.profile is not None:
+        if self.profile is not None and not self.profile.shipped:
             return "measured"
         return "assumed" if self.pool.device.kind == "cpu" else "catalog"
 

@@ -151,6 +151,8 @@ class Profile(Document, frozen=True, kw_only=True):
     """Corrections by time term from `forerun calibrate`: measured / predicted, near 1."""
     spread: float = 0.05
     """Relative standard deviation of repeated measurements on this machine."""
+    shipped: bool = False
+    """Whether it is the catalog's, measured on another machine of the kind."""
 
 
 class Pool(Value, frozen=True, kw_only=True):
