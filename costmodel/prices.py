@@ -113,6 +113,16 @@ class Prices:
         """A measured memory constant, or the stack's."""
         return self.profile.memory.get(name, otherwise) if self.profile is not None else otherwise
 
+    @property
+    def fragmentation(self) -> float:
+        """What an allocator wastes of each byte of live tensors."""
+        return self.memory("fragmentation", self.pool.stack.fragmentation)
+
+    @property
+    def memory_spread(self) -> float:
+        """Relative standard deviation of a peak around its prediction."""
+        return self.memory("spread", self.pool.stack.memory_spread)
+
     def operator(
         self, kind: str, sizes: Sequence[Array], dtype: str, runtime: str = "eager"
     ) -> tuple[Array, Array]:

@@ -126,7 +126,7 @@ def rank_memory(
     stack = prices.pool.stack
     peak = peak_memory(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
     context = prices.memory("process_bytes", stack.context_bytes)
-    waste = peak.total * stack.fragmentation + stack.runtime_bytes
+    waste = peak.total * prices.fragmentation + stack.runtime_bytes
     return Peak(
         total=peak.total + context + waste,
         terms={**peak.terms, "fragmentation": waste, "context": np.zeros_like(waste) + context},
@@ -150,4 +150,4 @@ def allocated(prices: Prices) -> tuple[float, float]:
     """What a device has in use for n bytes of live tensors: a n + b."""
     stack = prices.pool.stack
     fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
-    return 1.0 + stack.fragmentation, fixed
+    return 1.0 + prices.fragmentation, fixed

@@ -146,7 +146,8 @@ class Profile(Document, frozen=True, kw_only=True):
     host_s: dict[str, float] = {}
     """Host times in seconds by name (see `costmodel/prices.py`)."""
     memory: dict[str, float] = {}
-    """Measured memory constants in bytes by name, such as the process before the first tensor."""
+    """Measured memory constants by name: `process_bytes` before the first tensor, `fragmentation` and
+    `spread` as fractions of a peak."""
     scale: dict[str, float] = {}
     """Corrections by time term from `forerun calibrate`: measured / predicted, near 1."""
     spread: float = 0.05
