@@ -37,7 +37,11 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
     options = Options(
         compute=pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16"),
         recompute=pins.recompute or "none",
+        keep=tuple(sorted(pins.keep or ())),
         offload=pins.offload or 0.0,
+        offload_rest=pins.offload_rest or "keep",
+        offload_tier=pins.offload_tier or "host",
+        offload_states=pins.offload_states,
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
     )
@@ -54,11 +58,29 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
         sequence_parallel=bool(pins.sp),
         schedule=cast("Schedule", pins.schedule or default_schedule),
         stages=_stages(model, mesh, pool.name),
-        settings=(Setting(layers=(0, model.num_layers - 1), techniques=options.techniques()),),
+        settings=_settings(model.num_layers, options),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
     plan.check()
     return plan
+
+
+LAST_LAYERS = 2
+"""At the end of the model, whose activations are not offloaded: their backward is next, so that
+they would be back before they are gone (MEMO, arXiv 2407.12117, section 4.3)."""
+
+
+def _settings(num_layers: int, options: Options) -> tuple[Setting, ...]:
+    """The options of all layers; activations of the last ones stay on the device."""
+    moves = options.offload > 0 or options.offload_rest == "recompute"
+    if not moves or num_layers <= LAST_LAYERS:
+        return (Setting(layers=(0, num_layers - 1), techniques=options.techniques()),)
+    last = replace(options, offload=0.0, offload_rest="keep")
+    first = num_layers - LAST_LAYERS
+    return (
+        Setting(layers=(0, first - 1), techniques=options.techniques()),
+        Setting(layers=(first, num_layers - 1), techniques=last.techniques()),
+    )
 
 
 def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:

@@ -23,6 +23,7 @@ from ..plan import (
     PlanFile,
 )
 from ..workload import Workload
+from .offload import parse_offload
 
 if TYPE_CHECKING:
     from ..planner import Pins
@@ -43,7 +44,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, ep, offload and zero-bubble schedules, too (default on several).",
+    "predicted: cp, ep and zero-bubble schedules, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -71,6 +72,12 @@ JOB_OPTIONS = (
         "--model", help="Catalog name, config.json or its folder, 7b, or package.module:function."
     ),
     click.option("--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 2xcpu, or a cluster TOML."),
+    click.option("--host-memory", metavar="SIZE", help="What offload may fill of a node's host."),
+    click.option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Memory of a device instead of its own; on CPUs a budget on live tensors.",
+    ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
     click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
     click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimiser steps."),
@@ -114,10 +121,16 @@ AXIS_OPTIONS = (
         help="What is recomputed; solve: chosen layer by layer, as when not given.",
     ),
     click.option(
+        "--keep",
+        metavar="NAMES",
+        help="With --recompute tensors: the tensors of a layer that are kept, such as x1,q,k,v,o.",
+    ),
+    click.option(
         "--offload",
-        type=click.FloatRange(0, 1),
-        metavar="FRACTION",
-        help="Saved activations that wait on the host.",
+        metavar="WHAT",
+        help="What waits off the device: a fraction of the saved activations (0.5 or "
+        "activations=0.5; rest=recompute makes the other tokens again), optimizer or parameters; "
+        "tier=host or disk.",
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
     click.option("--precision", type=click.Choice(COMPUTE_DTYPES), help="Dtype of the matmuls."),
@@ -137,6 +150,7 @@ AXES = (
     "ep",
     "micro_batch",
     "recompute",
+    "keep",
     "offload",
     "attention",
     "precision",
@@ -195,7 +209,30 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         optimizer=flags["optimizer"],
         objective=flags["objective"],
     )
-    return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
+    cluster = with_budgets(resolved.cluster, flags)
+    return Job(model, cluster, workload, resolved.notes, job_warnings(model, workload))
+
+
+def with_budgets(cluster: Cluster, flags: Mapping[str, Any]) -> Cluster:
+    """The cluster with the memory that --device-memory and --host-memory give it."""
+    import msgspec
+
+    pools = cluster.pools
+    if flags.get("host_memory"):
+        budget = units.parse_bytes("host-memory", flags["host_memory"])
+        pools = tuple(msgspec.structs.replace(p, host_memory_bytes=budget) for p in pools)
+    if flags.get("device_memory"):
+        budget = units.parse_bytes("device-memory", flags["device_memory"])
+        pools = tuple(
+            msgspec.structs.replace(
+                pool,
+                device=msgspec.structs.replace(
+                    pool.device, memory_bytes=budget, tensors_only=pool.device.kind == "cpu"
+                ),
+            )
+            for pool in pools
+        )
+    return msgspec.structs.replace(cluster, pools=pools)
 
 
 def is_traced(name: str | None) -> bool:
@@ -239,11 +276,16 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
     from ..planner import Pins
 
+    given = {axis: flags[axis] for axis in AXES if axis != "offload"}
+    given |= parse_offload(flags["offload"])
+    if given["keep"] is not None and given["recompute"] != "tensors":
+        raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",
+                         "add --recompute tensors, or drop --keep")  # fmt: skip
+    if given["keep"] is not None:
+        given["keep"] = tuple(name for name in given["keep"].replace(" ", "").split(",") if name)
     if is_traced(flags["model"]):
-        given = {axis: flags[axis] for axis in AXES}
-        given |= {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
+        given = {"offload": 0.0, **given, "tp": 1, "pp": 1, "cp": 1, "ep": 1}
         return Pins(**given | {"recompute": flags["recompute"] or "none"})
-    given = {axis: flags[axis] for axis in AXES}
     if given["recompute"] == "solve":
         given["recompute"] = None
     return Pins(**given)
@@ -256,7 +298,7 @@ def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    beyond = any((flags[axis] or 1) > 1 for axis in ("cp", "ep")) or bool(flags["offload"])
+    beyond = any((flags[axis] or 1) > 1 for axis in ("cp", "ep"))
     if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)

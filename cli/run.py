@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -23,6 +24,16 @@ from .progress import step_progress
     help="Steps before the timed ones.",
 )
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
+@click.option(
+    "--static-memory",
+    type=click.Choice(["report", "run"]),
+    help="Solve for offsets of a step's tensors: report what they save, or run out of one arena.",
+)
+@click.option(
+    "--offload-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for files of offloaded tensors; default: that of temporary files.",
+)
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
 @common_options
 def command(
@@ -32,6 +43,8 @@ def command(
     steps: int | None,
     warmup: int,
     data: str | None,
+    static_memory: Literal["report", "run"] | None,
+    offload_dir: Path | None,
     model: str | None,
 ) -> None:
     """Train as PLAN says, on this machine, and measure every term of the prediction."""
@@ -47,6 +60,8 @@ def command(
             data=data,
             on_progress=on_progress,
             module=model,
+            offload_folder=offload_dir,
+            static_memory=static_memory,
         )
     if output is not None:
         document.write(output, measurement)

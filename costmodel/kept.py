@@ -79,7 +79,7 @@ def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     grown = norms - whole  # one of the gathered inputs is back while its matmuls run
     return replace(
         live,
-        saved=saved * (1.0 - options.offload),
+        saved=saved * piece.stays,
         forward_peak=live.forward_peak + grown,
         backward_peak=np.maximum(live.backward_peak + grown, saved),
         backward_peak_fresh=np.maximum(live.backward_peak_fresh + grown, saved),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ..estimate import MEMORY_TERMS
 from ..stack import Stack
+from .copies import staged_bytes
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts
@@ -31,7 +32,7 @@ from .options import Options
 from .pieces import Pieces
 from .stages import Load
 from .state_bytes import StateBytes, in_units
-from .states import AtRest, Counts
+from .states import AtRest, Counts, Divisors
 from .working_copies import WorkingCopies
 
 
@@ -71,7 +72,7 @@ class _Rank:
             kept=Kept.of(costs, layouts, stack),
             states=states,
             counts=counts,
-            rest=AtRest.of(counts, states, layouts, stack),
+            rest=AtRest.of(counts, states, layouts, stack).on_device(options),
             copies=WorkingCopies.of(load, costs, layouts, options, stack),
         )
 
@@ -96,6 +97,8 @@ class _Moment:
     exists: NDArray[np.bool_]
     terms: dict[str, Array]
     """Bytes."""
+    passing: Array
+    """Of these, what waits off the device while other layers run."""
     shortfall: Array
     """How far one micro-batch's activations are below what the moment needs of them; infinite where
     the moment needs several layers of one kind."""
@@ -157,7 +160,8 @@ def peak_bytes(
         now = np.where(moment.exists, sum(moment.terms.values(), np.zeros(1)), 0.0)
         peak = np.maximum(peak, now)
         if whole:
-            working = np.maximum(working, now - live * per_chunk - moment.shortfall)
+            most = now - moment.passing - live * per_chunk - moment.shortfall
+            working = np.maximum(working, most)
         short = (moment.shortfall > 0) & np.isfinite(moment.shortfall)
         closing = np.maximum(closing, np.where(short | (not whole), now - others * per_chunk, 0.0))
     return Peaks(
@@ -184,12 +188,15 @@ def _every_moment(
             terms["activations"] = terms["activations"] + others
             terms["comm_buffers"] = terms["comm_buffers"] + standing
             yield is_whole, replace(moment, exists=(live > 0) & moment.exists, terms=terms)
-    terms = {**rest, "gradients": later.after, "comm_buffers": standing}
+    owned = rank.counts.trained / Divisors.of(rank.stack, rank.layouts).optimizer
+    staged = staged_bytes(owned, rank.states, rank.options)
+    terms = {**rest, "gradients": later.after, "comm_buffers": standing, "workspace": staged}
     yield False, _always(terms)
 
 
 def _always(terms: dict[str, Array]) -> _Moment:
-    return _Moment(exists=np.ones(1, dtype=bool), terms=terms, shortfall=np.zeros(1))
+    none = np.zeros(1)
+    return _Moment(exists=np.ones(1, dtype=bool), terms=terms, passing=none, shortfall=none)
 
 
 def _saved(rank: _Rank) -> Array:
@@ -248,8 +255,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
 def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[_Moment]:
     """The candidate moments of one micro-batch's backward on this rank."""
     result = [_head(rank, per_chunk, grads)]
-    for count, live in rank.each_layer():
-        result += _layer(rank, count, live, per_chunk, grads)
+    for group in range(len(rank.load.layers)):
+        result += _layer(rank, group, per_chunk, grads)
     return [*result, _always(_first_layer(rank, grads))]
 
 
@@ -262,32 +269,67 @@ def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> _Moment:
     loss = rank.kept.loss_peak
     if loss is None:
         loss = live.loss + np.maximum(working - live.saved, 0.0)
+    leaving = _leaving(rank)
     terms = {
-        "activations": below + live.saved - live.loss,
+        "activations": below + live.saved - live.loss + leaving,
         "logits_loss": loss,
         "gradients": grads.before,
         "gathered_parameters": rank.copies.at_head,
         "comm_buffers": rank.copies.fetched,
     }
     shortfall = np.maximum(live.saved * present - per_chunk, 0.0)
-    return _Moment(exists=present, terms=terms, shortfall=shortfall)
+    return _Moment(exists=present, terms=terms, passing=leaving, shortfall=shortfall)
 
 
-def _layer(
-    rank: _Rank, count: Array, live: Liveness, per_chunk: Array, grads: _Gradients
-) -> list[_Moment]:
-    """Backward of the rank's last layer, if it is of this kind, and of the one before it."""
+def _leaving(rank: _Rank) -> Array:
+    """What the last layer is still moving off the device when the head runs backward."""
+    moved = [piece.moved_bytes for piece in rank.costs.layers]
+    order, most = rank.load.order, np.zeros(1)
+    for group, count in enumerate(rank.load.layers):
+        last = count > 0
+        if order is not None:
+            last = last & (sum(order.behind[group], np.zeros(1)) == 0)
+        most = np.maximum(most, np.where(last, moved[group], 0.0))
+    return most
+
+
+def _passing(rank: _Rank, group: int) -> tuple[Array, Array, Array]:
+    """In the backward of the last layer of a group that moves its activations: what is back of its
+    own, in a buffer that goes as a whole, and by how much that is more than is counted without it;
+    the buffer of the layer before, which is fetched meanwhile; what layers behind kept, which is
+    gone."""
+    lands = [piece.lands_bytes for piece in rank.costs.layers]
+    own, order = lands[group], rank.load.order
+    live = rank.costs.layers[group].live
+    more = live.landed * own / np.maximum(live.saved, 1.0)
+    if order is None:
+        fetched, gone = np.zeros(1), np.zeros(1)
+        for other, count in enumerate(rank.load.layers):  # any other layer may be in front of it
+            there = count > (1 if other == group else 0)
+            fetched = np.maximum(fetched, np.where(there, lands[other], 0.0))
+    else:
+        pairs = zip(order.before[group], lands, strict=True)
+        fetched = sum((there * size for there, size in pairs), np.zeros(1))
+        kept = zip(order.behind[group], rank.kept.layers, strict=True)
+        gone = sum((there * live.saved for there, live in kept), np.zeros(1))
+    return own, np.where(own > 0, more + fetched, 0.0), np.where(own > 0, gone, 0.0)
+
+
+def _layer(rank: _Rank, group: int, per_chunk: Array, grads: _Gradients) -> list[_Moment]:
+    """Backward of the rank's last layer, if it is of this group, and of the one before it."""
+    count, live = rank.load.layers[group], rank.kept.layers[group]
     copies, head = rank.copies, rank.load.head
+    back, more, gone = _passing(rank, group)
     present, own = count > 0, live.saved
     working = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
     # the head's own activations are gone when the layers' backward starts
     below = np.maximum(per_chunk - own * present, 0.0)
-    below = np.maximum(below - head * rank.kept.head.saved, 0.0)
+    below = np.maximum(below - head * rank.kept.head.saved - gone, 0.0)
     own_head = head * rank.costs.head.trainable_params
     made_head = np.where(grads.fresh, own_head * copies.gradient_bytes, 0.0)
     last = {
         "activations": below + own,
-        "workspace": np.maximum(working - own, 0.0),
+        "workspace": np.maximum(working - own, 0.0) + more,
         "gradients": grads.before + made_head,
         "gathered_parameters": copies.at_layer,
         "comm_buffers": copies.fetched_at_layer,
@@ -302,8 +344,8 @@ def _layer(
     shortfall = np.maximum(needed - per_chunk, 0.0)
     several = np.full(1, np.inf)
     return [
-        _Moment(exists=present, terms=last, shortfall=shortfall),
-        _Moment(exists=beside, terms=second, shortfall=several),
+        _Moment(exists=present, terms=last, passing=back + more, shortfall=shortfall),
+        _Moment(exists=beside, terms=second, passing=back + more, shortfall=several),
     ]
 
 

@@ -24,7 +24,10 @@ class Options:
     recipe: str = "tensorwise"
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
-    """none, selective (attention core), full, per_op (every second matmul, as torchtitan)."""
+    """none, selective (attention core), full, per_op (every second matmul, as torchtitan),
+    elementwise, tensors (those in `keep` alone are kept)."""
+    keep: tuple[str, ...] = ()
+    """Names of the tensors kept under recompute `tensors`, sorted."""
     attention: str = "flash"
     """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
     normalised by one kernel), eager (by several)."""
@@ -42,7 +45,13 @@ class Options:
     optimizer: str = "adamw"
     """adamw, adamw8bit, adamw_fp8, sgd."""
     offload: float = 0.0
-    """Fraction of saved activations kept on the host."""
+    """Fraction of saved activations that waits on the host (or the tier below) for backward."""
+    offload_rest: str = "keep"
+    """What becomes of the others: keep, recompute (token by token)."""
+    offload_tier: str = "host"
+    """Where offloaded tensors wait: host, disk."""
+    offload_states: str | None = None
+    """What else waits there: optimizer, parameters (with gradients and optimiser states)."""
     async_tp: bool = False
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
@@ -60,6 +69,7 @@ class Options:
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
             recompute=str(setting("recompute").get("mode", "none")),
+            keep=tuple(sorted(setting("recompute").get("keep", ()))),
             attention=str(setting("attention").get("kernel", "flash")),
             cp_kind=str(setting("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
@@ -69,6 +79,9 @@ class Options:
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
             offload=float(setting("offload").get("activations", 0.0)),
+            offload_rest=str(setting("offload").get("rest", "keep")),
+            offload_tier=str(setting("offload").get("tier", "host")),
+            offload_states=setting("offload").get("states"),
             runtime=str(setting("runtime").get("mode", "eager")),
         )
 
@@ -83,7 +96,8 @@ class Options:
         for technique, setting, field in _SETTINGS:
             value = getattr(self, field)
             if value != getattr(plain, field):
-                chosen.setdefault(technique, {})[setting] = value
+                plain_value = list(value) if isinstance(value, tuple) else value
+                chosen.setdefault(technique, {})[setting] = plain_value
         return chosen
 
     def gathers_low(self, stack: Stack) -> bool:
@@ -98,6 +112,7 @@ class Options:
 
 _SETTINGS = (
     ("recompute", "mode", "recompute"),
+    ("recompute", "keep", "keep"),
     ("attention", "kernel", "attention"),
     ("context-parallel", "kind", "cp_kind"),
     ("lora", "rank", "lora_rank"),
@@ -105,6 +120,9 @@ _SETTINGS = (
     ("lora", "base", "base_dtype"),
     ("tensor-parallel", "async", "async_tp"),
     ("offload", "activations", "offload"),
+    ("offload", "rest", "offload_rest"),
+    ("offload", "tier", "offload_tier"),
+    ("offload", "states", "offload_states"),
     ("runtime", "mode", "runtime"),
 )
 """Technique, its setting, and the field of `Options` that holds it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .copies import States, owned_params, states_off_device
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .layout import Layouts
@@ -18,7 +19,6 @@ from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
 from .state_bytes import StateBytes
-from .states import Counts, Divisors
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
@@ -76,31 +76,32 @@ class Update:
     dp: DataParallel
     optimizer_s: Array
     host_s: Array
+    states: States
+    """What of the optimiser waits off the device."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
         return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s
+            self.optimizer_s + self.host_s + self.states.exposed_s
         )
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
-    stack, counts = prices.pool.stack, Counts.of(load, costs)
-    owned = counts.trained / Divisors.of(stack, layouts).optimizer
-    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
+    owned = owned_params(load, costs, layouts, prices)
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
-    seconds = seconds * StateBytes.of(stack, options).update_share
+    seconds = seconds * StateBytes.of(prices.pool.stack, options).update_share
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
+        states=states_off_device(owned, seconds, layouts, prices, options),
     )
 
 
@@ -115,6 +116,8 @@ def rank_memory(
     """Peak memory of one rank, with the device context and allocator waste."""
     stack = prices.pool.stack
     peak = peak_memory(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    if prices.pool.device.tensors_only:
+        return peak
     context = prices.memory("process_bytes", stack.context_bytes)
     waste = peak.total * stack.fragmentation + stack.runtime_bytes
     return Peak(
@@ -134,6 +137,8 @@ def rank_bytes(
     """The total of `rank_memory`, and what it consists of."""
     stack = prices.pool.stack
     peaks = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    if prices.pool.device.tensors_only:
+        return peaks
     grown = 1.0 + stack.fragmentation
     fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
     return Peaks(

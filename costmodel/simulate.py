@@ -14,6 +14,8 @@ from ..errors import InputError
 from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, rank_of
+from .copies import returns_at_once
+from .exposed import copies_s
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
@@ -33,7 +35,7 @@ from .ranks import (
     update,
 )
 from .schedule import Action, Played, orders, play_long, play_shared
-from .stages import Load, for_each, merge, stacked
+from .stages import Load, for_each, stacked
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -74,15 +76,31 @@ class Simulation:
         self.owners = [rank_of(phase.schedule, i, mesh.pp) for i in range(mesh.num_stages)]
         """The rank of each stage."""
         self.rank_loads = [
-            merge(
-                [load for load, own in zip(self.stage_loads, self.owners, strict=True) if own == r]
+            self.grouped.load(
+                [stage for stage, own in zip(phase.stages, self.owners, strict=True) if own == r]
             )
             for r in range(mesh.pp)
         ]
+        self.first_fetch_s = [self._first_fetch_s(index) for index in range(mesh.num_stages)]
+        """Of each stage and micro-batch, what its backward waits for before its first layer."""
         self.updates: list[Update] = for_each(
             self.rank_loads,
             lambda load: update(load, self.costs, self.layouts, self.prices, self.options),
         )
+
+    def _first_fetch_s(self, stage: int) -> float:
+        """The copy that the backward of a stage's last layer waits for, beyond what it is charged
+        anyway: nothing runs beside it, unless the layer's bytes are on the device still."""
+        last = self.phase.stages[stage].layers[1]
+        piece = self.costs.layers[int(self.grouped.group_of[last])]
+        if not piece.moved_bytes[0]:
+            return 0.0
+        if stage == self.mesh.num_stages - 1:
+            if returns_at_once(self.phase) == self.phase.num_microbatches:
+                return 0.0
+        whole = copies_s(piece.moved_bytes, "in", piece.options, self.prices)
+        charged = piece.comm_backward_s.get("copy", np.zeros(1))
+        return max(0.0, float(whole[0] * self.prices.scale("exposed.copy") - charged[0]))
 
     def _pieces(self, prices: Prices) -> Pieces:
         return pieces(
@@ -144,12 +162,18 @@ class Simulation:
 
         seconds = {
             "F": [whole(t.forward_s) for t in times],
-            "B": [whole(t.backward_s) for t in times],
+            "B": [
+                whole(t.backward_s) + first
+                for t, first in zip(times, self.first_fetch_s, strict=True)
+            ],
         }
         if self.split:
             weights = for_each(self.stage_loads, lambda load: load.total(costs, "weight_s"))
             pairs = zip(times, weights, strict=True)
-            seconds["I"] = [whole(t.backward_s - weight) for t, weight in pairs]
+            seconds["I"] = [
+                whole(t.backward_s - weight) + first
+                for (t, weight), first in zip(pairs, self.first_fetch_s, strict=True)
+            ]
             seconds["W"] = [float(weight[0]) + action_s for weight in weights]
 
         def duration(action: Action) -> float:
@@ -198,7 +222,7 @@ class Simulation:
 
         def add(name: str, value: Array | float) -> None:
             number = float(np.asarray(value).reshape(-1)[0])
-            if number > 0:
+            if number != 0:
                 total[name] = total.get(name, 0.0) + number / self.mesh.pp
 
         for load, step in zip(self.rank_loads, self.updates, strict=True):
@@ -208,6 +232,10 @@ class Simulation:
             for name, value in step.dp.wire_bytes.items():
                 add(name, value)
             add("all_reduce@tp", load.total(self.costs, "uncut_gradient_bytes") / step.dp.shard)
+        last = self.costs.layers[int(self.grouped.group_of[-1])]
+        if last.again_wire_bytes:  # where its backward follows at once it is all there still
+            for name, value in last.again_wire_bytes.items():
+                add(name, -returns_at_once(self.phase) * value)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -216,6 +244,37 @@ class Simulation:
                 table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
                 add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)
         return dict(sorted(total.items()))
+
+    def bytes_copied(self) -> dict[str, float]:
+        """Bytes that offload moves each way, per rank and step, mean over ranks."""
+        m, states = self.phase.num_microbatches, [0.0, 0.0]
+        out = sum(float(load.total(self.costs, "moved_bytes")[0]) for load in self.rank_loads)
+        out *= m / self.mesh.pp
+        last = self.costs.layers[int(self.grouped.group_of[-1])].moved_bytes
+        stayed = 0.0
+        if out:
+            stayed = returns_at_once(self.phase) * float(last[0]) / self.mesh.pp
+        for once in self.updates:
+            states[0] += float(once.states.out_bytes[0]) / self.mesh.pp
+            states[1] += float(once.states.in_bytes[0]) / self.mesh.pp
+        tier = self.options.offload_tier
+        moved = {f"out@{tier}": out + states[0], f"in@{tier}": out - stayed + states[1]}
+        return {name: value for name, value in moved.items() if value > 0}
+
+    def bytes_off_device(self) -> dict[str, float]:
+        """By tier, the most that the fullest rank holds there: offloaded activations of all
+        micro-batches in flight, and states."""
+        most = 0.0
+        shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
+        for rank, (load, once) in enumerate(zip(self.rank_loads, self.updates, strict=True)):
+            moved = float(load.total(self.costs, "moved_bytes")[0])
+            flight = in_flight(
+                self.phase.schedule, shape, np.array([rank]), load, self.costs, self.layouts,
+                self.pool.stack,
+            )  # fmt: skip
+            live = max(float(flight.first[0]), float(flight.later[0])) / self.mesh.vpp
+            most = max(most, live * moved + float(once.states.num_bytes[0]))
+        return {self.options.offload_tier: most} if most else {}
 
     def time_terms(self, played: Played) -> dict[str, float]:
         """Terms of the step, mean over ranks; `bubble` is what remains of each rank's step.
@@ -234,6 +293,8 @@ class Simulation:
                 rank.update(self._rank_terms(load, once, shared))
             for name, value in rank.items():
                 terms[name] += value / p * self.prices.drift
+        fetched = sum(self.first_fetch_s) * self.phase.num_microbatches
+        terms["exposed.copy"] += fetched / p * self.prices.drift
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
         terms["exposed.pp"] = min(idle, self.fill_hops_s())
@@ -261,6 +322,7 @@ class Simulation:
             + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
+            "exposed.copy": exposed("copy") + float(once.states.exposed_s[0]),
             "exposed.dp": float(once.dp.exposed_s[0]),
             "optimizer": float(once.optimizer_s[0]),
             "host": float(once.host_s[0] + once.dp.host_s[0])
@@ -304,6 +366,9 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     capacity = sim.pool.device.memory_bytes
     memory_spread = sim.pool.stack.memory_spread
     probability = _normal_cdf((capacity - total) / (memory_spread * total))
+    off_device = sim.bytes_off_device()
+    if off_device.get("host", 0.0) * sim.node_ranks > (sim.pool.host_memory_bytes or math.inf):
+        probability = 0.0
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
     flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
     per_device = flops / step / sim.mesh.world
@@ -323,6 +388,8 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
         time_terms_s=terms,
         memory_terms_bytes=memory_terms,
         bytes_on_wire=sim.wire_bytes(),
+        bytes_copied=sim.bytes_copied(),
+        bytes_off_device=off_device,
         evidence=_evidence(sim, terms),
     )
 

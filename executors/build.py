@@ -1,10 +1,12 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
-parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, tensor parallel, recompute and offload, FSDP2 or DDP, memory and
+initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,13 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import data_parallel, init, tensor_parallel, traced
+from . import data_parallel, init, keeping, tensor_parallel, traced
+from .away import Away
 from .decoder import Decoder
 from .marks import Marks
-from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import recompute
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
 
@@ -57,7 +58,7 @@ def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
 
 
 def build_piece(
-    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks
+    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks, away: Away
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
     phase = plan.phase
@@ -68,31 +69,41 @@ def build_piece(
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
-    recompute.apply(piece, phase, marks)
+    blocks = ((int(index), block) for index, block in piece.blocks.items())
+    keeping.apply(blocks, plan, marks, away.mover, device)
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)
-    piece.to_empty(device=device)
+    at_rest = away.parameters_device(device)
+    piece.to_empty(device=at_rest)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
-    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
+    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest)
     if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
         return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
     return piece, piece, tp_dims
 
 
-def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Trainer:
+def build(
+    plan: Plan,
+    *,
+    device: torch.device,
+    module: str | None = None,
+    offload_folder: Path | None = None,
+) -> Trainer:
     """This rank's trainer; the process group is initialised and has `mesh.world` ranks.
 
-    `module` names the function that makes a user's module, for a plan that was traced from it.
+    `module` names the function that makes a user's module, for a plan that was traced from it;
+    `offload_folder` is where files of offloaded tensors lie (default: for temporary files).
     """
     check_supported(plan)
     phase = plan.phase
     phase.mesh.check_world(dist.get_world_size())
     mesh = make_mesh(phase.mesh, device)
-    if module is not None:
-        return traced.build(plan, module, mesh, device)
     marks = Marks()
+    away = Away.of(plan, marks, device, offload_folder)
+    if module is not None:
+        return traced.build(plan, module, mesh, device, marks, away)
     stages = local_stages(phase, mesh.get_local_rank("pp"))
-    built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]
+    built = [build_piece(plan, stage, mesh, device, marks, away) for stage in stages]
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
@@ -106,8 +117,9 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         pieces,
         modules,
         pipeline,
-        make_adamw(parameters, plan.workload.learning_rate),
+        away.make_optimizer(parameters, plan.workload.learning_rate),
         tied_groups(plan),
         tp_dims,
         marks,
+        away,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..plan import Phase
 from .decoder import Decoder
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, fully_shard
+from .torch_compat import CPUOffloadPolicy, DeviceMesh, FSDPModule, fully_shard
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -26,7 +27,9 @@ def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
     its last backward.
     """
     dims = ("dp_replicate", "dp_shard") if phase.mesh.dp_replicate > 1 else ("dp_shard",)
-    options = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    options: dict[str, Any] = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    if any(s.techniques.get("offload", {}).get("states") == "parameters" for s in phase.settings):
+        options["offload_policy"] = CPUOffloadPolicy()
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
         fully_shard(block, reshard_after_forward=not keep, **options)

@@ -1,7 +1,8 @@
 """The decoder that plans are run with: plain PyTorch, in operators that the cost model prices.
 
-Every operator here has one counterpart of the same name in `costmodel/layers.py`. A change in one
-is a change in the other: the tests compare saved bytes and FLOPs of the two.
+Every operator of a block is run through `run`, under the name that it has in `costmodel/layers/`:
+that is where techniques come in which hold, make again or move what an operator saves. A change in
+one room is a change in the other: the tests compare saved bytes and FLOPs of the two.
 
 Shape suffixes: B batch, S sequence, E hidden, H heads, G key-value heads, D head size, F ffn width,
 V vocabulary.
@@ -10,12 +11,26 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Layer, Model
+
+Run = Callable[..., Any]
+"""`run(name, function, *args)`: the result of a named operator on its arguments."""
+
+
+def run_plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The operator, and nothing else."""
+    return function(*args)
+
+
+def same(x: Tensor) -> Tensor:
+    """What an edge within one rank does."""
+    return x
 
 
 def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
@@ -28,8 +43,8 @@ def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.dev
 
 
 def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; computed in the dtype of `x`."""
-    cos, sin = table_2SD.to(x_BSHD.dtype)[:, None, :, None, :].unbind(0)
+    """Rotary positions applied to queries or keys; the table has the dtype of `x`."""
+    cos, sin = table_2SD[:, None, :, None, :].unbind(0)
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -54,6 +69,9 @@ class Attention(nn.Module):
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.head_dim = layer.head_dim
+        self.run: Run = run_plainly
+        self.enter: Callable[[Tensor], Tensor] = same
+        self.leave: Callable[[Tensor], Tensor] = same
         self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
@@ -63,13 +81,33 @@ class Attention(nn.Module):
         self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSGD = self.wk(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BSGD = self.wv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        run, heads = self.run, (-1, self.head_dim)
+        x_BSE = run("attention.enter", self.enter, x_BSE)
+        q_BSHD = run("wq", self.wq, x_BSE).unflatten(-1, heads)
+        k_BSGD = run("wk", self.wk, x_BSE).unflatten(-1, heads)
+        v_BSGD = run("wv", self.wv, x_BSE).unflatten(-1, heads)
         if table_2SD is not None:
-            q_BSHD, k_BSGD = rotate(q_BSHD, table_2SD), rotate(k_BSGD, table_2SD)
-        out_BHSD = self.core(q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2))
-        return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
+            q_BSHD = run("rope_q", rotate, q_BSHD, table_2SD)
+            k_BSGD = run("rope_k", rotate, k_BSGD, table_2SD)
+        qkv = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        out_BHSD = run("attention_core", self.core, *qkv)
+        out_BSE = run("wo", self.wo, out_BHSD.transpose(1, 2).flatten(-2))
+        return run("attention.leave", self.leave, out_BSE)
+
+
+def swiglu(gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
+    """SiLU of one projection times the other."""
+    return F.silu(gate_BSF) * up_BSF
+
+
+def squared_relu(up_BSF: Tensor) -> Tensor:
+    """The square of what is positive."""
+    return F.relu(up_BSF).square()
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": swiglu, "gelu": F.gelu, "squared_relu": squared_relu,
+}  # fmt: skip
 
 
 class Mlp(nn.Module):
@@ -78,19 +116,21 @@ class Mlp(nn.Module):
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.kind = layer.mlp
+        self.run: Run = run_plainly
+        self.enter: Callable[[Tensor], Tensor] = same
+        self.leave: Callable[[Tensor], Tensor] = same
         if layer.mlp == "swiglu":
             self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
-        elif self.kind == "gelu":
-            inner_BSF = F.gelu(self.up(x_BSE))
-        else:
-            inner_BSF = F.relu(self.up(x_BSE)).square()
-        return self.down(inner_BSF)
+        run = self.run
+        x_BSE = run("mlp.enter", self.enter, x_BSE)
+        wide = [run("gate", self.gate, x_BSE)] if self.kind == "swiglu" else []
+        wide.append(run("up", self.up, x_BSE))
+        inner_BSF = run(self.kind, ACTIVATIONS[self.kind], *wide)
+        return run("mlp.leave", self.leave, run("down", self.down, inner_BSF))
 
 
 class Block(nn.Module):
@@ -98,14 +138,22 @@ class Block(nn.Module):
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
+        self.run: Run = run_plainly
         self.attention_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.attention = Attention(model, layer)
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.mlp = Mlp(model, layer)
 
+    def run_by(self, run: Run) -> None:
+        """Have every operator of the block run by `run`."""
+        self.run = self.attention.run = self.mlp.run = run
+
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD)
-        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+        run = self.run
+        normed_BSE = run("attention_norm", self.attention_norm, x_BSE)
+        x_BSE = run("attention_residual", torch.add, x_BSE, self.attention(normed_BSE, table_2SD))
+        normed_BSE = run("mlp_norm", self.mlp_norm, x_BSE)
+        return run("mlp_residual", torch.add, x_BSE, self.mlp(normed_BSE))
 
 
 class TiedHead(nn.Module):
@@ -147,14 +195,16 @@ class Decoder(nn.Module):
                 self.head = nn.Linear(model.hidden, model.vocab, bias=False)
         self.table_2SD: Tensor | None = None
 
-    def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
-        """The rotary table for a sequence length; made once and kept."""
+    def rotary(self, seq_tokens: int, like: Tensor) -> Tensor | None:
+        """The rotary table for a sequence length; made once, in the dtype of `like`, and kept."""
         if self.model.positions != "rope":
             return None
-        if self.table_2SD is None or self.table_2SD.shape[1] != seq_tokens:
+        table = self.table_2SD
+        if table is None or table.shape[1] != seq_tokens or table.dtype != like.dtype:
             head_dim = self.model.layers[0].head_dim
-            self.table_2SD = rotary_table(seq_tokens, head_dim, self.model.rope_theta, device)
-        return self.table_2SD
+            table = rotary_table(seq_tokens, head_dim, self.model.rope_theta, like.device)
+            self.table_2SD = table = table.to(like.dtype)
+        return table
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Hidden states of tokens, (B, S/parts, E)."""
@@ -177,7 +227,7 @@ class Decoder(nn.Module):
         seq_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
         if self.is_first:
             x = self.embed(x)
-        table_2SD = self.rotary(seq_tokens, x.device)
+        table_2SD = self.rotary(seq_tokens, x)
         for block in self.blocks.values():
             x = block(x, table_2SD)
         if self.is_last:

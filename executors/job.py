@@ -33,6 +33,10 @@ class Job(Value, frozen=True, kw_only=True):
     warmup_steps: int
     steps: int
     """Timed steps."""
+    static_memory: Literal["report", "run"] | None = None
+    """Whether to say what allocators need for a step, or to run it out of one arena as well."""
+    offload_folder: str | None = None
+    """Where files of offloaded tensors lie; None = with the run's other temporary files."""
 
 
 class Failure(Value, frozen=True, kw_only=True):

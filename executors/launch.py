@@ -8,6 +8,7 @@ no temporary file behind.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import shutil
 import subprocess
@@ -55,6 +56,8 @@ def run(
     on_progress: OnProgress | None = None,
     log_dir: Path | None = None,
     module: str | None = None,
+    offload_folder: Path | None = None,
+    static_memory: Literal["report", "run"] | None = None,
 ) -> Measurement:
     """What a plan really does on this machine.
 
@@ -62,6 +65,8 @@ def run(
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
+    `offload_folder` is where files of offloaded tensors lie. `static_memory` has the run say what
+    allocators need for a step's tensors, or use one arena for them as well.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges; Ctrl-C and SIGTERM end all ranks and pass on.
@@ -73,6 +78,7 @@ def run(
     _check_counts(steps, warmup_steps)
     device = check_machine(plan)
     check_memory(plan_file, device)
+    check_offload(plan_file, offload_folder)
     data = data or plan.workload.data
     text = NO_TEXT
     if plan.model.traced is None or plan.model.traced.tokens:
@@ -83,6 +89,8 @@ def run(
         device=device,
         warmup_steps=warmup_steps,
         steps=plan.phase.steps if steps is None else steps,
+        static_memory=static_memory,
+        offload_folder=None if offload_folder is None else str(offload_folder.absolute()),
     )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with terminated_like_an_exit(), _folder() as folder:
@@ -165,6 +173,34 @@ def check_memory(plan_file: PlanFile, device: str) -> None:
             f"but {format_bytes(available_bytes)} are free "
             f"({predicted_bytes * num_ranks:.0f} against {available_bytes} bytes); "
             "lower --micro-batch, use --recompute full, or free memory"
+        )
+
+
+def check_offload(plan_file: PlanFile, folder: Path | None) -> None:
+    """Raise InputError when what is to be offloaded has no room: in the host's memory as the
+    cluster gives it, or on the disk of its folder."""
+    away = plan_file.estimate.bytes_off_device
+    plan = plan_file.plan
+    pool = plan.cluster.pools[0]
+    ranks = min(pool.devices_per_node, plan.phase.mesh.world)
+    needed = away.get("host", 0.0) * ranks
+    budget = pool.host_memory_bytes
+    if budget is not None and needed > budget:
+        raise InputError("host-memory", format_bytes(budget),
+                         f"offload needs {format_bytes(needed)} on a node of {ranks} ranks, "
+                         f"{format_bytes(needed - budget)} more",
+                         "offload less, use tier=disk, or raise --host-memory")  # fmt: skip
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError("offload-dir", str(folder), "no folder that can be written to",
+                         "give one that exists")  # fmt: skip
+    where = folder or Path(tempfile.gettempdir())
+    on_files = away.get("disk", 0.0) + (away.get("host", 0.0) if pool.device.kind == "cpu" else 0.0)
+    free = shutil.disk_usage(where).free if on_files else math.inf
+    if on_files * ranks > free:
+        raise RunFailed(
+            f"offload-dir={where}: the disk is full: offload needs "
+            f"{format_bytes(on_files * ranks)}, {format_bytes(free)} are free; "
+            "free some, give another --offload-dir, or offload less"
         )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from ..costmodel.layers import decoder_layer
+from ..costmodel.options import Options
+from ..costmodel.techniques import apply
 from ..errors import InputError
 from ..model import Model
-from ..plan import Phase, Plan
+from ..plan import RECOMPUTE_MODES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute")
+TECHNIQUES = ("precision", "recompute", "offload")
 """Those that have a file in `executors/techniques/`."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
-RECOMPUTE_MODES = ("none", "selective", "full")
 
 
 def check_executed(plan: Plan) -> None:
@@ -19,8 +21,10 @@ def check_executed(plan: Plan) -> None:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
     _check_phase(plan.phase)
+    _check_offload(plan)
     if plan.model.traced is None:
         check_model(plan.model)
+        _check_kept(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
     if plan.workload.optimizer != "adamw":
         raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
@@ -61,6 +65,42 @@ def _check_phase(phase: Phase) -> None:
         raise InputError("precision", phase.compute_dtype,
                          "the executor has no such compute dtype",
                          f"use one of {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+
+
+def _check_kept(plan: Plan) -> None:
+    """Raise InputError where what layers keep contradicts itself, or names tensors they lack."""
+    phase = plan.phase
+    for index in sorted({setting.layers[0] for setting in phase.settings}):
+        options = Options.of(phase, plan.workload, index)
+        fused = plan.cluster.pool(phase.stages[0].pool).device.kind == "gpu"
+        layer = plan.model.layer_at(index)
+        sp = phase.sequence_parallel
+        apply(
+            decoder_layer(plan.model, layer, sequence_parallel=sp, fused=fused, options=options),
+            options,
+        )
+
+
+def _check_offload(plan: Plan) -> None:
+    phase = plan.phase
+    for setting in phase.settings:
+        offload = setting.techniques.get("offload", {})
+        if plan.model.traced is not None and offload.get("rest", "keep") != "keep":
+            raise InputError("offload.rest", offload["rest"],
+                             "a module of one's own names no operators to run again",
+                             "use rest=keep")  # fmt: skip
+        if offload.get("states") != "parameters":
+            continue
+        if plan.cluster.pool(phase.stages[0].pool).device.kind == "cpu":
+            raise InputError("offload", "parameters", "on CPUs the host is where they are already",
+                             "use --offload optimizer")  # fmt: skip
+        if phase.zero == 0:
+            raise InputError("offload", "parameters", "FSDP moves them, and zero=0 has none",
+                             "use --zero 1, 2 or 3")  # fmt: skip
+        if phase.sequence_parallel or (phase.mesh.pp > 1 and plan.model.tied_embeddings):
+            problem = "gradients that ranks share are summed on the device"
+            remedy = "drop --sp or --pp, or use --offload optimizer"
+            raise InputError("offload", "parameters", problem, remedy)
 
 
 def check_model(model: Model) -> None:

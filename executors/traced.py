@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..plan import Phase, Plan
 from . import data_parallel
+from .away import Away
+from .landing import Landing
 from .marks import Marks
-from .optimizer import make_adamw
+from .techniques.offload import Setting
 from .techniques.recompute import recomputed
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
@@ -80,25 +82,33 @@ class TracedTrainer(Trainer):
         return total
 
 
-def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> TracedTrainer:
+def build(
+    plan: Plan, target: str, mesh: DeviceMesh, device: torch.device, marks: Marks, away: Away
+) -> TracedTrainer:
     """This rank's trainer of the module that `target` makes."""
     assert plan.model.traced is not None
     check_supported(plan)
     seed_everything(plan.workload.seed)
     user = load(target)
     user.module.train()
-    marks = Marks()
     piece = Trainable(user, plan.model.traced.blocks).to(device)
     _recompute(piece, plan.phase, marks)
+    if away.mover is not None:
+        landing = Landing(device)
+        for index, block in enumerate(piece.blocks.values()):
+            setting = Setting.of(plan, index)
+            block.forward = away.mover.around(block, index, landing, setting, None)
     module: nn.Module = piece
     if data_parallel.uses_fsdp(plan.phase):
         data_parallel.apply_fsdp(piece, plan.phase, mesh)  # pyright: ignore[reportArgumentType]
     elif plan.phase.mesh.dp > 1:
         module = data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
     trained = [p for p in piece.parameters() if p.requires_grad]
-    optimizer = make_adamw(trained, plan.workload.learning_rate)
+    optimizer = away.make_optimizer(trained, plan.workload.learning_rate)
     pieces: list = [piece]
-    trainer = TracedTrainer(plan, device, mesh, pieces, [module], None, optimizer, None, {}, marks)
+    trainer = TracedTrainer(
+        plan, device, mesh, pieces, [module], None, optimizer, None, {}, marks, away
+    )
     trainer.user = user
     return trainer
 

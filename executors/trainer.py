@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import RunFailed
 from ..plan import Plan
 from . import data_parallel
+from .arena import StaticArena
+from .away import Away
 from .decoder import Decoder
 from .marks import Marks, Observer
 from .pipeline import Pipeline
@@ -30,6 +34,7 @@ class Trainer:
         tied_group: dist.ProcessGroup | None,
         tp_dims: dict[str, int],
         marks: Marks,
+        away: Away,
     ) -> None:
         self.plan, self.phase, self.mesh = plan, plan.phase, plan.phase.mesh
         self.device, self.device_mesh = device, device_mesh
@@ -37,6 +42,10 @@ class Trainer:
         self.pieces, self.modules = pieces, modules
         self.pipeline, self.optimizer = pipeline, optimizer
         self.tied_group, self.marks = tied_group, marks
+        self.away = away
+        """What of this rank waits off the device."""
+        self.arena: StaticArena | None = None
+        """Where the tensors of a step lie, if their places are solved for."""
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
 
@@ -56,10 +65,11 @@ class Trainer:
         A 0-dim tensor on ranks of the last stage, NaN elsewhere.
         """
         inputs, targets = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
-        if self.pipeline is not None:
-            loss = self.pipeline.step(inputs, targets)
-        else:
-            loss = self._accumulate(inputs, targets)
+        with nullcontext() if self.arena is None else self.arena.step():
+            if self.pipeline is not None:
+                loss = self.pipeline.step(inputs, targets)
+            else:
+                loss = self._accumulate(inputs, targets)
         self._reduce_shared_gradients()
         return loss
 

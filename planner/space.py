@@ -14,9 +14,9 @@ Limits of the space itself: a free tp stays within a node, a free vpp takes the 
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
-below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp, ep,
-offload and the schedules that split the backward, which the executors lack, are off unless they are
-asked for.
+below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp, ep
+and the schedules that split the backward, which the executors lack, are off unless they are asked
+for; so is offload, since the host of a CPU is the CPU.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
+        keep=tuple(sorted(pins.keep or ())),
+        offload_rest=pins.offload_rest or "keep",
+        offload_tier=pins.offload_tier or "host",
+        offload_states=pins.offload_states,
     )
 
 
@@ -108,7 +112,7 @@ def policies(pool: Pool, base: Options, pins: Pins) -> tuple[Options, ...]:
     if base.activations is not None:  # full recompute keeps nothing to be stored in another dtype
         modes = tuple(mode for mode in modes if mode != "full") or modes
     kept = [(mode, pins.offload or 0.0) for mode in modes]
-    if pins.offload is None and "none" in modes and pool.host and everything(pool, pins):
+    if pins.offload is None and "none" in modes and pool.host and pool.device.kind == "gpu":
         kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
     return tuple(replace(base, recompute=mode, offload=fraction) for mode, fraction in kept)
 

@@ -1,25 +1,39 @@
-"""Recompute: drops saved tensors and runs forward operators again in backward."""
+"""Recompute: drops saved tensors and runs forward operators again in backward.
+
+A mode says which of a layer's tensors are held between forward and backward; which operators run
+again follows. With N_o the tensors that the backward of operator o reads, out_o those that o makes
+(what it alone keeps included), in_o those that it reads, K the kept ones,
+
+    required   R = union of N_o, and of in_o over all o that run again
+    again      o runs again when some t in out_o is in R and not in K
+    held       R intersected with K
+
+in one pass in reverse: no operator runs that nothing needs, none runs twice, and what is named kept
+but never needed is not held. The layer's input is always kept. `executors/frames.py` does the same
+to the module that runs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
-from ...errors import InputError
+from ...errors import InputError, unknown_name
 from ...plan import RECOMPUTE_MODES
-from ..graph import Graph, Operator
+from ..graph import Graph, Operator, Tensor
 from ..rates import is_matmul
 
 
-def rewrite(graph: Graph, mode: str) -> Graph:
+def rewrite(graph: Graph, mode: str, keep: Collection[str] = ()) -> Graph:
     """The graph of a layer under a recompute mode.
 
     none: everything autograd saves is kept. selective: the attention core runs again in backward,
     so its statistics (or, unfused, its scores) are not kept. elementwise: norms, activation
     functions, rotary positions and the up-projections of latent attention run again, so that what
-    they make is not kept (Megatron-Core's recompute modules). per_op: of the layer's tensors only
-    its input, the attention's output and the output of every second matmul are kept, and all other
-    operators run again. full: only the layer's input is kept. Embedding and head are never
-    recomputed.
+    they make is not kept (Megatron-Core's recompute modules). tensors: of the layer's tensors those
+    named in `keep` are held, as far as they are needed. per_op: only the layer's input, the
+    attention's output and the output of every second matmul are kept, and all other operators run
+    again at once. full: only the layer's input is kept. Embedding and head are never recomputed.
     """
     if mode not in RECOMPUTE_MODES:
         raise InputError("recompute", mode, "unknown mode", f"use {', '.join(RECOMPUTE_MODES)}")
@@ -29,15 +43,86 @@ def rewrite(graph: Graph, mode: str) -> Graph:
         return replace(graph, checkpointed=True)
     if mode == "per_op":
         return _per_op(graph)
-    if mode == "elementwise":
-        return _elementwise(graph)
-    return replace(graph, operators=tuple(map(_selective, graph.operators)))
+    if mode == "tensors":
+        check_keep(graph, keep)
+        return holding(graph, set(keep))
+    if mode == "selective":
+        return _selective(graph)
+    return holding(graph, tensor_names(graph) - _cheap(graph))
 
 
-def _selective(op: Operator) -> Operator:
-    if not op.kind.startswith("attention"):
-        return op
-    return replace(op, saves=op.inputs, recomputed=True)
+def tensor_names(graph: Graph) -> set[str]:
+    """Every tensor of a graph."""
+    return {t.name for op in graph.operators for t in (*op.inputs, *op.outputs, *op.saves)}
+
+
+def internals(graph: Graph) -> dict[str, tuple[Tensor, ...]]:
+    """By operator: what it alone makes beyond its outputs, and keeps (statistics of a norm)."""
+    known = {graph.boundary.name}
+    for op in graph.operators:
+        known |= {t.name for t in (*op.inputs, *op.outputs)}
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for op in graph.operators:
+        found[op.name] = tuple(t for t in op.saves if t.name not in known)
+        known.update(t.name for t in found[op.name])
+    return found
+
+
+def check_keep(graph: Graph, keep: Collection[str]) -> None:
+    """Raise InputError for a name that no tensor of the layer has, with near ones."""
+    known = tensor_names(graph)
+    for name in keep:
+        if name not in known:
+            raise unknown_name("recompute.keep", name, known)
+
+
+def holding(graph: Graph, keep: Collection[str]) -> Graph:
+    """The graph with the tensors in `keep` held where they are needed, all others made again.
+
+    What is held only to make others from is saved by the first operator that reads it.
+    """
+    inside = internals(graph)
+    made_here = {t.name for op in graph.operators for t in (*op.outputs, *inside[op.name])}
+    names = tensor_names(graph)
+    kept = {*keep, *(names - made_here)}  # what comes from outside is there anyway
+    kept |= {name for name in names if name.removesuffix(SENT) in kept}
+    for op in graph.operators:  # a sum over ranks is made in place: to keep its parts is to keep it
+        if any(c.kind == "all_reduce" for c in op.forward_collectives) and op.kind == "edge":
+            kept |= {t.name for t in op.outputs if op.inputs[0].name in kept}
+    needed = {t.name for op in graph.operators for t in op.saves}
+    required, again = set(needed), set[str]()
+    for op in reversed(graph.operators):
+        made = {t.name for t in (*op.outputs, *inside[op.name])}
+        if made & required - kept:
+            again.add(op.name)
+            required |= {t.name for t in op.inputs}
+    saved = needed & kept
+    operators: list[Operator] = []
+    for op in graph.operators:
+        held = [t for t in op.saves if t.name in kept]
+        needs = op.saves if len(held) < len(op.saves) or op.name in again else ()
+        if op.name in again:
+            held += [t for t in op.inputs if t.name in kept - saved]
+            saved |= {t.name for t in held}
+        operators.append(replace(op, saves=tuple(held), needs=needs, recomputed=op.name in again))
+    return replace(graph, operators=tuple(operators))
+
+
+SENT = ".sent"
+"""Ends the name of a tensor's second form, beside which it lies under ulysses: kept with it."""
+
+
+def _selective(graph: Graph) -> Graph:
+    """The attention core keeps its inputs; its output stays where the projection reads it."""
+    inside = internals(graph)
+    cores = [op for op in graph.operators if op.kind.startswith("attention")]
+    dropped = {t.name for op in cores for t in inside[op.name]}
+    rewritten = holding(graph, tensor_names(graph) - dropped)
+    operators = (
+        replace(op, saves=op.inputs) if op.kind.startswith("attention") else op
+        for op in rewritten.operators
+    )
+    return replace(rewritten, operators=tuple(operators))
 
 
 CHEAP = ("rmsnorm", "layernorm", "swiglu", "geglu", "gelu", "squared_relu", "relu", "rope")
@@ -50,26 +135,16 @@ their time, and run again as the norms do (DeepSeek-AI 2024, arXiv 2412.19437, s
 `mla_up_proj` of Megatron-Core)."""
 
 
-def _elementwise(graph: Graph) -> Graph:
-    """Cheap operators keep their inputs alone, and nothing keeps what they make.
-
-    Edges behind them run again too: a sequence gathered for a matmul is gathered again.
-    """
+def _cheap(graph: Graph) -> set[str]:
+    """What cheap operators make, and what edges behind them hand on: a sequence gathered for a
+    matmul is gathered again."""
+    inside = internals(graph)
     made: set[str] = set()
-    operators: list[Operator] = []
     for op in graph.operators:
-        again = op.kind in CHEAP
-        if op.kind == "edge" and any(t.name in made for t in op.inputs):
-            again = True
-        if again:
-            made.update(t.name for t in op.outputs)
-            saves = () if op.kind == "edge" else op.inputs
-            op = replace(op, saves=saves, recomputed=True)
-        elif op.name in UP_PROJECTIONS:
-            made.update(t.name for t in op.outputs)
-            op = replace(op, recomputed=True)
-        operators.append(replace(op, saves=tuple(t for t in op.saves if t.name not in made)))
-    return replace(graph, operators=tuple(operators))
+        behind = op.kind == "edge" and any(t.name in made for t in op.inputs)
+        if op.kind in CHEAP or op.name in UP_PROJECTIONS or behind:
+            made |= {t.name for t in (*op.outputs, *inside[op.name])}
+    return made
 
 
 def _per_op(graph: Graph) -> Graph:

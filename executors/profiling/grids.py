@@ -42,6 +42,9 @@ ADAMW = [
     (2**10, 8), (2**15, 20), (2**18, 20), (2**18, 100), (2**20, 40), (2**22, 40), (2**22, 100),
     (2**23, 100),
 ]  # fmt: skip
+COPIES: list[tuple[int, ...]] = [(2**14,), (2**18,), (2**20,), (2**22,)]
+COPY_OPERATORS = ("copy_d2h", "copy_h2d", "copy_to_disk", "copy_from_disk")
+"""Between the device and the tiers of offload."""
 
 
 def _few(points: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
@@ -90,6 +93,7 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
+        grid |= {name: COPIES for name in COPY_OPERATORS}
     return grid
 
 

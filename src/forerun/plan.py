@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,17 @@ V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
 """Those of two chunks per rank, placed in a V."""
 LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 """Those of two or more chunks per rank, placed in rounds."""
-RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
+RECOMPUTE_MODES: tuple[str, ...] = (
+    "none", "selective", "full", "per_op", "elementwise", "tensors"
+)  # fmt: skip
+"""What a layer keeps for backward; `tensors` keeps those that its setting `keep` names."""
+OFFLOAD_RESTS: tuple[str, ...] = ("keep", "recompute")
+"""What becomes of activations that are not offloaded: they stay, or are made again token by token.
+"""
+OFFLOAD_STATES: tuple[str, ...] = ("optimizer", "parameters")
+"""What else may wait off the device; with parameters go gradients and optimiser states."""
+TIERS: tuple[str, ...] = ("host", "disk")
+"""Where it waits."""
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
@@ -130,22 +140,61 @@ class Phase(Value, frozen=True, kw_only=True):
         return "_".join(parts)
 
     def _activations(self) -> list[str]:
-        """What layers keep for backward, in short; a hash where layers differ."""
-        kept = {
-            (
-                str(setting.techniques.get("recompute", {}).get("mode", "none")),
-                float(setting.techniques.get("offload", {}).get("activations", 0.0)),
-            )
-            for setting in self.settings
-        }
-        if len(kept) > 1:
+        """What layers keep for backward, in short; a hash where layers differ.
+
+        `offload0.5x30`: the first 30 layers offload; `tokens`: they make the other tokens again.
+        """
+        kept = [_kept(setting) for setting in self.settings]
+        distinct = list(dict.fromkeys(kept))
+        count = ""
+        if len(kept) == 2 and kept[0].recompute == kept[1].recompute and not kept[1].moves:
+            distinct = distinct[:1]
+            count = f"x{self.settings[0].layers[1] + 1}" if kept[0].moves else ""
+        if len(distinct) > 1:
             ranges = msgspec.json.encode([(s.layers, s.techniques) for s in self.settings])
             return [f"ac-solved~{sha256(ranges).hexdigest()[:4]}"]
         parts: list[str] = []
-        for mode, offload in kept:
-            parts += [f"ac-{mode}"] if mode != "none" else []
-            parts += [f"offload{offload:g}"] if offload else []
+        for one in distinct:
+            parts += [f"ac-{one.recompute}"] if one.recompute != "none" else []
+            if one.moves:
+                rest = "-tokens" if one.rest == "recompute" else ""
+                parts.append(f"offload{one.offload:g}{rest}{count}{one.where}")
+            if one.states is not None:
+                parts.append(f"{one.states}-off{one.where}")
         return parts
+
+
+class _Kept(NamedTuple):
+    """What a setting says of what layers keep."""
+
+    recompute: str
+    offload: float
+    rest: str
+    tier: str
+    states: str | None
+
+    @property
+    def moves(self) -> bool:
+        return self.offload > 0 or self.rest == "recompute"
+
+    @property
+    def where(self) -> str:
+        return "" if self.tier == "host" else f"-{self.tier}"
+
+
+def _kept(setting: Setting) -> _Kept:
+    recompute = setting.techniques.get("recompute", {})
+    offload = setting.techniques.get("offload", {})
+    mode = str(recompute.get("mode", "none"))
+    if mode == "tensors":
+        mode += f"~{sha256(msgspec.json.encode(recompute.get('keep', ()))).hexdigest()[:4]}"
+    return _Kept(
+        mode,
+        float(offload.get("activations", 0.0)),
+        str(offload.get("rest", "keep")),
+        str(offload.get("tier", "host")),
+        offload.get("states"),
+    )
 
 
 class Plan(Document, frozen=True, kw_only=True):

@@ -50,6 +50,7 @@ def cluster(num_devices: int) -> Cluster:
                     peak_flops_per_s={"fp32": 1e11})  # fmt: skip
     link = Link(latency_s=1e-5, bytes_per_s=1e9)
     pool = Pool(name="cpu", device=device, devices_per_node=num_devices, intra_node=link,
+                host=link, disk=link,
                 stack=Stack(name="torch", gemm_efficiency={"fp32": 1.0}))  # fmt: skip
     return Cluster(name="cpus", pools=(pool,))
 
@@ -61,6 +62,7 @@ def make_plan(
     dtype: str = "fp32",
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
+    more: dict[str, dict[str, Any]] | None = None,
     **phase: Any,
 ) -> Plan:
     """A plan of one phase on CPU processes; micro_batch_seqs 0 = the whole replica at once."""
@@ -80,7 +82,11 @@ def make_plan(
                 num_microbatches=BATCH // degrees.dp // micro,
                 mesh=degrees,
                 stages=even_stages(model.num_layers, degrees.num_stages, "cpu"),
-                settings=(Setting(layers=(0, last), techniques=techniques(dtype, recompute)),),
+                settings=(
+                    Setting(
+                        layers=(0, last), techniques=techniques(dtype, recompute) | (more or {})
+                    ),
+                ),
                 **phase,
             ),
         ),
@@ -90,6 +96,9 @@ def make_plan(
 
 
 PP = {"micro_batch_seqs": 2}
+KEEP = {"recompute": {"mode": "tensors", "keep": ["x1", "o", "lse", "v"]}}
+HALF: dict[str, Any] = {"activations": 0.5}
+TOKENS = {"offload": HALF | {"rest": "recompute"}}
 FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "plain": {},
@@ -98,6 +107,13 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "recompute selective": {"recompute": "selective"},
         "bf16": {"dtype": "bf16"},
         "bf16 accumulation": {"dtype": "bf16"} | SPLIT_BATCH,
+        "elementwise": {"recompute": "elementwise"},
+        "per_op": {"recompute": "per_op"},
+        "tensors": {"more": KEEP},
+        "offload disk": {"more": {"offload": HALF | {"tier": "disk"}}} | SPLIT_BATCH,
+        "offload full": {"recompute": "full", "more": {"offload": {"activations": 1.0}}},
+        "offload tokens": {"more": TOKENS} | SPLIT_BATCH,
+        "offload optimizer": {"more": {"offload": {"states": "optimizer"}}},
     },
     2: {
         "ddp": {"mesh": {"dp_replicate": 2}},
@@ -115,6 +131,19 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b"} | PP,
         "interleaved": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved"} | PP,
         "1f1b full": {"mesh": {"pp": 2}, "schedule": "1f1b", "recompute": "full"} | PP,
+        "zero3 tensors": {"mesh": {"dp_shard": 2}, "zero": 3, "more": KEEP},
+        "zero3 offload": {"mesh": {"dp_shard": 2}, "zero": 3,
+                          "more": {"offload": {"activations": 1.0, "states": "optimizer"}}},
+        "tp tensors offload": {"mesh": {"tp": 2}, "more": KEEP | {"offload": HALF}},
+        "tp-sp per_op": {"mesh": {"tp": 2}, "sequence_parallel": True, "recompute": "per_op"},
+        "tp-sp tokens": {"mesh": {"tp": 2}, "sequence_parallel": True, "more": TOKENS},
+        "1f1b elementwise offload": {"mesh": {"pp": 2}, "schedule": "1f1b",
+                                     "recompute": "elementwise",
+                                     "more": {"offload": {"activations": 1.0}}} | PP,
+        "gpipe tokens": {"mesh": {"pp": 2}, "schedule": "gpipe", "more": TOKENS} | PP,
+        "interleaved offload": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved",
+                                "more": {"offload": HALF}} | PP,
+        "bf16 zero3 tensors": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16", "more": KEEP},
         "bf16 ddp": {"mesh": {"dp_replicate": 2}, "dtype": "bf16"},
         "bf16 zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16"},
         "bf16 tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True, "dtype": "bf16"},
@@ -136,6 +165,11 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 x pp2": {"mesh": {"tp": 2, "pp": 2}} | PP,
         "tp2-sp x pp2": {"mesh": {"tp": 2, "pp": 2}, "sequence_parallel": True} | PP,
         "pp4": {"mesh": {"pp": 4}} | PP,
+        "tp2-sp x zero3 tensors": {"mesh": {"tp": 2, "dp_shard": 2}, "zero": 3,
+                                   "sequence_parallel": True, "more": KEEP},
+        "pp2 x zero1 offload": {"mesh": {"pp": 2, "dp_shard": 2}, "zero": 1,
+                                "more": {"offload": {"activations": 1.0, "states": "optimizer"}}}
+        | PP,
     },
 }  # fmt: skip
 
@@ -146,7 +180,12 @@ SLOW = (
     "gpt tp-sp selective", "gpt tp-sp full accumulation", "gpt gpipe", "gpt 1f1b full",
     "gpt bf16 ddp", "gpt bf16 zero3", "gpt bf16 1f1b", "gpt pp2 x zero3 gpipe",
     "gpt pp2x2 x zero3", "gpt pp2 x ddp2", "gpt hsdp zero1", "gpt tp2 x pp2", "gpt tp2-sp x zero3",
-    "gpt pp4", "llama hsdp zero1", "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
+    "gpt pp4", "gpt elementwise", "gpt per_op", "gpt offload disk", "gpt offload full",
+    "gpt offload optimizer", "gpt zero3 tensors", "gpt zero3 offload", "gpt tp-sp per_op",
+    "gpt 1f1b elementwise offload", "gpt gpipe tokens", "gpt interleaved offload",
+    "gpt bf16 zero3 tensors", "gpt tp2-sp x zero3 tensors", "gpt pp2 x zero1 offload",
+    "llama tp-sp per_op", "llama gpipe tokens", "llama hsdp zero1",
+    "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
 )  # fmt: skip
 """Families left to the long run: each part of them is in a family of the default run."""
 
@@ -172,11 +211,13 @@ def replica_tokens(plan: Plan, coordinates: dict[str, int], step: int) -> Tensor
 
 
 def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
-    """Losses of all steps, gradients of the first, collectives of the last."""
+    """Losses of all steps, gradients of the first, collectives and copies of the last."""
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
+    copied: dict[str, float] = {}
     counter = CollectiveCounter(trainer.mesh)
     for step in range(steps):
+        trainer.away.take_copied()
         with counter if step == steps - 1 else nullcontext():
             batch = replica_tokens(trainer.plan, trainer.coordinates, step)
             local = trainer.forward_backward(batch)
@@ -184,8 +225,15 @@ def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
         if step == 0:
             gradients = {k: v.clone() for k, v in trainer.named_gradients().items()}
         trainer.optimizer_step()
+        copied = trainer.away.take_copied()
     calls = Counter((c.kind, c.axis, c.message_bytes) for c in counter.calls if c.kind != "recv")
-    return {"losses": losses, "gradients": gradients, "collectives": dict(calls)}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "collectives": dict(calls),
+        "copied": copied,
+        "off_device": trainer.away.made_bytes(),
+    }
 
 
 def reference(model: Model, steps: int = STEPS) -> dict[str, Any]:

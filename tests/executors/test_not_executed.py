@@ -21,7 +21,20 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     ("field", "techniques"),
     [
-        ("recompute", {"precision": {"compute": "fp32"}, "recompute": {"mode": "per_op"}}),
+        (
+            "recompute.keep",
+            {
+                "precision": {"compute": "fp32"},
+                "recompute": {"mode": "tensors", "keep": ["atention.in"]},
+            },
+        ),
+        (
+            "offload.rest",
+            {
+                "recompute": {"mode": "full"},
+                "offload": {"activations": 0.5, "rest": "recompute"},
+            },
+        ),
         ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}),
         ("precision.recipe", {"precision": {"compute": "bf16", "recipe": "rowwise"}}),
         ("precision", {"precision": {"compute": "fp8"}}),
