@@ -44,7 +44,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, ep and zero-bubble schedules, too (default on several).",
+    "predicted: cp and ep, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -88,6 +88,12 @@ JOB_OPTIONS = (
         default="adamw",
         show_default=True,
         help="Optimiser.",
+    ),
+    click.option(
+        "--clip-norm",
+        type=float,
+        metavar="NORM",
+        help="Scale gradients down to this norm of all of them; default: as they are.",
     ),
     click.option(
         "--objective",
@@ -207,6 +213,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         steps=flags["steps"],
         data=flags["data"],
         optimizer=flags["optimizer"],
+        clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
     )
     cluster = with_budgets(resolved.cluster, flags)
@@ -276,7 +283,7 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
     from ..planner import Pins
 
-    given = {axis: flags[axis] for axis in AXES if axis != "offload"}
+    given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
     given |= parse_offload(flags["offload"])
     if given["keep"] is not None and given["recompute"] != "tensors":
         raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",

@@ -24,20 +24,32 @@ from .options import (
 @click.command("predict")
 @job_options
 @axis_options
+@click.option(
+    "--orders",
+    "orders_path",
+    type=click.Path(path_type=Path),
+    help="Pipeline orders in place of a schedule: the file of forerun solve pipeline --csv.",
+)
 @output_option("the plan file")
 @common_options
-def command(as_json: bool, output: Path | None, **flags: Any) -> None:
+def command(as_json: bool, output: Path | None, orders_path: Path | None, **flags: Any) -> None:
     """Predict the cost of one layout; nothing is searched.
 
     An axis not given is 1 or off, dp takes the ranks left, the precision is bf16 (fp32 on CPUs),
-    the schedule 1F1B, the micro-batch 1 sequence, recompute none.
+    the schedule 1F1B, the micro-batch 1 sequence, recompute none. With --orders the plan file holds
+    the orders, and forerun run executes them.
     """
     from . import render
     from .layout import fixed_plan
 
     job = read_job(flags)
     say_job(job)
-    plan_file = plan_file_of(fixed_plan(job.model, job.cluster, job.workload, read_pins(flags)))
+    pins, orders = read_pins(flags), None
+    if orders_path is not None:
+        from ..planner.pipeline import read_csv
+
+        orders = read_csv(orders_path)
+    plan_file = plan_file_of(fixed_plan(job.model, job.cluster, job.workload, pins, orders))
     say_not_executed(plan_file.plan)
     if output is not None:
         document.write(output, plan_file)

@@ -35,6 +35,18 @@ from .progress import step_progress
     help="Folder for files of offloaded tensors; default: that of temporary files.",
 )
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
+@click.option(
+    "--pace",
+    metavar="DEVICE",
+    help="Emulate: CPU processes hold every chunk to the time predicted for this device (H100, a "
+    "profile's file, or plan: the plan's own); for schedules, not for speed.",
+)
+@click.option(
+    "--pace-scale",
+    type=float,
+    metavar="FACTOR",
+    help="Seconds here per emulated second; default: such that real work is short beside it.",
+)
 @common_options
 def command(
     as_json: bool,
@@ -46,6 +58,8 @@ def command(
     static_memory: Literal["report", "run"] | None,
     offload_dir: Path | None,
     model: str | None,
+    pace: str | None,
+    pace_scale: float | None,
 ) -> None:
     """Train as PLAN says, on this machine, and measure every term of the prediction."""
     from ..executors import run
@@ -62,6 +76,8 @@ def command(
             module=model,
             offload_folder=offload_dir,
             static_memory=static_memory,
+            pace=pace,
+            pace_scale=pace_scale,
         )
     if output is not None:
         document.write(output, measurement)

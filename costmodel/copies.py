@@ -44,10 +44,10 @@ def returns_at_once(phase: Phase) -> int:
     mesh, m = phase.mesh, phase.num_microbatches
     if mesh.pp == 1:
         return m
-    last = mesh.num_stages - 1
+    last, own = mesh.num_stages - 1, phase.own_orders()
     total = 0
     for rank in range(mesh.pp):
-        actions = order_of(phase.schedule, mesh.pp, mesh.vpp, m, rank)
+        actions = own[rank] if own else order_of(phase.schedule, mesh.pp, mesh.vpp, m, rank)
         for (kind, stage, micro), following in pairwise(actions):
             if kind == "F" and stage == last:
                 total += following in (("B", last, micro), ("I", last, micro))

@@ -44,6 +44,8 @@ class Options:
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
     """adamw, adamw8bit, adamw_fp8, sgd."""
+    clips: bool = False
+    """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
     """Fraction of saved activations that waits on the host (or the tier below) for backward."""
     offload_rest: str = "keep"
@@ -78,6 +80,7 @@ class Options:
             async_tp=bool(setting("tensor-parallel").get("async", False)),
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
+            clips=workload is not None and workload.clip_norm is not None,
             offload=float(setting("offload").get("activations", 0.0)),
             offload_rest=str(setting("offload").get("rest", "keep")),
             offload_tier=str(setting("offload").get("tier", "host")),

@@ -75,32 +75,42 @@ class Update:
 
     dp: DataParallel
     optimizer_s: Array
+    """Of the update, and of the gradients' norm and their scaling."""
     host_s: Array
+    norm_s: Array
+    """The sum of the norm over all ranks."""
     states: States
     """What of the optimiser waits off the device."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
-        return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s + self.states.exposed_s
-        )
+        exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
+        update = self.optimizer_s + self.norm_s + self.states.exposed_s
+        return exchange + update + self.host_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
+    stack = prices.pool.stack
     owned = owned_params(load, costs, layouts, prices)
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
-    seconds = seconds * StateBytes.of(prices.pool.stack, options).update_share
+    seconds = seconds * StateBytes.of(stack, options).update_share
+    norm_s = np.zeros(1)
+    if options.clips:  # the norm reads gradients, scaling reads and writes them
+        seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]
+        world, one = layouts.world.astype(float), np.ones(len(layouts))
+        norm_s = np.where(world > 1, prices.collective("all_reduce", 4 * one, world, one, one), 0.0)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
+        norm_s=norm_s,
         states=states_off_device(owned, seconds, layouts, prices, options),
     )
 

@@ -63,6 +63,17 @@ def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
     )
 
 
+class Linear(nn.Linear):
+    """A linear whose product with its weight may be exchanged."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.product: Callable[..., Tensor] = F.linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries."""
 
@@ -75,10 +86,10 @@ class Attention(nn.Module):
         self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
-        self.wq = nn.Linear(model.hidden, width, bias=qkv_bias)
-        self.wk = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wv = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
+        self.wq = Linear(model.hidden, width, bias=qkv_bias)
+        self.wk = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wo = Linear(width, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
         run, heads = self.run, (-1, self.head_dim)
@@ -120,9 +131,9 @@ class Mlp(nn.Module):
         self.enter: Callable[[Tensor], Tensor] = same
         self.leave: Callable[[Tensor], Tensor] = same
         if layer.mlp == "swiglu":
-            self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+            self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
+        self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         run = self.run
@@ -159,8 +170,12 @@ class Block(nn.Module):
 class TiedHead(nn.Module):
     """The output head that shares the embedding's weight; a module, so that layouts can be set."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.product: Callable[..., Tensor] = F.linear
+
     def forward(self, x_BSE: Tensor, weight_VE: Tensor) -> Tensor:
-        return F.linear(x_BSE, weight_VE)
+        return self.product(x_BSE, weight_VE)
 
 
 class Decoder(nn.Module):
@@ -169,10 +184,13 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits.
+    the logits. `first_piece` is the piece with the embedding where the same process holds it and
+    the last one, so that tied tables are one parameter, that piece's.
     """
 
-    def __init__(self, model: Model, first: int, last: int) -> None:
+    def __init__(
+        self, model: Model, first: int, last: int, first_piece: Decoder | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
@@ -180,7 +198,12 @@ class Decoder(nn.Module):
         """(part, parts) of the sequence that hidden states hold between modules."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
-        if self.is_first or (self.is_last and model.tied_embeddings):
+        self.table: Callable[[], Tensor] = lambda: self.embedding.weight
+        """The tied table, wherever it is."""
+        borrows = self.is_last and model.tied_embeddings and first_piece is not None
+        if borrows and first_piece is not None:
+            self.table = first_piece.table
+        if self.is_first or (self.is_last and model.tied_embeddings and not borrows):
             self.embedding = nn.Embedding(model.vocab, model.hidden)
         if self.is_first and model.positions == "learned":
             self.positions = nn.Embedding(model.max_positions or 0, model.hidden)
@@ -192,7 +215,7 @@ class Decoder(nn.Module):
             if model.tied_embeddings:
                 self.tied_head = TiedHead()
             else:
-                self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+                self.head = Linear(model.hidden, model.vocab, bias=False)
         self.table_2SD: Tensor | None = None
 
     def rotary(self, seq_tokens: int, like: Tensor) -> Tensor | None:
@@ -220,7 +243,7 @@ class Decoder(nn.Module):
         """Logits (B, S, V) of the last hidden states."""
         x_BSE = self.norm(x_BSE)
         if self.model.tied_embeddings:
-            return self.tied_head(x_BSE, self.embedding.weight)
+            return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -421,7 +421,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _geometry(tensor: Tensor) -> Geometry:
-    return tensor.size(), tensor.stride(), tensor.storage_offset()
+    return tensor.size(), tensor.stride(), int(tensor.storage_offset())
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Literal
 from ..document import Value
 from ..errors import InputError, RunFailed
 from ..plan import Plan
+from .pacing import Pace
 
 JOB = "job.json"
 CORPUS = "corpus.bin"
@@ -37,6 +38,8 @@ class Job(Value, frozen=True, kw_only=True):
     """Whether to say what allocators need for a step, or to run it out of one arena as well."""
     offload_folder: str | None = None
     """Where files of offloaded tensors lie; None = with the run's other temporary files."""
+    pace: Pace | None = None
+    """What chunks are held to; None: they take their time."""
 
 
 class Failure(Value, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from ..errors import InputError, RunFailed
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
 from ..units import format_bytes
-from . import corpus, failures, job
+from . import corpus, emulation, failures, job
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
 from .support import check_executed
@@ -45,6 +45,9 @@ CPU_ENVIRONMENT = {
 }
 """One thread per rank, and an allocator that keeps its pages, as in profiles: steadier steps."""
 
+CUDA_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Segments that grow leave less memory between tensors: what is predicted to fit then does."""
+
 
 def run(
     plan_file: PlanFile,
@@ -58,6 +61,8 @@ def run(
     module: str | None = None,
     offload_folder: Path | None = None,
     static_memory: Literal["report", "run"] | None = None,
+    pace: str | None = None,
+    pace_scale: float | None = None,
 ) -> Measurement:
     """What a plan really does on this machine.
 
@@ -68,6 +73,10 @@ def run(
     `offload_folder` is where files of offloaded tensors lie. `static_memory` has the run say what
     allocators need for a step's tensors, or use one arena for them as well.
 
+    With `pace` (see `emulation.emulated`) CPU processes run the plan and hold every chunk to the
+    time predicted for that device, times `pace_scale`; the Measurement is in the device's seconds
+    and marked as emulated.
+
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges; Ctrl-C and SIGTERM end all ranks and pass on.
     """
@@ -76,8 +85,15 @@ def run(
     check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
-    device = check_machine(plan)
-    check_memory(plan_file, device)
+    paced = None
+    if pace is None:
+        device = check_machine(plan)
+        check_memory(plan_file, device)
+    else:
+        if static_memory is not None:
+            raise InputError("static-memory", static_memory, "says nothing of an emulated device",
+                             "drop --pace or --static-memory")  # fmt: skip
+        device, paced = "cpu", emulation.prepare(plan, pace, pace_scale)
     check_offload(plan_file, offload_folder)
     data = data or plan.workload.data
     text = NO_TEXT
@@ -91,6 +107,7 @@ def run(
         steps=plan.phase.steps if steps is None else steps,
         static_memory=static_memory,
         offload_folder=None if offload_folder is None else str(offload_folder.absolute()),
+        pace=paced,
     )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with terminated_like_an_exit(), _folder() as folder:
@@ -105,7 +122,7 @@ def run(
         finally:
             if log_dir is not None:
                 _keep_logs(folder, log_dir)
-    measured = report.measurement(plan, plan_file.label, results, {"date": date})
+    measured = report.measurement(plan, plan_file.label, results, {"date": date}, paced is not None)
     if output is not None:
         document.write(output, measured)
     return measured
@@ -264,7 +281,9 @@ def _whole_lines(path: Path, position: int) -> bytes:
 def _environment(device: str, folder: Path) -> dict[str, str]:
     """The ranks' environment: forerun importable, threads settled, temporary files in `folder`."""
     environment = dict(os.environ, TMPDIR=str(folder))
-    if device == "cpu":
+    if device == "cuda":
+        environment = CUDA_ENVIRONMENT | environment
+    else:
         environment |= CPU_ENVIRONMENT
         if sys.platform.startswith("linux"):
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

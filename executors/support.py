@@ -7,12 +7,12 @@ from ..costmodel.options import Options
 from ..costmodel.techniques import apply
 from ..errors import InputError
 from ..model import Model
-from ..plan import RECOMPUTE_MODES, Phase, Plan
+from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, Phase, Plan, Setting
 
-TECHNIQUES = ("precision", "recompute", "offload")
+TECHNIQUES = ("precision", "recompute", "offload", "runtime")
 """Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
+RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:
@@ -35,12 +35,6 @@ def _check_phase(phase: Phase) -> None:
         degree = getattr(phase.mesh, axis)
         if degree > 1:
             raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -55,6 +49,15 @@ def _check_phase(phase: Phase) -> None:
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
                              f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+        runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
+        if runtime not in RUNTIMES:
+            raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
+        if runtime == "compiled" and mode not in ("none", "full"):
+            raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
+                             "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
+            raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
+                             "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
     num_layers = phase.stages[-1].layers[1] + 1
     dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
     if len(dtypes) > 1:
@@ -85,6 +88,8 @@ def _check_offload(plan: Plan) -> None:
     phase = plan.phase
     for setting in phase.settings:
         offload = setting.techniques.get("offload", {})
+        if offload.get("activations") or offload.get("rest") == "recompute":
+            _check_moved(setting, phase)
         if plan.model.traced is not None and offload.get("rest", "keep") != "keep":
             raise InputError("offload.rest", offload["rest"],
                              "a module of one's own names no operators to run again",
@@ -94,6 +99,9 @@ def _check_offload(plan: Plan) -> None:
         if plan.cluster.pool(phase.stages[0].pool).device.kind == "cpu":
             raise InputError("offload", "parameters", "on CPUs the host is where they are already",
                              "use --offload optimizer")  # fmt: skip
+        if plan.workload.clip_norm is not None:
+            raise InputError("offload", "parameters", "the norm of gradients is one of the device",
+                             "drop --clip-norm, or use --offload optimizer")  # fmt: skip
         if phase.zero == 0:
             raise InputError("offload", "parameters", "FSDP moves them, and zero=0 has none",
                              "use --zero 1, 2 or 3")  # fmt: skip
@@ -101,6 +109,17 @@ def _check_offload(plan: Plan) -> None:
             problem = "gradients that ranks share are summed on the device"
             remedy = "drop --sp or --pp, or use --offload optimizer"
             raise InputError("offload", "parameters", problem, remedy)
+
+
+def _check_moved(setting: Setting, phase: Phase) -> None:
+    """Raise InputError where activations of layers cannot leave and come back."""
+    alpha = setting.techniques["offload"].get("activations", 0.0)
+    if phase.schedule in SPLIT_SCHEDULES:
+        problem = f"{phase.schedule} holds inputs of products beyond the backward that brought them"
+        raise InputError("offload", alpha, problem, "use 1f1b, or --offload 0")
+    if setting.techniques.get("runtime", {}).get("mode", "eager") == "compiled":
+        raise InputError("offload", alpha, "opens a layer that is compiled as a whole",
+                         "use --runtime eager, or --offload 0")  # fmt: skip
 
 
 def check_model(model: Model) -> None:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Block, Decoder
+from .decoder import Block, Decoder, Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
 
@@ -98,12 +98,12 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: nn.Linear, x_BSF: Tensor) -> Tensor:
+def row_forward(linear: Linear, x_BSF: Tensor) -> Tensor:
     """A linear cut along its input: partial products; the bias waits for their sum."""
-    return F.linear(x_BSF, linear.weight)
+    return linear.product(x_BSF, linear.weight)
 
 
-def row_leave(linear: nn.Linear, leave: Callable[[Tensor], Tensor], partial_BSE: Tensor) -> Tensor:
+def row_leave(linear: Linear, leave: Callable[[Tensor], Tensor], partial_BSE: Tensor) -> Tensor:
     """Partial products summed, then the bias, which is whole."""
     out = leave(partial_BSE)
     return out if linear.bias is None else out.add_(linear.bias)
@@ -145,7 +145,7 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
                 cut[f"blocks.{index}.{parameter}"] = 1 if name in ROWS else 0
         for name in ROWS:
             linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, Linear)
             _replace_forward(linear, partial(row_forward, linear))
         assert isinstance(block, Block)
         block.attention.enter = block.mlp.enter = enter

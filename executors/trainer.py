@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from ..plan import Plan
-from . import data_parallel
+from . import clipping, data_parallel
 from .arena import StaticArena
 from .away import Away
 from .decoder import Decoder
@@ -79,9 +79,9 @@ class Trainer:
         for index, (x, y) in enumerate(zip(inputs.chunk(num), targets.chunk(num), strict=True)):
             last = index == num - 1
             with data_parallel.microbatch(self.modules[0], self.phase, last):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](x, y) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total
@@ -99,14 +99,35 @@ class Trainer:
             sum_coalesced([local(p.grad) for p in whole if p.grad is not None], group)
         if self.tied_group is not None:
             for piece in self.pieces:
-                if (piece.is_first or piece.is_last) and piece.embedding.weight.grad is not None:
+                if hasattr(piece, "embedding") and piece.embedding.weight.grad is not None:
                     dist.all_reduce(local(piece.embedding.weight.grad), group=self.tied_group)
 
     def optimizer_step(self) -> None:
-        """AdamW, then gradients dropped."""
-        with self.marks.mark("optimizer"):
+        """Gradients clipped where the workload says so, AdamW, then gradients dropped."""
+        self.clip_gradients()
+        with self.marks.chunk("optimizer", "U"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_gradients(self) -> None:
+        """Scale gradients down where their norm is above the workload's (collective)."""
+        clip_norm = self.plan.workload.clip_norm
+        if clip_norm is None:
+            return
+        held = {n: p.grad for n, p in self._named_parameters().items() if p.grad is not None}
+        copies = {name: self._copies(name) for name in held}
+        parts = clipping.by_copies({name: local(g) for name, g in held.items()}, copies)
+        with self.marks.mark("optimizer"):
+            clipping.clip(parts, clip_norm, self.device)
+
+    def _copies(self, name: str) -> int:
+        """How many ranks hold the same part of a parameter's gradient."""
+        copies = data_parallel.copies(self.phase)
+        if name not in self.tp_dims:
+            copies *= self.mesh.tp
+        if self.tied_group is not None and name == "embedding.weight":
+            copies *= 2
+        return copies
 
     def global_loss(self, local_loss: Tensor) -> float:
         """Mean loss over all replicas, the same on every rank: one small all-reduce."""

@@ -42,7 +42,11 @@ class RankResult(Value, frozen=True, kw_only=True):
 
 
 def measurement(
-    plan: Plan, label: str, results: Sequence[RankResult], environment: Mapping[str, str]
+    plan: Plan,
+    label: str,
+    results: Sequence[RankResult],
+    environment: Mapping[str, str],
+    emulated: bool = False,
 ) -> Measurement:
     """The Measurement of a run, from all of its ranks."""
     steps_s = np.max([result.steps_s for result in results], axis=0)
@@ -87,6 +91,7 @@ def measurement(
         loss=results[0].loss,
         ranks=ranks,
         environment={**results[0].environment, **environment},
+        emulated=emulated,
     )
 
 

@@ -194,7 +194,7 @@ class DiskTier(_File):
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     flat = tensor.detach().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
-    return memoryview(flat.numpy()).cast("B")
+    return flat.numpy().data.cast("B")
 
 
 def make_tier(
