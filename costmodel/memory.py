@@ -165,7 +165,8 @@ def peak_bytes(
             most = now - moment.passing - live * per_chunk - moment.shortfall
             working = np.maximum(working, most)
         short = (moment.shortfall > 0) & np.isfinite(moment.shortfall)
-        closing = np.maximum(closing, np.where(short | (not whole), now - others * per_chunk, 0.0))
+        least = now - others * per_chunk - np.where(short, 0.0, moment.passing)
+        closing = np.maximum(closing, np.where(short | (not whole), least, 0.0))
     return Peaks(
         total=peak,
         kept=live * per_chunk,
@@ -285,7 +286,7 @@ def _moments(rank: _Rank, per_chunk: Array, grads: _Gradients) -> list[_Moment]:
     result = [_head(rank, per_chunk, grads)]
     for group in range(len(rank.load.layers)):
         result += _layer(rank, group, per_chunk, grads)
-    return [*result, _always(_first_layer(rank, grads))]
+    return [*result, _first_layer(rank, grads)]
 
 
 def _head(rank: _Rank, per_chunk: Array, grads: _Gradients) -> _Moment:
@@ -377,22 +378,26 @@ def _layer(rank: _Rank, group: int, per_chunk: Array, grads: _Gradients) -> list
     ]
 
 
-def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
+def _first_layer(rank: _Rank, grads: _Gradients) -> _Moment:
     """Backward of the rank's first layer: all other layers' gradients are there.
 
     Of activations that layer's alone are left, and what weights of the chunk's others wait with;
     its own gradients and those of the embedding are still to be made when nothing is there to add
-    them to.
+    them to. What came back in a buffer is copied where it waits for its weights' gradients.
     """
     load, costs = rank.load, rank.costs
     chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
     layers = load.num_layers / rank.layouts.vpp
     behind = chunk * np.maximum(layers - 1.0, 0.0) / np.maximum(layers, 1.0)
-    waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
-    saved, working, params = np.zeros(1), np.zeros(1), np.zeros(1)
+    split = np.isin(rank.layouts.schedule, SPLIT)
+    waiting = np.where(split, behind, 0.0)
+    saved, working, params, copied = np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1)
     for (count, live), piece in zip(rank.each_layer(), costs.layers, strict=True):
         peak = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
         own = Counts.of_layer(piece).with_gradient
+        back = (piece.lands_bytes > 0) & split & (count > 0)
+        more = piece.live.landed * piece.lands_bytes / np.maximum(piece.live.saved, 1.0)
+        copied = np.where(back, np.maximum(copied, piece.waiting_bytes + more), copied)
         saved = np.where(count > 0, np.maximum(saved, live.saved), saved)
         working = np.where(count > 0, np.maximum(working, peak), working)
         params = np.where(count > 0, np.maximum(params, own), params)
@@ -400,13 +405,14 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     table = np.maximum(table, 0.0)
     per_param = rank.states.gradient / rank.copies.shard
     unmade = np.where(grads.fresh, (params + table) * per_param, 0.0)
-    return {
+    terms = {
         "activations": saved + waiting,
-        "workspace": np.maximum(working - saved, 0.0),
+        "workspace": np.maximum(working - saved, 0.0) + copied,
         "gradients": np.maximum(grads.after - unmade, grads.before),
         "gathered_parameters": rank.copies.at_layer,
         "comm_buffers": rank.copies.scattered,
     }
+    return replace(_always(terms), passing=copied)
 
 
 def _largest(moments: Sequence[dict[str, Array]]) -> Peak:

@@ -40,7 +40,7 @@ def apply(
         if mode == "full":
             block.forward = recomputed(block.forward, marks)
         if mover is not None:
-            setting = Setting.of(plan, index)
+            setting = Setting.of(plan.phase, index)
             block.forward = mover.around(block, index, landing, setting, policy)
         elif policy is not None:
             block.forward = framed(block, policy, marks)

@@ -7,7 +7,7 @@ from ..costmodel.options import Options
 from ..costmodel.techniques import apply
 from ..errors import InputError
 from ..model import Model
-from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, Phase, Plan, Setting
+from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, Phase, Plan
 
 TECHNIQUES = ("precision", "recompute", "offload", "runtime")
 """Those that have a file in `executors/techniques/`."""
@@ -88,8 +88,11 @@ def _check_offload(plan: Plan) -> None:
     phase = plan.phase
     for setting in phase.settings:
         offload = setting.techniques.get("offload", {})
-        if offload.get("activations") or offload.get("rest") == "recompute":
-            _check_moved(setting, phase)
+        moves = offload.get("activations") or offload.get("rest") == "recompute"
+        if moves and setting.techniques.get("runtime", {}).get("mode", "eager") == "compiled":
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "opens a layer that is compiled as a whole",
+                             "use --runtime eager, or --offload 0")  # fmt: skip
         if plan.model.traced is not None and offload.get("rest", "keep") != "keep":
             raise InputError("offload.rest", offload["rest"],
                              "a module of one's own names no operators to run again",
@@ -109,17 +112,6 @@ def _check_offload(plan: Plan) -> None:
             problem = "gradients that ranks share are summed on the device"
             remedy = "drop --sp or --pp, or use --offload optimizer"
             raise InputError("offload", "parameters", problem, remedy)
-
-
-def _check_moved(setting: Setting, phase: Phase) -> None:
-    """Raise InputError where activations of layers cannot leave and come back."""
-    alpha = setting.techniques["offload"].get("activations", 0.0)
-    if phase.schedule in SPLIT_SCHEDULES:
-        problem = f"{phase.schedule} holds inputs of products beyond the backward that brought them"
-        raise InputError("offload", alpha, problem, "use 1f1b, or --offload 0")
-    if setting.techniques.get("runtime", {}).get("mode", "eager") == "compiled":
-        raise InputError("offload", alpha, "opens a layer that is compiled as a whole",
-                         "use --runtime eager, or --offload 0")  # fmt: skip
 
 
 def check_model(model: Model) -> None:

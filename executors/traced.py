@@ -96,7 +96,7 @@ def build(
     if away.mover is not None:
         landing = Landing(device)
         for index, block in enumerate(piece.blocks.values()):
-            setting = Setting.of(plan, index)
+            setting = Setting.of(plan.phase, index)
             block.forward = away.mover.around(block, index, landing, setting, None)
     module: nn.Module = piece
     if data_parallel.uses_fsdp(plan.phase):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...costmodel.techniques.offload import GRAIN_BYTES
-from ...plan import Plan
+from ...plan import Phase
 from ..frames import Entry, Frame, Policy
 from ..landing import ALIGNMENT_BYTES, Landing
 from ..marks import Marks
@@ -43,9 +43,8 @@ class Setting:
     """The length of that part."""
 
     @staticmethod
-    def of(plan: Plan, index: int) -> Setting | None:
-        """Of a layer of a plan; None where nothing of it is offloaded."""
-        phase = plan.phase
+    def of(phase: Phase, index: int) -> Setting | None:
+        """Of a layer; None where nothing of it is offloaded."""
         technique = phase.technique("offload", index)
         fraction = float(technique.get("activations", 0.0))
         if technique.get("rest", "keep") == "recompute":

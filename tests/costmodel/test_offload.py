@@ -245,13 +245,22 @@ def test_micro_batches_that_return_at_once(
     rest=st.sampled_from(["keep", "recompute"]),
     states=st.sampled_from([None, "optimizer"]),
     spared=st.sampled_from([0, 2]),
-    degrees=st.sampled_from([{"tp": 8}, {"tp": 2, "pp": 4}, {"dp_shard": 8}, {"pp": 8}]),
+    degrees=st.sampled_from(
+        [
+            {"tp": 8},
+            {"tp": 2, "pp": 4},
+            {"dp_shard": 8},
+            {"pp": 8},
+            {"pp": 8, "schedule": "zb-h1"},
+            {"tp": 2, "pp": 4, "vpp": 2, "schedule": "zb-v"},
+        ]
+    ),
     seq=st.sampled_from([1024, 16384]),
 )
 @settings(deadline=None, max_examples=12)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, fraction: float, rest: str, states: str | None, spared: int,
-    degrees: dict[str, int], seq: int,
+    degrees: dict[str, Any], seq: int,
 ) -> None:  # fmt: skip
     """Of a plan that offloads in all layers, and of one that spares the last ones."""
     zero = 3 if "dp_shard" in degrees else 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from forerun.costmodel import estimate
 from forerun.costmodel.techniques import offload
 from forerun.errors import InputError, RunFailed
+from forerun.executors import split_backward
 from forerun.executors.landing import ALIGNMENT_BYTES, Landing
 from forerun.executors.marks import Marks
 from forerun.executors.optimizer import make_adamw
@@ -25,7 +26,7 @@ from forerun.executors.tiered_adamw import TieredAdamW
 from forerun.executors.tiers import Store, Tier, make_copier, make_tier
 from forerun.model import Model
 
-from .small import GPT, LLAMA, counted, gradients, make_plan, make_trainer, model
+from .small import GPT, LLAMA, counted, gradients, make_plan, make_trainer, model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 CPU = torch.device("cpu")
@@ -48,6 +49,21 @@ def test_gradients_are_bit_equal(model: Model, fraction: float, rest: str, tier:
     found = gradients(make_plan(model, more={"offload": chosen}))
     for name, expected in plain_gradients(model).items():
         assert torch.equal(found[name], expected), name
+
+
+def test_inputs_that_wait_beyond_their_backward_are_copied() -> None:
+    """Buffers of six layers are used again before the second half of a split backward."""
+    plan = make_plan(DEEP, more={"offload": {"activations": 1.0}})
+    trainer = make_trainer(plan)
+    (piece,) = trainer.pieces
+    later = split_backward.apply(piece, piece.blocks.values())
+    later.putting_off = True
+    trainer.forward_backward(tokens(plan))
+    assert later.waiting
+    later.take()()
+    found, expected = trainer.named_gradients(), plain_gradients(DEEP)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 CASES: list[tuple[Model, str, dict[str, Any], int, int]] = [
