@@ -32,8 +32,10 @@ class Later:
         """Whether a backward that runs now is the first half of one."""
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         """Weight (N, K), input (M, K) and gradient of the output (M, N)."""
-        self._copies: dict[tuple[int, int], Tensor] = {}
-        """Of inputs that lie in buffers, by block and address."""
+        self._block: int | None = None
+        self._copies: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        """Inputs that lie in buffers, of one block, and their copies. Each input is held as long as
+        it is known by its address, so that nothing else comes to lie there."""
 
     def take(self) -> Callable[[], None]:
         """What makes the gradients that were put off since the last call; nothing after a whole
@@ -44,10 +46,13 @@ class Later:
 
     def copy_of(self, x_MK: Tensor, block: int) -> Tensor:
         """A copy of an input in a buffer, one for all products of a block that read it."""
-        key = (block, x_MK.data_ptr())
+        if block != self._block:
+            self._copies.clear()
+            self._block = block
+        key = (x_MK.data_ptr(), x_MK.shape)
         if key not in self._copies:
-            self._copies[key] = x_MK.clone()
-        return self._copies[key]
+            self._copies[key] = (x_MK, x_MK.clone())
+        return self._copies[key][1]
 
 
 @torch.no_grad()

@@ -51,9 +51,12 @@ def test_gradients_are_bit_equal(model: Model, fraction: float, rest: str, tier:
         assert torch.equal(found[name], expected), name
 
 
-def test_inputs_that_wait_beyond_their_backward_are_copied() -> None:
-    """Buffers of six layers are used again before the second half of a split backward."""
-    plan = make_plan(DEEP, more={"offload": {"activations": 1.0}})
+@pytest.mark.parametrize("keep", [None, ["x1", "o", "lse", "v"]])
+def test_inputs_that_wait_beyond_their_backward_are_copied(keep: list[str] | None) -> None:
+    """Buffers of six layers are used again before the second half of a split backward; so is the
+    memory of inputs that were made again."""
+    recompute = {} if keep is None else {"recompute": {"mode": "tensors", "keep": keep}}
+    plan = make_plan(DEEP, more={"offload": {"activations": 1.0}} | recompute)
     trainer = make_trainer(plan)
     (piece,) = trainer.pieces
     later = split_backward.apply(piece, piece.blocks.values())
