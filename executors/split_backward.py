@@ -128,5 +128,5 @@ def apply(piece: nn.Module, lent: Iterable[nn.Module] = ()) -> Later:
 
     for module in piece.modules():
         if hasattr(module, "product"):
-            module.product = partial(product, block_of.get(module))
+            module.product = partial(product, block_of.get(module))  # pyright: ignore[reportArgumentType]
     return later
