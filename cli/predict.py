@@ -39,6 +39,7 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
     the schedule 1F1B, the micro-batch 1 sequence, recompute none. With --orders the plan file holds
     the orders, and forerun run executes them.
     """
+    from ..costmodel import memory_report
     from . import render
     from .layout import fixed_plan
 
@@ -55,9 +56,15 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
         document.write(output, plan_file)
     if as_json:
         render.print_json(
-            {"label": plan_file.label, "plan": plan_file.plan, "estimate": plan_file.estimate}
+            {
+                "label": plan_file.label,
+                "plan": plan_file.plan,
+                "estimate": plan_file.estimate,
+                "memory": memory_report(plan_file.plan),
+            }
         )
     else:
         render.print_job(job)
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
+        render.print_memory(memory_report(plan_file.plan))

@@ -32,11 +32,13 @@ from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
 from .options import Options
+from .overlap import Moved, felt_s, moved
 from .pieces import Pieces
 from .prices import Prices
 from .sharing import SharingGroup
 from .stages import Load
 from .state_bytes import in_units
+from .unit_stream import streaming_share, units_felt_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def _whole(
         forward_s=zero,
         backward_s=zero,
         wire_bytes=distributed_optimizer.wire_bytes(
-            load, costs, layouts, options, prices.pool.stack.reduce_bytes
+            load, costs, layouts, options, prices.pool.stack
         ),
         shard=np.where(layouts.zero > 0, layouts.shards, 1).astype(float),
     )
@@ -110,49 +112,23 @@ def _units(
     scatters = np.where((zero >= 2) & alone, m, 1.0)
     rest_params = load.rest_params(costs)
     all_params = load.params(costs)
-
-    def unit(params: Array, trained: Array, group: SharingGroup) -> tuple[Array, Array, Array]:
-        return (
-            _gather_s(params, group, layouts, prices, options),
-            _scatter_s(trained, group, layouts, prices),
-            _across_s(trained, group, layouts, prices),
-        )
-
-    dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
-    rest_trained = np.where(load.trainable_params(costs) >= all_params, rest_params, 0.0)
-    gather, scatter, across = unit(rest_params, rest_trained, dense)
-    gather_s, scatter_s = rest_gathers * gather, scatters * scatter + across
-    first_s, last_s = gather, scatter + across / np.maximum(scatters, 1.0)
     copies = rest_gathers * _copy_s(rest_params, prices, options)
     copies_back = scatters * _copy_s(rest_params, prices, options)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
-        for params, trained, group in (
-            (piece.params, piece.trainable_params, dense),
-            (piece.expert_params, piece.trainable_expert_params, experts),
-        ):
-            gather, scatter, across = unit(params, trained, group)
-            gather_s = gather_s + count * layer_gathers * gather
-            scatter_s = scatter_s + count * (scatters * scatter + across)
-    forward_s = load.total(costs, "forward_s")
+    sharded = units_felt_s(load, costs, layouts, prices, options)
+    reduce = _reduce(all_params, layouts, prices)
     backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
-    hidden_forward = np.where(zero == 3, m, 1.0) * forward_s
-    gather_forward = np.where((zero == 3) & alone, 0.5, 1.0) * gather_s
-    sharded_exposed = _exposed(gather_forward, hidden_forward, prices) + _exposed(
-        gather_s - gather_forward + scatter_s, scatters * backward_s, prices
-    )
-    if prices.pool.stack.can_overlap:
-        sharded_exposed = np.maximum(sharded_exposed, first_s + last_s)
-    reduce_s = _reduce_s(all_params, layouts, prices)
-    replicated = np.where(alone, _exposed(reduce_s, backward_s, prices), reduce_s)
+    beside = felt_s(reduce, backward_s, streaming_share(load, costs), prices)
+    replicated = np.where(alone, beside, reduce.seconds)
     gathers = load.num_layers * layer_gathers + rest_gathers
     unit_scatters = (load.num_layers + 1) * scatters
     host_s = load.total(costs, "host_forward_s") + load.total(costs, "host_backward_s")
-    compute_s = m * (forward_s + backward_s + host_s)
+    compute_s = m * (load.total(costs, "forward_s") + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
-    exposed = np.where(units, sharded_exposed, replicated) + waiting
+    exposed = np.where(units, sharded, replicated) + waiting
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
@@ -183,59 +159,11 @@ def _copy_s(params: Array, prices: Prices, options: Options) -> Array:
     return np.where(params > 0, seconds, 0.0)
 
 
-def _moved(
-    kind: str,
-    num_bytes: Array,
-    ranks: Array,
-    stride: Array,
-    layouts: Layouts,
-    prices: Prices,
-) -> Array:
-    """Seconds of one collective, with the stack's latency per doubling of the ranks."""
-    seconds = prices.collective(kind, num_bytes, ranks, stride, layouts.world / ranks)
-    latency = prices.pool.stack.collective_latency_s * np.log2(np.maximum(ranks, 1.0))
-    return np.where(num_bytes > 0, seconds + latency, 0.0)
-
-
-def _gather_s(
-    params: Array, group: SharingGroup, layouts: Layouts, prices: Prices, options: Options
-) -> Array:
-    """All-gather of one unit."""
-    dtype = "fp8" if options.gathers_low(prices.pool.stack) else options.tensor_dtype
-    num_bytes = params * DTYPE_BYTES[dtype]
-    return _moved("all_gather", num_bytes, group.shard, group.stride, layouts, prices)
-
-
-def _scatter_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
-    """Reduce-scatter of one unit's gradients."""
-    num_bytes = params * prices.pool.stack.reduce_bytes
-    return _moved("reduce_scatter", num_bytes, group.shard, group.stride, layouts, prices)
-
-
-def _across_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
-    """All-reduce of one unit's scattered gradients over the replicas."""
-    num_bytes = params * prices.pool.stack.reduce_bytes / group.shard
-    stride = group.stride * group.shard
-    return _moved("all_reduce", num_bytes, group.replicate, stride, layouts, prices)
-
-
-def _reduce_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
+def _reduce(params: Array, layouts: Layouts, prices: Prices) -> Moved:
     """All-reduce of all gradients (ZeRO 0)."""
     ranks, stride = (layouts.dp * layouts.cp).astype(float), layouts.tp.astype(float)
     num_bytes = params * prices.pool.stack.reduce_bytes
-    return _moved("all_reduce", num_bytes, ranks, stride, layouts, prices)
-
-
-def _exposed(communication: Array, compute: Array, prices: Prices) -> Array:
-    """Time a step grows by communication that may run beside `compute`.
-
-    What does not fit is exposed; what does still slows compute by the stack's contention.
-    """
-    stack = prices.pool.stack
-    if not stack.can_overlap:
-        return communication
-    hidden = np.minimum(communication, compute)
-    return communication - hidden + stack.overlap_contention * hidden
+    return moved("all_reduce", num_bytes, ranks, stride, layouts.world / ranks, prices)
 
 
 def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Options) -> Array:

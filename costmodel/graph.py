@@ -65,6 +65,10 @@ class Collective:
     buffer: Tensor
     overlaps: str | None = None
     """Name of the operator that it runs beside; None = between dependent operators."""
+    edge: str | None = None
+    """Of tensor parallelism: name of the edge that it stands on."""
+    sums_gradients: bool = False
+    """Whether it adds up gradients of inputs, for which those of the weights do not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

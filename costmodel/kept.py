@@ -15,16 +15,54 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import DTYPE_BYTES
+from ..plan import TENSORS
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .liveness import Liveness
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, taken
 
 NORMS = 2
 """Of one layer; as many as it has entries into column-parallel matmuls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """What of a layer that offloads is on the device for a while; zero of others."""
+
+    moved: Array
+    """On its way off the device after its forward."""
+    lands: Array
+    """Of the buffer that it comes back into, for its own backward and during that of the layer
+    behind it."""
+    more: Array
+    """How much larger the peak of its backward is, since that buffer goes as a whole."""
+    copied: Array
+    """Where its backward is split: copies of what waits in that buffer, and `more`."""
+
+    @staticmethod
+    def of(piece: Piece) -> Passing:
+        """Of one layer."""
+        lands, live = piece.lands_bytes, piece.live
+        more = live.landed * lands / np.maximum(live.saved, 1.0)
+        return Passing(
+            moved=piece.moved_bytes,
+            lands=lands,
+            more=more,
+            copied=np.where(lands > 0, piece.waiting_bytes + more, 0.0),
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> Passing:
+        """Of these rows."""
+        return Passing(
+            moved=taken(self.moved, rows),
+            lands=taken(self.lands, rows),
+            more=taken(self.more, rows),
+            copied=taken(self.copied, rows),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +71,8 @@ class Kept:
 
     embedding: Liveness
     layers: tuple[Liveness, ...]
+    passing: tuple[Passing, ...]
+    """Of the layers."""
     head: Liveness
     loss_peak: Array | None
     """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
@@ -49,9 +89,21 @@ class Kept:
         return Kept(
             embedding=costs.embedding.live,
             layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
+            passing=tuple(map(Passing.of, costs.layers)),
             head=costs.head.live,
             loss_peak=peak,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> Kept:
+        """The live bytes under the layouts at these positions."""
+        return Kept(
+            embedding=taken(self.embedding, rows),
+            layers=tuple(taken(live, rows) for live in self.layers),
+            passing=tuple(one.take(rows) for one in self.passing),
+            head=taken(self.head, rows),
+            loss_peak=taken(self.loss_peak, rows),
+            sequence_buffers=taken(self.sequence_buffers, rows),
         )
 
 
@@ -76,6 +128,9 @@ def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     saved = live.saved
     if options.recompute in ("none", "selective"):
         saved = (saved + norms - NORMS * whole) * stack.activation_multiplier
+    elif options.recompute == TENSORS:
+        more = (saved - piece.boundary_bytes) * stack.activation_multiplier
+        saved = piece.boundary_bytes + more
     grown = norms - whole  # one of the gathered inputs is back while its matmuls run
     return replace(
         live,

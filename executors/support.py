@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
 from ..costmodel.techniques import apply
-from ..errors import InputError
+from ..costmodel.techniques.recompute import tensor_names
+from ..errors import InputError, unknown_name
 from ..model import Model
-from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, Phase, Plan
+from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, TENSORS, Phase, Plan
 
 TECHNIQUES = ("precision", "recompute", "offload", "runtime")
 """Those that have a file in `executors/techniques/`."""
@@ -20,6 +21,9 @@ def check_executed(plan: Plan) -> None:
     if len(plan.phases) != 1:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
+    if len(plan.cluster.pools) > 1:
+        raise InputError("cluster.pools", len(plan.cluster.pools), "runs have one pool for now",
+                         "plan for one kind of node")  # fmt: skip
     _check_phase(plan.phase)
     _check_offload(plan)
     if plan.model.traced is None:
@@ -46,9 +50,9 @@ def _check_phase(phase: Phase) -> None:
                 raise InputError(f"precision.{key}", precision[key],
                                  "not executed yet", "leave it out")  # fmt: skip
         mode = setting.techniques.get("recompute", {}).get("mode", "none")
-        if mode not in RECOMPUTE_MODES:
+        if mode not in (*RECOMPUTE_MODES, TENSORS):
             raise InputError("recompute", mode, "not executed yet",
-                             f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+                             f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
         runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
         if runtime not in RUNTIMES:
             raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
@@ -78,10 +82,12 @@ def _check_kept(plan: Plan) -> None:
         fused = plan.cluster.pool(phase.stages[0].pool).device.kind == "gpu"
         layer = plan.model.layer_at(index)
         sp = phase.sequence_parallel
-        apply(
-            decoder_layer(plan.model, layer, sequence_parallel=sp, fused=fused, options=options),
-            options,
-        )
+        graph = decoder_layer(plan.model, layer, sequence_parallel=sp, fused=fused, options=options)
+        apply(graph, options)
+        known = tensor_names(graph)
+        for name in options.keep:
+            if name not in known:
+                raise unknown_name("recompute.keep", name, known)
 
 
 def _check_offload(plan: Plan) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, cast
 
 import msgspec
 
 from ..cluster import Device
 from ..document import Value
 from ..errors import InputError
+from ..model import Model
 from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
@@ -19,6 +20,7 @@ from ..plan import (
     OFFLOAD_STATES,
     RECOMPUTE_MODES,
     SCHEDULES,
+    TENSORS,
     TIERS,
 )
 
@@ -58,6 +60,8 @@ class Pins(Value, frozen=True, kw_only=True):
     """What else waits there: optimizer, parameters."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
+    stages: tuple[int, ...] | Literal["even"] | None = None
+    """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
     """Not an axis: whether free axes take only what `forerun run` executes."""
 
@@ -93,18 +97,23 @@ def flag(name: str, value: object) -> str:
         return f"--offload {value}"
     if name.startswith("offload_"):
         return f"--offload {name.removeprefix('offload_')}={value}"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, cast("tuple[int, ...]", value)))
     return f"--{name.replace('_', '-')} {value}"
 
 
-def check_pins(pins: Pins, device: Device) -> None:
+def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     """Raise InputError for a value that no layout of any model could have."""
     for name in ("tp", "pp", "vpp", "dp", "dp_shard", "micro_batch", "cp", "ep"):
         degree = getattr(pins, name)
         if degree is not None and degree < 1:
             raise InputError(name.replace("_", "-"), degree, "not positive", "give 1 or more")
+    if isinstance(pins.stages, tuple) and min(pins.stages, default=0) < 1:
+        raise InputError("stages", ",".join(map(str, pins.stages)), "a stage without a layer",
+                         "give every stage 1 or more")  # fmt: skip
     _check_choice("zero", pins.zero, (0, 1, 2, 3))
     _check_choice("schedule", pins.schedule, SCHEDULES)
-    _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
+    _check_choice("recompute", pins.recompute, (*RECOMPUTE_MODES, TENSORS))
     _check_choice("cp_kind", pins.cp_kind, KINDS_OF_CP)
     _check_choice("attention", pins.attention, ATTENTION_KERNELS)
     _check_choice("precision", pins.precision, COMPUTE_DTYPES)
@@ -114,10 +123,21 @@ def check_pins(pins: Pins, device: Device) -> None:
     _check_choice("offload_rest", pins.offload_rest, OFFLOAD_RESTS)
     _check_choice("offload_tier", pins.offload_tier, TIERS)
     _check_choice("offload_states", pins.offload_states, OFFLOAD_STATES)
-    if pins.precision is not None and not has_rate(device, pins.precision):
-        known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))
-        raise InputError("precision", pins.precision, f"{device.name} has no such rate",
-                         f"use one of {known}, or another device")  # fmt: skip
+    for device in devices:
+        if pins.precision is not None and not has_rate(device, pins.precision):
+            known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))
+            raise InputError("precision", pins.precision, f"{device.name} has no such rate",
+                             f"use one of {known}, or another device")  # fmt: skip
+
+
+def check_stages(pins: Pins, model: Model) -> None:
+    """Raise InputError for stages that do not hold the layers of a model."""
+    if not isinstance(pins.stages, tuple):
+        return
+    total, text = sum(pins.stages), ",".join(map(str, pins.stages))
+    if total != model.num_layers:
+        raise InputError("stages", text, f"are {total} layers, {model.name} has {model.num_layers}",
+                         "give every stage its number of layers")  # fmt: skip
 
 
 RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4"}

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from ...errors import InputError, unknown_name
-from ...plan import RECOMPUTE_MODES
+from ...errors import InputError
+from ...plan import RECOMPUTE_MODES, TENSORS
 from ..graph import Graph, Operator, Tensor
 from ..rates import is_matmul
 
@@ -31,29 +31,33 @@ def rewrite(graph: Graph, mode: str, keep: Collection[str] = ()) -> Graph:
     so its statistics (or, unfused, its scores) are not kept. elementwise: norms, activation
     functions, rotary positions and the up-projections of latent attention run again, so that what
     they make is not kept (Megatron-Core's recompute modules). tensors: of the layer's tensors those
-    named in `keep` are held, as far as they are needed. per_op: only the layer's input, the
-    attention's output and the output of every second matmul are kept, and all other operators run
-    again at once. full: only the layer's input is kept. Embedding and head are never recomputed.
+    named in `keep` are held, as far as they are needed; names that it does not have say nothing.
+    per_op: only the layer's input, the attention's output and the output of every second matmul
+    are kept, and all other operators run again at once. full: only the layer's input is kept.
+    Embedding and head are never recomputed.
     """
-    if mode not in RECOMPUTE_MODES:
-        raise InputError("recompute", mode, "unknown mode", f"use {', '.join(RECOMPUTE_MODES)}")
+    if mode not in (*RECOMPUTE_MODES, TENSORS):
+        raise InputError("recompute", mode, "unknown mode",
+                         f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
     if graph.name != "layer" or mode == "none":
         return graph
     if mode == "full":
         return replace(graph, checkpointed=True)
     if mode == "per_op":
         return _per_op(graph)
-    if mode == "tensors":
-        check_keep(graph, keep)
-        return holding(graph, set(keep))
+    if mode == TENSORS:
+        return holding(graph, keep)
     if mode == "selective":
         return _selective(graph)
-    return holding(graph, tensor_names(graph) - _cheap(graph))
+    return holding(graph, set(tensor_names(graph)) - _cheap(graph))
 
 
-def tensor_names(graph: Graph) -> set[str]:
-    """Every tensor of a graph."""
-    return {t.name for op in graph.operators for t in (*op.inputs, *op.outputs, *op.saves)}
+def tensor_names(graph: Graph) -> tuple[str, ...]:
+    """The tensors of a layer that can be kept, in the order in which its forward makes them."""
+    found: dict[str, None] = {graph.boundary.name: None}
+    for op in graph.operators:
+        found |= dict.fromkeys(t.name for t in (*op.outputs, *op.saves))
+    return tuple(found)
 
 
 def internals(graph: Graph) -> dict[str, tuple[Tensor, ...]]:
@@ -68,14 +72,6 @@ def internals(graph: Graph) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
-def check_keep(graph: Graph, keep: Collection[str]) -> None:
-    """Raise InputError for a name that no tensor of the layer has, with near ones."""
-    known = tensor_names(graph)
-    for name in keep:
-        if name not in known:
-            raise unknown_name("recompute.keep", name, known)
-
-
 def holding(graph: Graph, keep: Collection[str]) -> Graph:
     """The graph with the tensors in `keep` held where they are needed, all others made again.
 
@@ -83,7 +79,7 @@ def holding(graph: Graph, keep: Collection[str]) -> Graph:
     """
     inside = internals(graph)
     made_here = {t.name for op in graph.operators for t in (*op.outputs, *inside[op.name])}
-    names = tensor_names(graph)
+    names = {t.name for op in graph.operators for t in (*op.inputs, *op.outputs, *op.saves)}
     kept = {*keep, *(names - made_here)}  # what comes from outside is there anyway
     kept |= {name for name in names if name.removesuffix(SENT) in kept}
     for op in graph.operators:  # a sum over ranks is made in place: to keep its parts is to keep it
@@ -117,7 +113,7 @@ def _selective(graph: Graph) -> Graph:
     inside = internals(graph)
     cores = [op for op in graph.operators if op.kind.startswith("attention")]
     dropped = {t.name for op in cores for t in inside[op.name]}
-    rewritten = holding(graph, tensor_names(graph) - dropped)
+    rewritten = holding(graph, set(tensor_names(graph)) - dropped)
     operators = (
         replace(op, saves=op.inputs) if op.kind.startswith("attention") else op
         for op in rewritten.operators

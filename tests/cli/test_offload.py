@@ -11,7 +11,7 @@ import pytest
 
 from forerun import PlanFile, document
 from forerun.errors import InputError, RunFailed
-from forerun.executors import launch
+from forerun.executors import machine
 
 JOB = "--model llama-2-7b --gpus 8xA100-80GB --seq-len 4096 --global-batch 8 --zero 3".split()
 
@@ -109,7 +109,7 @@ def test_a_run_says_how_much_the_host_lacks(plan_file: PlanFile) -> None:
     cluster = msgspec.structs.replace(plan_file.plan.cluster, pools=(pool,))
     plan = msgspec.structs.replace(plan_file.plan, cluster=cluster)
     with pytest.raises(InputError, match=r"host-memory=1000 B: offload needs .* more; offload"):
-        launch.check_offload(msgspec.structs.replace(plan_file, plan=plan), None)
+        machine.check_offload(msgspec.structs.replace(plan_file, plan=plan), None)
     assert needed > 1000
 
 
@@ -117,8 +117,8 @@ def test_a_run_needs_a_folder_and_room(
     plan_file: PlanFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="offload-dir=/nowhere: no folder"):
-        launch.check_offload(plan_file, Path("/nowhere"))
-    launch.check_offload(plan_file, tmp_path)
-    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: type("Full", (), {"free": 10}))
+        machine.check_offload(plan_file, Path("/nowhere"))
+    machine.check_offload(plan_file, tmp_path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: type("Full", (), {"free": 10}))
     with pytest.raises(RunFailed, match=r"the disk is full: offload needs .*, 10 B are free"):
-        launch.check_offload(plan_file, tmp_path)
+        machine.check_offload(plan_file, tmp_path)
