@@ -105,6 +105,8 @@ def peak_bytes(rank: RankMoments, kept: Kept, in_flight: InFlight) -> Peaks:
             exists = exists & (alive > 0)
         now = np.where(exists, now, 0.0)
         peak = np.maximum(peak, now)
+        if moment.kind == "fetch":  # not of every mixture of policies
+            continue
         whole = moment.kind not in ("first", "update")
         beside = now - np.where(exists, here.passing, 0.0)
         if whole:

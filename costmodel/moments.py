@@ -3,6 +3,8 @@
     head      backward of the loss: everything saved, logits and their gradients
     last      backward of a rank's last layer: everything saved, that layer's working set
     second    backward of the layer before it, with the last one's gradients on the wire
+    fetch     backward of the layer behind its first, whose offloaded activations come back: nothing
+              else saved, all gradients but those of the two
     first     backward of its first layer: nothing else saved, all gradients
     update    the optimiser step: all states, no activations
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -35,7 +38,7 @@ from .state_bytes import StateBytes, in_units
 from .states import AtRest, Counts, Divisors
 from .working_copies import WorkingCopies
 
-Kind = Literal["head", "last", "second", "first", "update"]
+Kind = Literal["head", "last", "second", "fetch", "first", "update"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,8 @@ class RankMoments:
             )
         if moment.kind == "first":
             return self._first(moment, kept)
+        if moment.kind == "fetch":
+            return self._fetch(moment, kept)
         assert moment.layer is not None
         live = kept.layers[moment.layer]
         own = live.saved * (load.layers[moment.layer] > 0)
@@ -176,6 +181,30 @@ class RankMoments:
             for there, live in zip(order.behind[group], kept.layers, strict=True):
                 gone = gone + there * live.saved
         return lands, np.where(lands > 0, more + fetched, 0.0), np.where(lands > 0, gone, 0.0)
+
+    def _fetch(self, moment: Moment, kept: Kept) -> Activations:
+        """In the backward of the rank's second layer while what its first moved comes back.
+
+        Where layers offload nothing a layer's activations outweigh its gradients, so that the peak
+        is at the last layer; with offload it may be at the last one that still fetches.
+        """
+        load, order, none = self.load, self.load.order, np.zeros(1)
+        saved, working, passing = none, none, none
+        pairs = product(range(len(kept.layers)), repeat=2)
+        for front, own in pairs:
+            if order is not None:
+                there = order.first[front] * order.second[own] > 0
+            else:
+                several = load.layers[front] > (1 if own == front else 0)
+                there = several & (load.layers[own] > 0)
+            coming, live = kept.passing[front].lands, kept.layers[own]
+            more = kept.passing[own].more + coming
+            beside = np.maximum(moment.peak_of(live) - live.saved, 0.0) + more
+            both = live.saved + kept.layers[front].saved
+            larger = there & (coming > 0) & (both + beside > saved + working)
+            saved, working = np.where(larger, both, saved), np.where(larger, beside, working)
+            passing = np.where(larger, more + kept.passing[own].lands, passing)
+        return Activations(kept=saved, working=working, passing=passing, shortfall=none)
 
     def _first(self, moment: Moment, kept: Kept) -> Activations:
         """In the backward of the rank's first layer. What came back in a buffer is copied where it
@@ -262,7 +291,9 @@ def _moments(
             wire = {**last, "comm_buffers": last["comm_buffers"] + rank.copies.on_wire}
             yield moment("last", count > 0, last, which)
             yield moment("second", (count > 1) & (rank.copies.on_wire > 0), wire, which)
-        yield moment("first", always, _first_layer(rank, grads))
+        several = load.num_layers > layouts.vpp
+        yield moment("fetch", several, _front_layers(rank, grads, 2))
+        yield moment("first", always, _front_layers(rank, grads, 1))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
     owned = counts.trained / Divisors.of(stack, layouts).optimizer
     staged = staged_bytes(owned, states, options)
@@ -351,17 +382,17 @@ def _layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     }
 
 
-def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
-    """Backward of the rank's first layer: all other layers' gradients are there.
+def _front_layers(rank: _Rank, grads: _Gradients, num: int) -> dict[str, Array]:
+    """Backward of the last of the rank's first `num` layers: gradients of those behind are there.
 
-    Of activations that layer's alone are left, and what weights of the chunk's others wait with;
-    its own gradients and those of the embedding are still to be made when nothing is there to add
-    them to.
+    Of activations those of these layers alone are left, and what weights of the chunk's others wait
+    with; their own gradients and those of the embedding are still to be made when nothing is there
+    to add them to.
     """
     load, costs = rank.load, rank.costs
     chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
     layers = load.num_layers / rank.layouts.vpp
-    behind = chunk * np.maximum(layers - 1.0, 0.0) / np.maximum(layers, 1.0)
+    behind = chunk * np.maximum(layers - num, 0.0) / np.maximum(layers, 1.0)
     waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
     params = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
@@ -370,7 +401,7 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     table = load.embedding * (costs.embedding.trainable_params - load.head * costs.tied_params)
     table = np.maximum(table, 0.0)
     per_param = rank.states.gradient / rank.copies.shard
-    unmade = np.where(grads.fresh, (params + table) * per_param, 0.0)
+    unmade = np.where(grads.fresh, (num * params + table) * per_param, 0.0)
     return {
         "activations": waiting,
         "gradients": np.maximum(grads.after - unmade, grads.before),

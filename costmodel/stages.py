@@ -27,6 +27,9 @@ class Order:
     """Layers of the other groups that follow it."""
     before: tuple[tuple[Array, ...], ...]
     """The layer in front of it: one of some group, or none."""
+    first: tuple[Array, ...]
+    """By group, whether the first layer of all is of it."""
+    second: tuple[Array, ...]
 
     @staticmethod
     def of(groups: Sequence[int], count: int) -> Order:
@@ -39,7 +42,15 @@ class Order:
                 behind[group, other] += 1.0
             if last:
                 before[group, groups[last - 1]] = 1.0
-        return Order(behind=tuple(map(tuple, behind)), before=tuple(map(tuple, before)))
+        ends = np.zeros((2, count, 1))
+        for place, group in enumerate(groups[:2]):
+            ends[place, group] = 1.0
+        return Order(
+            behind=tuple(map(tuple, behind)),
+            before=tuple(map(tuple, before)),
+            first=tuple(ends[0]),
+            second=tuple(ends[1]),
+        )
 
     @staticmethod
     def stacked(orders: Sequence[Order]) -> Order:
@@ -54,6 +65,10 @@ class Order:
         return Order(
             behind=joined([order.behind for order in orders]),
             before=joined([order.before for order in orders]),
+            first=tuple(map(np.concatenate, zip(*(order.first for order in orders), strict=True))),
+            second=tuple(
+                map(np.concatenate, zip(*(order.second for order in orders), strict=True))
+            ),
         )
 
 
