@@ -9,7 +9,8 @@ import numpy as np
 
 from .copies import returns_at_once
 from .exposed import copies_s
-from .in_flight import in_flight
+from .in_flight import live_moments, moments_of
+from .schedule import live_chunks
 
 if TYPE_CHECKING:
     from .simulate import Simulation
@@ -76,11 +77,16 @@ def _off_device_bytes(sim: Simulation, rank: int) -> float:
     moved = _moved_bytes(sim, rank)
     if not moved:
         return states
-    pool = sim.pool_of_rank[rank]
-    shape = (sim.mesh.pp, sim.mesh.vpp, sim.phase.num_microbatches)
-    flight = in_flight(
-        sim.phase.schedule, shape, np.array([rank]), sim.rank_loads[rank], sim.costs_of[pool],
-        sim.layouts, sim.pools[pool].stack, sim.own_orders,
-    )  # fmt: skip
-    live = max(float(flight.first[0]), float(flight.later[0])) / sim.mesh.vpp
-    return live * moved + states
+    return _chunks_in_flight(sim, rank) / sim.mesh.vpp * moved + states
+
+
+def _chunks_in_flight(sim: Simulation, rank: int) -> int:
+    """The most chunks of a rank between their forward and their backward."""
+    schedule, mesh, m = sim.phase.schedule, sim.mesh, sim.phase.num_microbatches
+    if sim.own_orders is not None:
+        first, moments = moments_of(sim.own_orders[rank])
+    elif sim.split:
+        first, moments = live_moments(schedule, mesh.pp, mesh.vpp, m, rank)
+    else:
+        return int(max(live_chunks(schedule, mesh.pp, mesh.vpp, m, rank)))
+    return max(first, *(before for before, _ in moments), 0)

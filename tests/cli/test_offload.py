@@ -53,7 +53,7 @@ def test_tensors_to_keep(invoke: Any) -> None:
     found = predicted(invoke, "--recompute", "tensors", "--keep", "x1, o,lse")
     assert settings(found) == [
         {"precision": {"compute": "bf16"},
-         "recompute": {"mode": "tensors", "keep": ["lse", "o", "x1"]}}
+         "recompute": {"mode": "tensors", "keep": ["x1", "o", "lse"]}}
     ]  # fmt: skip
     assert "ac-tensors~" in found["label"]
     plain = predicted(invoke)
@@ -73,7 +73,7 @@ def test_tensors_to_keep(invoke: Any) -> None:
         (["--keep", "o"], "keep=o: names tensors for --recompute tensors alone"),
         (
             ["--recompute", "tensors", "--keep", "attention.on"],
-            "recompute.keep=attention.on: unknown name; did you mean attention.in",
+            "keep=attention.on: unknown name; did you mean attention.in",
         ),
         (["--offload", "0.5,rest=recompute", "--recompute", "full"], "recompute=full says already"),
         (["--host-memory", "lots"], "host-memory=lots: not a size"),

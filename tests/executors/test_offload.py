@@ -31,6 +31,8 @@ from .small import GPT, LLAMA, counted, gradients, make_plan, make_trainer, mode
 pytestmark = pytest.mark.usefixtures("one_rank")
 CPU = torch.device("cpu")
 DEEP = model("swiglu", "rmsnorm", kv_heads=2, tied=False, bias=False, layers=6)
+LONG = model("swiglu", "rmsnorm", kv_heads=2, tied=False, bias=False, layers=12)
+"""Whose gradients weigh more than what the peak is off by."""
 
 
 @cache
@@ -71,7 +73,7 @@ def test_inputs_that_wait_beyond_their_backward_are_copied(keep: list[str] | Non
 
 CASES: list[tuple[Model, str, dict[str, Any], int, int]] = [
     (LLAMA, "none", {"activations": 1.0}, 2, 0),
-    (DEEP, "none", {"activations": 1.0}, 1, 2),
+    (LONG, "none", {"activations": 1.0}, 1, 2),
     (DEEP, "none", {"activations": 0.5, "rest": "recompute"}, 2, 2),
     (DEEP, "none", {"activations": 0.5, "states": "optimizer"}, 1, 2),
     (LLAMA, "full", {"activations": 1.0}, 1, 0),
@@ -93,7 +95,7 @@ def test_copies_are_those_predicted_and_memory_is_near(
     assert trainer.away.made_bytes() == predicted.bytes_off_device
     terms = predicted.memory_terms_bytes.items()
     expected = sum(n for term, n in terms if term not in ("fragmentation", "context"))
-    assert expected == pytest.approx(sum(live.peak().values()), rel=0.05)
+    assert expected == pytest.approx(sum(live.peak().values()), rel=0.04)
 
 
 def test_memory_and_copies_are_the_same_every_time() -> None:
