@@ -8,6 +8,7 @@ step in one arena: its size against max-live and against a caching allocator's, 
 of it costs.
 
     python benchmarks/bench_memory.py [--layers 8] [--hidden 256] [--seq-len 512] [--rounds 3]
+    python benchmarks/bench_memory.py --short       some policies, one round: a few minutes
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ POLICIES: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
     ),
 }  # fmt: skip
 """Techniques, and the last layers that keep their activations."""
+SHORT = (
+    "plain", "recompute tensors, keep x1,o,lse", "recompute full", "offload all",
+    "offload half of the tokens",
+)  # fmt: skip
 
 
 def make_file(options: argparse.Namespace, policy: str, budget: int | None = None) -> PlanFile:
@@ -85,8 +90,8 @@ def live_bytes(plan_file: PlanFile) -> float:
 
 def table(options: argparse.Namespace) -> list[str]:
     """A row per policy, runs taken in turns."""
-    files = {policy: make_file(options, policy) for policy in POLICIES}
-    runs: dict[str, list[Measurement]] = {policy: [] for policy in POLICIES}
+    files = {policy: make_file(options, policy) for policy in options.policies}
+    runs: dict[str, list[Measurement]] = {policy: [] for policy in options.policies}
     for turn in range(options.rounds):
         for policy, plan_file in files.items():
             runs[policy].append(run(plan_file, steps=options.steps, warmup_steps=1))
@@ -123,7 +128,7 @@ def budgets(options: argparse.Namespace) -> list[str]:
         f"Budget on live tensors: {format_bytes(budget)}, {options.budget:.0%} of the plain peak.",
         "",
     ]
-    for policy in POLICIES:
+    for policy in options.policies:
         plan_file = make_file(options, policy, budget)
         fits = live_bytes(plan_file) <= budget
         if not fits and policy != "plain":
@@ -148,7 +153,8 @@ def arenas(options: argparse.Namespace) -> list[str]:
         "| in the arena | step / plain |",
         "|---|---|---|---|---|---|---|",
     ]
-    for policy in ("plain", "recompute full", "offload half of the tokens"):
+    chosen = ("plain", "recompute full", "offload half of the tokens")
+    for policy in chosen[:1] if options.short else chosen:
         plan_file = make_file(options, policy)
         ratios: list[float] = []
         found: dict[str, float] = {}
@@ -177,8 +183,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budget", type=float, default=0.6)
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--report", type=Path, default=Path("docs/memory.md"))
     options = parser.parse_args()
+    options.policies = SHORT if options.short else tuple(POLICIES)
+    if options.short:
+        options.rounds, options.steps = 1, 3
     lines = [
         BEGIN,
         f"{options.layers} layers of hidden size {options.hidden}, {options.micro_batch} sequences "
