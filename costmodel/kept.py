@@ -73,6 +73,8 @@ class Kept:
     layers: tuple[Liveness, ...]
     passing: tuple[Passing, ...]
     """Of the layers."""
+    stores: tuple[bool, ...]
+    """Whether layers store what they keep in another form than they are given it."""
     head: Liveness
     loss_peak: Array | None
     """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
@@ -90,6 +92,7 @@ class Kept:
             embedding=costs.embedding.live,
             layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
             passing=tuple(map(Passing.of, costs.layers)),
+            stores=tuple(piece.options.activations is not None for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
@@ -101,6 +104,7 @@ class Kept:
             embedding=taken(self.embedding, rows),
             layers=tuple(taken(live, rows) for live in self.layers),
             passing=tuple(one.take(rows) for one in self.passing),
+            stores=self.stores,
             head=taken(self.head, rows),
             loss_peak=taken(self.loss_peak, rows),
             sequence_buffers=taken(self.sequence_buffers, rows),

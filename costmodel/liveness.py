@@ -16,7 +16,7 @@ import numpy as np
 
 from .graph import Array, Graph, Operator, Sizes
 from .operators import transients
-from .standing import main_tensor, standing
+from .standing import main_tensor, standing, total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,10 @@ def liveness(graph: Graph, sizes: Sizes, *, lands: bool = False) -> Liveness:
     if graph.checkpointed:
         boundary = graph.boundary.num_bytes(sizes)
         again = forward_kept + boundary  # the incoming gradient waits during recomputation
-        forward_free, _ = _forward(graph, sizes, set())
+        kept = {t.name for t in graph.kept}
+        forward_free, more = _forward(graph, sizes, kept)
         return Liveness(
-            saved=boundary,
+            saved=sum(more.values(), boundary),
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
@@ -73,9 +74,10 @@ def liveness(graph: Graph, sizes: Sizes, *, lands: bool = False) -> Liveness:
 
 def saved_tensors(graph: Graph, sizes: Sizes) -> dict[str, Array]:
     """What a graph keeps from forward to backward: bytes by tensor, the largest first."""
+    names = {t.name for t in graph.kept} if graph.checkpointed else _saved_names(graph)
+    _, kept = _forward(graph, sizes, names)
     if graph.checkpointed:
-        return {graph.boundary.name: graph.boundary.num_bytes(sizes)}
-    _, kept = _forward(graph, sizes, _saved_names(graph))
+        kept[graph.boundary.name] = graph.boundary.num_bytes(sizes)
     return dict(sorted(kept.items(), key=lambda item: -float(np.max(item[1]))))
 
 
@@ -101,6 +103,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
             peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
         else:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * main_tensor(op).num_bytes(sizes)
+            extra = extra + total_bytes(op.held_forward, sizes)
             peak = np.maximum(peak, before + added + extra)
         live.update(new)
         made, read = _names(op), {t.name for t in op.inputs}
@@ -136,6 +139,8 @@ def _backward(graph: Graph, sizes: Sizes, *, lands: bool = False) -> tuple[Array
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
+        making = sum((t.num_bytes(sizes) for t in op.unpacks), making)
+        making = making + total_bytes(op.held_backward, sizes)
         here = there.held + there.inside(op) + waiting
         peak = np.maximum(peak, here + making + weights)
         stayed = stayed + weights

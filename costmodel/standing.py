@@ -9,6 +9,7 @@ or the last operator run again, that reads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,9 @@ import numpy as np
 from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
 from .operators import transients
 
-NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise")
+NO_INPUT_NEEDED = (
+    "add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise", "quantize_weight"
+)  # fmt: skip
 """Kinds whose backward reads none of their inputs."""
 INSIDE: dict[str, tuple[Axes, float]] = {
     "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
@@ -66,6 +69,11 @@ def moves(op: Operator, sizes: Sizes) -> Array:
 def main_tensor(op: Operator) -> Tensor:
     """The tensor that transients are multiples of: the logits for the loss, else the output."""
     return op.saves[0] if op.kind == "cross_entropy" else op.outputs[-1]
+
+
+def total_bytes(tensors: Iterable[Tensor], sizes: Sizes) -> Array:
+    """Of all of them."""
+    return sum((t.num_bytes(sizes) for t in tensors), np.zeros(1))
 
 
 class AtOnce:
@@ -172,6 +180,7 @@ class OnDemand:
         if op.kind != "edge":
             out = main_tensor(op)
             extra = transients(op.kind, out.dtype)[0] * out.num_bytes(self.sizes)
+            extra = extra + total_bytes(op.held_forward, self.sizes)
         added = np.where(moved, sum(made.values(), np.zeros(1)), 0.0)
         self.peak = np.maximum(self.peak, self.held + added + extra)
         for name, size in made.items():

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..plan import Phase, Plan
 from .marks import Marks
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .techniques.offload import Mover
 from .tiered_adamw import TieredAdamW
 from .tiers import Copier, Store, Tier, make_copier, make_tier
@@ -62,12 +62,12 @@ class Away:
         return torch.device("cpu") if self.states == "parameters" else device
 
     def make_optimizer(
-        self, parameters: Iterable[nn.Parameter], learning_rate: float
+        self, name: str, parameters: Iterable[nn.Parameter], learning_rate: float
     ) -> torch.optim.Optimizer:
-        """AdamW, with its states where they belong."""
+        """The optimiser of that name, with its states where they belong."""
         if self.store is not None:
             return TieredAdamW(parameters, learning_rate, self.store, self.marks)
-        return make_adamw(parameters, learning_rate)
+        return make_optimizer(name, parameters, learning_rate)
 
     def take_copied(self) -> dict[str, float]:
         """Bytes moved since the last look, by `out@tier` and `in@tier`."""

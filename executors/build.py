@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, compilation, recompute and offload, FSDP2 or DDP,
-memory and initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, precision, context and tensor parallel, compilation, recompute and
+offload, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import data_parallel, init, keeping, tensor_parallel, traced
+from . import context_parallel, data_parallel, init, keeping, tensor_parallel, traced
 from .away import Away
 from .decoder import Decoder
 from .marks import Marks
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import runtime
+from .techniques import precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -47,6 +47,7 @@ def build_piece(
     device: torch.device,
     marks: Marks,
     away: Away,
+    spread: context_parallel.Spread,
     first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
@@ -57,7 +58,9 @@ def build_piece(
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last, first_piece)
+    piece.spread = spread
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
+    precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
@@ -71,7 +74,7 @@ def build_piece(
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest)
     if data_parallel.uses_ddp(phase):
-        return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
+        return piece, data_parallel.apply_ddp(piece, phase, mesh), tp_dims
     return piece, piece, tp_dims
 
 
@@ -96,26 +99,29 @@ def build(
     if module is not None:
         return traced.build(plan, module, mesh, device, marks, away)
     stages = local_stages(phase, mesh.get_local_rank("pp"))
+    spread = context_parallel.over_mesh(phase)
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        built.append(build_piece(plan, stage, mesh, device, marks, away, first_piece))
+        built.append(build_piece(plan, stage, mesh, device, marks, away, spread, first_piece))
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks)
     parameters = [p for piece in pieces for p in piece.parameters()]
-    return Trainer(
+    trainer = Trainer(
         plan,
         device,
         mesh,
         pieces,
         modules,
         pipeline,
-        away.make_optimizer(parameters, plan.workload.learning_rate),
+        away.make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate),
         tied_groups(plan),
         tp_dims,
         marks,
         away,
     )
+    trainer.spread = spread
+    return trainer

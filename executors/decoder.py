@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import Layer, Model
+from ..model import GATED, Layer, Model
+from .context_parallel import (
+    Context,
+    Exchange,
+    Spread,
+    as_borders,
+    attend,
+    repeated,
+    to_tokens,
+)
 
 Run = Callable[..., Any]
 """`run(name, function, *args)`: the result of a named operator on its arguments."""
@@ -33,18 +42,21 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines of rotary positions, (2, S, D), fp32."""
-    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of rotary positions, (2, *positions, D), fp32."""
+    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = theta ** (-half / head_dim)
-    angle = torch.arange(seq_tokens, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = positions.to(torch.float32)[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; the table has the dtype of `x`."""
-    cos, sin = table_2SD[:, None, :, None, :].unbind(0)
+def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions applied to queries or keys.
+
+    The table has the dtype of `x`; it is (2, S, D), or (2, B, S, D) where rows differ.
+    """
+    cos, sin = (table if table.dim() == 4 else table[:, None])[:, :, :, None].unbind(0)
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -56,19 +68,24 @@ def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
     return nn.LayerNorm(hidden, eps=eps)
 
 
-def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+def attention_core(
+    q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context: Context | None = None
+) -> Tensor:
     """Causal attention (B, H, S, D); the part that selective recompute runs twice."""
+    if context is not None and context.method is not None:
+        return attend(q_BHSD, k_BGSD, v_BGSD, context.method)
     return F.scaled_dot_product_attention(
         q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
     )
 
 
 class Linear(nn.Linear):
-    """A linear whose product with its weight may be exchanged."""
+    """A linear whose product with its weight a technique may exchange."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.product: Callable[..., Tensor] = F.linear
+        """x, weight, bias (or None, or left out) -> x weight^T + bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.product(input, self.weight, self.bias)
@@ -83,7 +100,7 @@ class Attention(nn.Module):
         self.run: Run = run_plainly
         self.enter: Callable[[Tensor], Tensor] = same
         self.leave: Callable[[Tensor], Tensor] = same
-        self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
+        self.core: Callable[..., Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
         self.wq = Linear(model.hidden, width, bias=qkv_bias)
@@ -91,38 +108,66 @@ class Attention(nn.Module):
         self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
         self.wo = Linear(width, model.hidden, bias=layer.bias)
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        run, heads = self.run, (-1, self.head_dim)
+    def forward(
+        self, x_BSE: Tensor, table: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        run = self.run
         x_BSE = run("attention.enter", self.enter, x_BSE)
+        if context is not None and context.ulysses is not None:
+            out_BSHD = self._exchanged(x_BSE, table, context)
+        else:
+            out_BSHD = self._attended(x_BSE, table, context)
+        out_BSE = run("wo", self.wo, out_BSHD.flatten(-2))
+        return run("attention.leave", self.leave, out_BSE)
+
+    def _attended(self, x_BSE: Tensor, table: Tensor | None, context: Context | None) -> Tensor:
+        """Attention (B, S, H, D) of this rank's tokens."""
+        run, heads = self.run, (-1, self.head_dim)
         q_BSHD = run("wq", self.wq, x_BSE).unflatten(-1, heads)
         k_BSGD = run("wk", self.wk, x_BSE).unflatten(-1, heads)
         v_BSGD = run("wv", self.wv, x_BSE).unflatten(-1, heads)
-        if table_2SD is not None:
-            q_BSHD = run("rope_q", rotate, q_BSHD, table_2SD)
-            k_BSGD = run("rope_k", rotate, k_BSGD, table_2SD)
+        if table is not None:
+            q_BSHD = run("rope_q", rotate, q_BSHD, table)
+            k_BSGD = run("rope_k", rotate, k_BSGD, table)
         qkv = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
-        out_BHSD = run("attention_core", self.core, *qkv)
-        out_BSE = run("wo", self.wo, out_BHSD.transpose(1, 2).flatten(-2))
-        return run("attention.leave", self.leave, out_BSE)
+        return run("attention_core", self.core, *qkv, context).transpose(1, 2)
 
+    def _project(self, linear: nn.Module, x_BSE: Tensor) -> Tensor:
+        return linear(x_BSE).unflatten(-1, (-1, self.head_dim))
 
-def swiglu(gate_BSF: Tensor, up_BSF: Tensor) -> Tensor:
-    """SiLU of one projection times the other."""
-    return F.silu(gate_BSF) * up_BSF
+    def _exchanged(self, x_BSE: Tensor, table: Tensor | None, context: Context) -> Tensor:
+        """Attention (B, S, H, D) with heads exchanged for tokens around the core.
 
-
-def squared_relu(up_BSF: Tensor) -> Tensor:
-    """The square of what is positive."""
-    return F.relu(up_BSF).square()
+        A tensor leaves as soon as it is there, while the next is projected.
+        """
+        assert context.ulysses is not None
+        q_way, k_way, v_way = (Exchange(context.ulysses) for _ in range(3))
+        v_BSGD = v_way.start(repeated(self._project(self.wv, x_BSE), v_way.ranks))
+        k_BSGD = self._project(self.wk, x_BSE)
+        if table is not None:
+            k_BSGD = rotate(k_BSGD, table)
+        k_BSGD = k_way.start(repeated(k_BSGD, k_way.ranks))
+        q_BSHD = self._project(self.wq, x_BSE)
+        if table is not None:
+            q_BSHD = rotate(q_BSHD, table)
+        q_BSHD = q_way.start(q_BSHD)
+        v_BSGD, k_BSGD, q_BSHD = v_way.finish(v_BSGD), k_way.finish(k_BSGD), q_way.finish(q_BSHD)
+        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        return to_tokens(self.core(q_BHSD, k_BGSD, v_BGSD, context).transpose(1, 2), q_way.group)
 
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "swiglu": swiglu, "gelu": F.gelu, "squared_relu": squared_relu,
-}  # fmt: skip
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": lambda up: F.relu(up).square(),
+}
+"""What stands between the matmuls of an MLP: of gate and up-projection, or of the latter."""
 
 
 class Mlp(nn.Module):
-    """Dense feed-forward block: SwiGLU, GELU or squared ReLU."""
+    """Dense feed-forward block."""
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
@@ -130,7 +175,8 @@ class Mlp(nn.Module):
         self.run: Run = run_plainly
         self.enter: Callable[[Tensor], Tensor] = same
         self.leave: Callable[[Tensor], Tensor] = same
-        if layer.mlp == "swiglu":
+        self.activation = ACTIVATIONS[layer.mlp]
+        if layer.mlp in GATED:
             self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
         self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
@@ -138,9 +184,9 @@ class Mlp(nn.Module):
     def forward(self, x_BSE: Tensor) -> Tensor:
         run = self.run
         x_BSE = run("mlp.enter", self.enter, x_BSE)
-        wide = [run("gate", self.gate, x_BSE)] if self.kind == "swiglu" else []
+        wide = [run("gate", self.gate, x_BSE)] if self.kind in GATED else []
         wide.append(run("up", self.up, x_BSE))
-        inner_BSF = run(self.kind, ACTIVATIONS[self.kind], *wide)
+        inner_BSF = run(self.kind, self.activation, *wide)
         return run("mlp.leave", self.leave, run("down", self.down, inner_BSF))
 
 
@@ -159,10 +205,14 @@ class Block(nn.Module):
         """Have every operator of the block run by `run`."""
         self.run = self.attention.run = self.mlp.run = run
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, table: Tensor | None, context: Context | None = None
+    ) -> Tensor:
         run = self.run
         normed_BSE = run("attention_norm", self.attention_norm, x_BSE)
-        x_BSE = run("attention_residual", torch.add, x_BSE, self.attention(normed_BSE, table_2SD))
+        attended_BSE = self.attention(normed_BSE, table, context)
+        x_BSE = run("attention_residual", torch.add, x_BSE, attended_BSE)
+        del attended_BSE
         normed_BSE = run("mlp_norm", self.mlp_norm, x_BSE)
         return run("mlp_residual", torch.add, x_BSE, self.mlp(normed_BSE))
 
@@ -184,8 +234,10 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits. `first_piece` is the piece with the embedding where the same process holds it and
-    the last one, so that tied tables are one parameter, that piece's.
+    the logits. S are the tokens of this rank where several share a sequence (`spread`). `documents`
+    (B, N) int64, on the host, holds the ends of documents packed into each whole sequence.
+    `first_piece` is the piece with the embedding where the same process holds it and the last one,
+    so that tied tables are one parameter, that piece's.
     """
 
     def __init__(
@@ -195,7 +247,9 @@ class Decoder(nn.Module):
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
         self.sequence_shard: tuple[int, int] = (0, 1)
-        """(part, parts) of the sequence that hidden states hold between modules."""
+        """(part, parts) of the rank's tokens that hidden states hold between modules."""
+        self.spread = Spread()
+        """The ranks that share a sequence."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
         self.table: Callable[[], Tensor] = lambda: self.embedding.weight
@@ -216,27 +270,38 @@ class Decoder(nn.Module):
                 self.tied_head = TiedHead()
             else:
                 self.head = Linear(model.hidden, model.vocab, bias=False)
-        self.table_2SD: Tensor | None = None
+        self.tables: dict[tuple[int, Spread, torch.dtype], Tensor] = {}
 
-    def rotary(self, seq_tokens: int, like: Tensor) -> Tensor | None:
-        """The rotary table for a sequence length; made once, in the dtype of `like`, and kept."""
+    def rotary(self, num_tokens: int, like: Tensor) -> Tensor | None:
+        """The rotary table of this rank's tokens, one after the other; made once, in the dtype of
+        `like`, and kept."""
         if self.model.positions != "rope":
             return None
-        table = self.table_2SD
-        if table is None or table.shape[1] != seq_tokens or table.dtype != like.dtype:
+        key = (num_tokens, self.spread, like.dtype)
+        if key not in self.tables:
+            positions = self.spread.places(num_tokens * self.spread.ranks).to(like.device)
             head_dim = self.model.layers[0].head_dim
-            table = rotary_table(seq_tokens, head_dim, self.model.rope_theta, like.device)
-            self.table_2SD = table = table.to(like.dtype)
-        return table
+            table = rotary_table(positions, head_dim, self.model.rope_theta).to(like.dtype)
+            self.tables = {key: table}
+        return self.tables[key]
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
+    def rotary_of_documents(self, positions_BS: Tensor, x_BSE: Tensor) -> Tensor | None:
+        """The rotary table (2, B, S, D) of tokens at these places in their documents."""
+        if self.model.positions != "rope":
+            return None
+        head_dim = self.model.layers[0].head_dim
+        return rotary_table(positions_BS, head_dim, self.model.rope_theta).to(x_BSE.dtype)
+
+    def embed(self, tokens_BS: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states of tokens, (B, S/parts, E)."""
         x_BSE = self.embedding(tokens_BS)
         if self.model.positions == "learned":
+            num_tokens = tokens_BS.shape[1]
+            if positions is None:
+                positions = self.spread.places(num_tokens * self.spread.ranks).to(x_BSE.device)
             part, parts = self.sequence_shard
-            length = tokens_BS.shape[1] // parts
-            index_S = torch.arange(part * length, (part + 1) * length, device=x_BSE.device)
-            x_BSE = x_BSE + self.positions(index_S)
+            length = num_tokens // parts
+            x_BSE = x_BSE + self.positions(positions[..., part * length : (part + 1) * length])
         return x_BSE
 
     def logits(self, x_BSE: Tensor) -> Tensor:
@@ -246,13 +311,21 @@ class Decoder(nn.Module):
             return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        seq_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        num_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+        borders = None if documents is None else as_borders(documents)
+        positions = None if borders is None else self.spread.in_documents(borders).to(x.device)
         if self.is_first:
-            x = self.embed(x)
-        table_2SD = self.rotary(seq_tokens, x)
+            x = self.embed(x, positions)
+        if positions is None:
+            table = self.rotary(num_tokens, x)
+        else:
+            table = self.rotary_of_documents(positions, x)
+        context = self.spread.context(borders)
         for block in self.blocks.values():
-            x = block(x, table_2SD)
+            x = block(x, table, context)
         if self.is_last:
             x = self.logits(x)
             if targets is not None:

@@ -47,8 +47,8 @@ def local_part(full: Tensor, parameter: Tensor, tp_dim: int | None, tp: tuple[in
         full = full.chunk(tp[1], tp_dim)[tp[0]]
     if not isinstance(parameter, DTensor):
         return full
-    mesh = parameter.device_mesh["dp_shard"]
-    parts, index = full.chunk(mesh.size()), mesh.get_local_rank()
+    mesh = parameter.device_mesh  # replicas, where there are any, and shards
+    parts, index = full.chunk(mesh.shape[-1]), mesh.get_local_rank(mesh.ndim - 1)
     return parts[index] if index < len(parts) else full[:0]
 
 

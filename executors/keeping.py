@@ -18,7 +18,7 @@ from .frames import Frame, Policy
 from .landing import Landing
 from .marks import Marks
 from .techniques.offload import Mover, Setting
-from .techniques.recompute import layer_graph, mode_of, recomputed
+from .techniques.recompute import KeptAttention, layer_graph, mode_of, recomputed
 
 
 def apply(
@@ -32,13 +32,20 @@ def apply(
     whose hooks stay outside. Without a mover nothing is offloaded."""
     landing = Landing(device)
     for index, block in blocks:
+        assert isinstance(block, Block)
         mode = mode_of(plan, index)
         by_tokens = plan.phase.technique("offload", index).get("rest", "keep") == "recompute"
         policy = None
-        if by_tokens or mode not in ("none", "full"):
-            policy = Policy.of(*layer_graph(plan, index))
         if mode == "full":
             block.forward = recomputed(block.forward, marks)
+        elif mode == "full_keep_attn":
+            kept = block.attention.core = KeptAttention()
+            block.forward = recomputed(block.forward, marks, kept)
+        elif mode == "selective" and plan.phase.mesh.ulysses > 1:
+            # frames know no tensors on their way between ranks
+            block.attention.core = recomputed(block.attention.core, marks)
+        elif by_tokens or mode != "none":
+            policy = Policy.of(*layer_graph(plan, index))
         if mover is not None:
             setting = Setting.of(plan.phase, index)
             block.forward = mover.around(block, index, landing, setting, policy)
@@ -46,10 +53,9 @@ def apply(
             block.forward = framed(block, policy, marks)
 
 
-def framed(block: nn.Module, policy: Policy, marks: Marks) -> Callable[..., Any]:
+def framed(block: Block, policy: Policy, marks: Marks) -> Callable[..., Any]:
     """The block's forward, each run of it in a frame of its own."""
     forward: Callable[..., Any] = block.forward
-    assert isinstance(block, Block)
 
     def run(x: Any, *constants: Any) -> Any:
         frame = Frame(block, policy, marks)

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from ..costmodel import admissible
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
 from ..costmodel.techniques import apply
+from ..costmodel.techniques.offload import check as check_offload
 from ..costmodel.techniques.recompute import tensor_names
+from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
 from ..model import Model
-from ..plan import RECOMPUTE_MODES, SPLIT_SCHEDULES, TENSORS, Phase, Plan
+from ..plan import (
+    RECIPES,
+    RECOMPUTE_MODES,
+    RUNTIMES,
+    SPLIT_SCHEDULES,
+    STORAGE_DTYPES,
+    TENSORS,
+    Phase,
+    Plan,
+)
 
-TECHNIQUES = ("precision", "recompute", "offload", "runtime")
-"""Those that have a file in `executors/techniques/`."""
-COMPUTE_DTYPES = ("fp32", "bf16")
-RUNTIMES = ("eager", "compiled")
+TECHNIQUES = ("precision", "recompute", "offload", "runtime", "context-parallel")
+"""Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
+COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
+TORCHAO_RECIPES = ("tensorwise", "rowwise")
+TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
+LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
+IN_FRAMES = (TENSORS, "elementwise", "per_op")
+"""Recompute modes that run single operators again, and not the attention core alone."""
 
 
 def check_executed(plan: Plan) -> None:
@@ -29,26 +49,36 @@ def check_executed(plan: Plan) -> None:
     if plan.model.traced is None:
         check_model(plan.model)
         _check_kept(plan)
+        _check_single_operators(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
-    if plan.workload.optimizer != "adamw":
-        raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
+    elif plan.workload.lengths is not None:
+        raise InputError("lengths", plan.workload.lengths.name,
+                         "documents are packed for decoders of the catalog alone",
+                         "drop --lengths")  # fmt: skip
+    if plan.workload.lengths is not None and _compiles(plan.phase):
+        raise InputError("lengths", plan.workload.lengths.name, "differ from step to step, and "
+                         "layers are compiled for one form", "use --runtime eager")  # fmt: skip
+    if plan.model.traced is not None and plan.phase.mesh.cp > 1:
+        raise InputError("cp", plan.phase.mesh.cp, "modules of one's own do not share sequences",
+                         "use --cp 1")  # fmt: skip
+    admissible.check(plan)
+    _check_precision(plan)
+    _check_optimizer(plan)
+
+
+def _compiles(phase: Phase) -> bool:
+    """Whether any layer is compiled."""
+    return any(s.techniques.get("runtime", {}).get("mode") == "compiled" for s in phase.settings)
 
 
 def _check_phase(phase: Phase) -> None:
-    for axis in ("cp", "ep"):
-        degree = getattr(phase.mesh, axis)
-        if degree > 1:
-            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
+    if phase.mesh.ep > 1:
+        raise InputError("ep", phase.mesh.ep, "cannot be run yet", "use --ep 1")
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
                 raise InputError("settings.techniques", name, "cannot be run yet",
                                  f"use {', '.join(TECHNIQUES)} only")  # fmt: skip
-        precision = setting.techniques.get("precision", {})
-        for key in ("recipe", "activations"):
-            if key in precision:
-                raise InputError(f"precision.{key}", precision[key],
-                                 "not executed yet", "leave it out")  # fmt: skip
         mode = setting.techniques.get("recompute", {}).get("mode", "none")
         if mode not in (*RECOMPUTE_MODES, TENSORS):
             raise InputError("recompute", mode, "not executed yet",
@@ -59,19 +89,128 @@ def _check_phase(phase: Phase) -> None:
         if runtime == "compiled" and mode not in ("none", "full"):
             raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
                              "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, "exchanges messages inside of layers, which are "
+                             "compiled as a whole", "use --cp 1, or --runtime eager")  # fmt: skip
         if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
             raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
                              "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
+
+
+def _check_precision(plan: Plan) -> None:
+    """Every layer's dtypes, recipe of scaling, and storage of activations."""
+    phase = plan.phase
     num_layers = phase.stages[-1].layers[1] + 1
-    dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
-    if len(dtypes) > 1:
-        raise InputError("precision", ", ".join(sorted(dtypes)),
-                         "layers of different precision cannot be run yet",
-                         "use one for all layers")  # fmt: skip
-    if phase.compute_dtype not in COMPUTE_DTYPES:
-        raise InputError("precision", phase.compute_dtype,
-                         "the executor has no such compute dtype",
+    each = [phase.technique("precision", i) for i in range(num_layers)]
+    dtypes = {str(settings.get("compute", "bf16")) for settings in each}
+    for dtype in sorted(dtypes - set(COMPUTE_DTYPES)):
+        raise InputError("precision", dtype, "the executor has no such compute dtype",
                          f"use one of {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+    if "fp32" in dtypes and len(dtypes) > 1:
+        raise InputError("precision", ", ".join(sorted(dtypes)),
+                         "hidden states of layers have one dtype",
+                         "mix bf16 and fp8 alone")  # fmt: skip
+    for index, settings in enumerate(each):
+        if plan.model.traced is not None:
+            _refuse_traced(settings)
+        else:
+            _check_layer(plan, index, settings)
+
+
+def _refuse_traced(settings: Mapping[str, Any]) -> None:
+    wide = settings.get("compute", "bf16") in ("fp32", "bf16")
+    for key, problem in (("compute", not wide), ("activations", "activations" in settings)):
+        if problem:
+            raise InputError(f"precision.{key}", settings[key],
+                             "linears of a user's module are left as they are",
+                             "use fp32 or bf16, and store activations as they come")  # fmt: skip
+
+
+def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
+    low, stored = settings.get("compute") == "fp8", "activations" in settings
+    for name in settings.get("linears", ()):
+        if name not in LINEARS:
+            raise unknown_name("precision.linears", name, LINEARS)
+    recipe = str(settings.get("recipe", "tensorwise"))
+    mode = str(plan.phase.technique("recompute", index).get("mode", "none"))
+    if recipe not in RECIPES:
+        raise InputError("precision.recipe", recipe, "unknown scaling of matmuls",
+                         f"use {', '.join(RECIPES)}")  # fmt: skip
+    if low and recipe in TORCHAO_RECIPES:
+        if stored:
+            raise InputError("precision.recipe", recipe,
+                             "torchao's linears keep their 16-bit input",
+                             "use recipe coat to store activations in fp8")  # fmt: skip
+        _need_torchao("precision.recipe", recipe, "recipe coat")
+        _check_multiples(plan, index, recipe)
+    if low or stored:
+        _check_whole_backward(plan.phase, index, "compute" if low else "activations")
+    if not stored:
+        return
+    if settings["activations"] not in STORAGE_DTYPES:
+        raise InputError("precision.activations", settings["activations"],
+                         "unknown storage of activations",
+                         f"use {', '.join(STORAGE_DTYPES)} or leave it out")  # fmt: skip
+    if mode not in ("none", "selective"):
+        raise InputError("precision.activations", settings["activations"],
+                         f"recompute {mode} does not keep the activations to be stored",
+                         "use recompute none or selective")  # fmt: skip
+    mlp = plan.model.layer_at(index).mlp
+    if mlp not in EXECUTED:
+        raise InputError("precision.activations", settings["activations"],
+                         f"layers with {mlp} cannot store theirs yet",
+                         "leave it out")  # fmt: skip
+
+
+def _check_whole_backward(phase: Phase, index: int, key: str) -> None:
+    """Functions of our own around 8-bit tensors run eagerly, and a backward at once."""
+    field, value = f"precision.{key}", phase.technique("precision", index)[key]
+    if phase.schedule in SPLIT_SCHEDULES:
+        raise InputError(field, value, f"layers that work in 8 bits do not split their backward, "
+                         f"which {phase.schedule} does", "use schedule 1f1b, or bf16")  # fmt: skip
+    if phase.technique("runtime", index).get("mode") == "compiled":
+        raise InputError(field, value, "layers that work in 8 bits are not compiled",
+                         "use --runtime eager, or bf16")  # fmt: skip
+
+
+def _check_multiples(plan: Plan, index: int, recipe: str) -> None:
+    """torchao's matmuls on GPUs take dimensions in multiples of 16; ours fill them up."""
+    if plan.cluster.pools[0].device.kind != "gpu":
+        return
+    layer, tp = plan.model.layer_at(index), plan.phase.mesh.tp
+    tokens = plan.phase.micro_batch_seqs * plan.phase.seq_tokens
+    sizes = {
+        "tokens of a micro-batch": tokens,
+        "hidden": plan.model.hidden,
+        "width of queries": layer.heads * layer.head_dim // tp,
+        "width of keys": layer.kv_heads * layer.head_dim // tp,
+        "ffn width": layer.ffn_hidden // tp,
+    }
+    for what, size in sizes.items():
+        if size % 16:
+            raise InputError("precision.recipe", recipe,
+                             f"{what} {size} of layer {index} is no multiple of 16",
+                             "use recipe coat, which fills it up, or bf16")  # fmt: skip
+
+
+def _check_optimizer(plan: Plan) -> None:
+    name, phase = plan.workload.optimizer, plan.phase
+    if name in TORCHAO_OPTIMIZERS:
+        _need_torchao("optimizer", name, "adamw_fp8 or adamw")
+    if name == "adamw_offload" and plan.workload.clip_norm is not None:
+        raise InputError("clip_norm", plan.workload.clip_norm,
+                         "adamw_offload takes gradients to the host before their norm is known",
+                         "drop it, or use adamw")  # fmt: skip
+    if name == "adamw_offload" and (phase.mesh.world > 1 or phase.compute_dtype != "fp32"):
+        what = "one process" if phase.mesh.world > 1 else "fp32, without FSDP's shards"
+        raise InputError("optimizer", name, f"torchao's offload runs with {what}",
+                         "use adamw_fp8, or adamw with more shards")  # fmt: skip
+
+
+def _need_torchao(field: str, value: str, instead: str) -> None:
+    if find_spec("torchao") is None:
+        raise InputError(field, value, "needs torchao",
+                         f"pip install 'forerun[torchao]', or use {instead}")  # fmt: skip
 
 
 def _check_kept(plan: Plan) -> None:
@@ -90,11 +229,41 @@ def _check_kept(plan: Plan) -> None:
                 raise unknown_name("recompute.keep", name, known)
 
 
+def _check_single_operators(plan: Plan) -> None:
+    """Raise InputError where layers run single operators again that frames do not take apart."""
+    phase = plan.phase
+    for setting in phase.settings:
+        mode = setting.techniques.get("recompute", {}).get("mode", "none")
+        by_tokens = setting.techniques.get("offload", {}).get("rest") == "recompute"
+        if mode not in IN_FRAMES and not by_tokens:
+            continue
+        field, value = ("recompute", mode) if mode in IN_FRAMES else ("offload.rest", "recompute")
+        if phase.mesh.ulysses > 1:
+            raise InputError(field, value, "runs projections again, whose results are exchanged",
+                             "use --recompute full or selective, or --cp-kind zigzag")  # fmt: skip
+        if setting.techniques.get("precision", {}).get("compute") == "fp8":
+            raise InputError(field, value, "runs linears again, whose 8-bit operands are shared",
+                             "use --recompute full or selective, or bf16")  # fmt: skip
+        if by_tokens and plan.workload.lengths is not None:
+            raise InputError(field, value, "takes the same tokens of every sequence, and documents "
+                             "have positions of their own", "use rest=keep")  # fmt: skip
+
+
 def _check_offload(plan: Plan) -> None:
     phase = plan.phase
     for setting in phase.settings:
+        check_offload(Options.of(phase, plan.workload, setting.layers[0]))
         offload = setting.techniques.get("offload", {})
         moves = offload.get("activations") or offload.get("rest") == "recompute"
+        precision = setting.techniques.get("precision", {})
+        if moves and ("activations" in precision or precision.get("compute") == "fp8"):
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "layers that work in 8 bits keep all of theirs on the device",
+                             "use --offload 0, or bf16 and activations as they come")  # fmt: skip
+        if moves and setting.techniques.get("recompute", {}).get("mode") == "full_keep_attn":
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "recompute full_keep_attn hands attention's output on by itself",
+                             "use --recompute full or tensors, or --offload 0")  # fmt: skip
         if moves and setting.techniques.get("runtime", {}).get("mode", "eager") == "compiled":
             raise InputError("offload", offload.get("activations", 0.0),
                              "opens a layer that is compiled as a whole",

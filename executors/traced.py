@@ -146,7 +146,8 @@ def build(
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
     trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
-    optimizer = away.make_optimizer(trained, plan.workload.learning_rate)
+    workload = plan.workload
+    optimizer = away.make_optimizer(workload.optimizer, trained, workload.learning_rate)
     trainer = TracedTrainer(plan, device, mesh, pieces, modules, pipeline, optimizer,
                             tied_groups(plan), tp_dims, marks, away)  # fmt: skip
     trainer.shared = tuple(f"module.{weight.name}" for weight in traced.shared)
@@ -178,7 +179,7 @@ def _replicate_or_shard(piece: Trainable, phase: Phase, mesh: DeviceMesh) -> nn.
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     elif data_parallel.uses_ddp(phase):
-        return data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
+        return data_parallel.apply_ddp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     return piece
 
 

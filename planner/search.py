@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ..cluster import Cluster
 from ..costmodel.layer_tensors import check_keep
+from ..costmodel.optimizers import refuse
 from ..costmodel.options import Options
 from ..document import Value, to_raw
 from ..estimate import Estimate
@@ -46,6 +47,7 @@ from .candidates import (
 from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
 from .pins import Pins, check_pins, check_stages
+from .quality import risks
 from .space import compute_dtype
 
 TOLERANCE = 0.01
@@ -82,7 +84,9 @@ class SearchResult(Value, frozen=True, kw_only=True):
     def document(self) -> dict[str, Any]:
         """The JSON document of `forerun plan`."""
         return {
-            "plans": [to_raw(ranked) for ranked in self.plans],
+            "plans": [
+                {**to_raw(ranked), "quality": to_raw(risks(ranked.plan))} for ranked in self.plans
+            ],
             "search": to_raw(self.stats),
             "infeasible": to_raw(self.infeasible),
         }
@@ -125,6 +129,10 @@ def search(
     check_stages(pins, model)
     pools = cluster.pools
     check_keep(model, pins.keep or (), compute_dtype(pools, pins), pools[0])
+    for pool in pools:
+        refused = refuse(workload.optimizer, pool)
+        if refused is not None:
+            raise refused
     request = Request(
         model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
     )

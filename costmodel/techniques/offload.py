@@ -50,6 +50,10 @@ def check(options: Options) -> None:
     if options.offload_states == "parameters" and options.offload_tier != "host":
         raise InputError("offload.tier", options.offload_tier, "FSDP keeps parameters on the host",
                          "use tier=host, or --offload optimizer")  # fmt: skip
+    if options.offload_states is not None and options.optimizer != "adamw":
+        raise InputError("offload.states", options.offload_states,
+                         f"moves fp32 moments of adamw, not those of {options.optimizer}",
+                         "use --optimizer adamw, or no offload of states")  # fmt: skip
     if options.offload_rest == "recompute" and options.recompute != "none":
         raise InputError("offload.rest", "recompute",
                          f"recompute={options.recompute} says already what is made again",

@@ -34,7 +34,8 @@ def rewrite(graph: Graph, mode: str, keep: Collection[str] = ()) -> Graph:
     named in `keep` are held, as far as they are needed; names that it does not have say nothing.
     per_op: only the layer's input, the attention's output and the output of every second matmul
     are kept, and all other operators run again at once. full: only the layer's input is kept.
-    Embedding and head are never recomputed.
+    full_keep_attn: that, and the output of attention with its statistics, so that attention does
+    not run again (Li et al. 2023, LightSeq, section 3.3). Embedding and head are never recomputed.
     """
     if mode not in (*RECOMPUTE_MODES, TENSORS):
         raise InputError("recompute", mode, "unknown mode",
@@ -43,6 +44,8 @@ def rewrite(graph: Graph, mode: str, keep: Collection[str] = ()) -> Graph:
         return graph
     if mode == "full":
         return replace(graph, checkpointed=True)
+    if mode == "full_keep_attn":
+        return replace(graph, checkpointed=True, kept=_of_attention(graph))
     if mode == "per_op":
         return _per_op(graph)
     if mode == TENSORS:
@@ -50,6 +53,18 @@ def rewrite(graph: Graph, mode: str, keep: Collection[str] = ()) -> Graph:
     if mode == "selective":
         return _selective(graph)
     return holding(graph, set(tensor_names(graph)) - _cheap(graph))
+
+
+def _of_attention(graph: Graph) -> tuple[Tensor, ...]:
+    """Outputs of attention and what it alone makes."""
+    kept: list[Tensor] = []
+    for op in graph.operators:
+        if op.kind.startswith("attention_unfused"):
+            problem = "keeps attention's output and statistics, and this kernel has scores instead"
+            raise InputError("recompute", "full_keep_attn", problem, "use --attention flash")
+        if op.kind.startswith("attention"):
+            kept += [*op.outputs, *(t for t in op.saves if t.name == "lse")]
+    return tuple(kept)
 
 
 def tensor_names(graph: Graph) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.fp8_cast import E4M3, E5M2, cast, pack_groups, unpack_groups
+from ..adamw_fp8 import AdamWFp8
 from ..decoder import rotary_table, rotate, token_loss
 from ..tiers import make_tier
+from ..torch_compat import scaled_matmul
 from .timing import Buffers, Call, Clock, Ring
 
 Sizes = tuple[int, ...]
@@ -48,10 +51,8 @@ class Bench:
     work: Callable[[Sizes], float]
     """Proportional to the time of large sizes; to skip those that would take too long."""
 
-    @property
-    def engine(self) -> bool:
-        """Whether backward goes through autograd's engine (a linear's is two plain GEMMs)."""
-        return self.prepare is not _linear
+    engine: bool = True
+    """Whether backward goes through autograd's engine (a linear's is two plain GEMMs)."""
 
 
 def _leaves(tensors: list[Tensor]) -> list[Tensor]:
@@ -134,6 +135,24 @@ def _attention(buffers: Buffers, sizes: Sizes) -> Case:
     return _through_autograd(core, triples[0], triples, buffers)
 
 
+def _attention_full(buffers: Buffers, sizes: Sizes) -> Case:
+    """Attention of some queries on all of some keys, of which there may be more or fewer."""
+    batch_heads, queries, head_dim, keys = sizes
+    heads = next(h for h in (4, 2, 1) if batch_heads % h == 0)
+    batch = batch_heads // heads
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    count = max(2, buffers.copies(batch_heads * (queries + 2 * keys) * head_dim))
+    asking = _leaves(buffers.rotating(batch, queries, heads, head_dim, count=count))
+    given = _leaves(buffers.rotating(batch, keys, heads, head_dim, count=2 * count))
+    triples = list(zip(asking, given[::2], given[1::2], strict=False))
+    return _through_autograd(core, triples[0], triples, buffers)
+
+
 def _norm(kind: type[nn.Module]) -> Callable[[Buffers, Sizes], Case]:
     def prepare(buffers: Buffers, sizes: Sizes) -> Case:
         rows, width = sizes
@@ -173,7 +192,8 @@ def rope_shape(elements: int) -> tuple[int, int, int, int]:
 
 def _rope(buffers: Buffers, sizes: Sizes) -> Case:
     shape = rope_shape(sizes[0])
-    table = rotary_table(shape[1], shape[3], 10000.0, buffers.device).to(buffers.dtype)
+    positions = torch.arange(shape[1], device=buffers.device)
+    table = rotary_table(positions, shape[3], 10000.0).to(buffers.dtype)
     rotating = [(x,) for x in _leaves(buffers.rotating(*shape))]
     return _through_autograd(lambda x: rotate(x, table), rotating[0], rotating, buffers)
 
@@ -253,6 +273,101 @@ def _adamw(buffers: Buffers, sizes: Sizes) -> Case:
     return Case(lambda: next(turn).step())
 
 
+def _adamw_fp8(buffers: Buffers, sizes: Sizes) -> Case:
+    """AdamW with moments in 8 bits, on matrices of 256 columns."""
+    elements, tensors = sizes
+    rows = max(1, elements // tensors // COLUMNS)
+    count = max(1, min(6, buffers.cold_bytes // (10 * elements)))
+    optimizers: list[torch.optim.Optimizer] = []
+    for _ in range(count):
+        params = [
+            nn.Parameter(torch.zeros(rows, COLUMNS, device=buffers.device)) for _ in range(tensors)
+        ]
+        for param in params:
+            param.grad = torch.full_like(param, 1e-3)
+        optimizers.append(AdamWFp8(params, lr=1e-6))
+        optimizers[-1].step()  # makes the states
+    turn = itertools.cycle(optimizers)
+    return Case(lambda: next(turn).step())
+
+
+COLUMNS = 256
+"""Width of the matrices that are cast."""
+
+
+def _matrices(buffers: Buffers, elements: int) -> Iterator[Tensor]:
+    columns = min(COLUMNS, elements)
+    return itertools.cycle(buffers.rotating(elements // columns, columns))
+
+
+def _quantize(buffers: Buffers, sizes: Sizes) -> Case:
+    """The cast of a matmul's input; as backward that of an output's gradient. In both orders on a
+    GPU, where matmuls want them."""
+    inputs, both = _matrices(buffers, sizes[0]), buffers.device.type == "cuda"
+    return Case(
+        lambda: _drop(cast(next(inputs), E4M3, transposed=both)),
+        lambda: lambda: _drop(cast(next(inputs), E5M2, transposed=both)),
+    )
+
+
+def _quantize_weight(buffers: Buffers, sizes: Sizes) -> Case:
+    """The cast of a weight; as backward in the other order, its scale known."""
+    weights = _matrices(buffers, sizes[0])
+    scale = torch.ones((), device=buffers.device)
+    on_cuda = buffers.device.type == "cuda"
+    return Case(
+        lambda: _drop(cast(next(weights), E4M3)),
+        lambda: (
+            lambda: _drop(cast(next(weights), E4M3, scale, plain=not on_cuda, transposed=on_cuda))
+        ),
+    )
+
+
+def _quantize_store(buffers: Buffers, sizes: Sizes) -> Case:
+    """Activations to 8 bits with scales by group, and back."""
+    inputs = _matrices(buffers, sizes[0])
+    packed = [pack_groups(next(inputs)) for _ in range(2)]
+    turn = itertools.cycle(packed)
+    return Case(
+        lambda: _drop(pack_groups(next(inputs))),
+        lambda: lambda: _drop(unpack_groups(*next(turn), buffers.dtype)),
+    )
+
+
+def _drop(_: object) -> None:
+    """A result that nobody keeps."""
+
+
+def _low_linear(buffers: Buffers, sizes: Sizes) -> Case:
+    """x W^T on 8-bit operands; backward = the input's gradient, whose operands are as long."""
+    m, n, k = sizes
+    return Case(
+        _low_matmul(buffers, m, n, k, fast=True),
+        lambda: _low_matmul(buffers, m, k, n, fast=False),
+    )
+
+
+def _low_linear_wgrad(buffers: Buffers, sizes: Sizes) -> Case:
+    """g^T x on 8-bit operands, both turned."""
+    m, n, k = sizes
+    return Case(_low_matmul(buffers, n, k, m, fast=False))
+
+
+def _low_matmul(buffers: Buffers, rows: int, columns: int, inner: int, *, fast: bool) -> Call:
+    a = cast(buffers.take(rows, inner), E4M3)
+    others = [cast(b, E4M3) for b in buffers.rotating(columns, inner)]
+    turn = itertools.cycle([b.codes_MK for b in others])
+    assert a.codes_MK is not None
+    codes, scale = a.codes_MK, a.scale
+
+    def call() -> None:
+        b = next(turn)
+        assert b is not None
+        scaled_matmul(codes, b, scale, buffers.dtype, fast=fast)
+
+    return call
+
+
 def _tier_copy(tier_name: str, to_device: bool) -> Callable[[Buffers, Sizes], Case]:
     """A copy between the device and a tier of offload, of tensors that are cold."""
 
@@ -293,9 +408,12 @@ ROWS = ("rows", "width")
 ELEMENTS = ("elements",)
 
 BENCHES: dict[str, Bench] = {
-    "linear": Bench(("m", "n", "k"), _linear, _volume),
+    "linear": Bench(("m", "n", "k"), _linear, _volume, engine=False),
     "linear_wgrad": Bench(("m", "n", "k"), _linear_wgrad, _volume),
     "attention": Bench(("batch_heads", "seq", "head_dim"), _attention, _attention_work),
+    "attention_full": Bench(
+        ("batch_heads", "queries", "head_dim", "keys"), _attention_full, _volume
+    ),
     "rmsnorm": Bench(ROWS, _norm(nn.RMSNorm), _volume),
     "layernorm": Bench(ROWS, _norm(nn.LayerNorm), _volume),
     "swiglu": Bench(ELEMENTS, _elementwise(lambda g, u: F.silu(g) * u, 2), _volume),
@@ -309,11 +427,26 @@ BENCHES: dict[str, Bench] = {
     "embedding": Bench(("tokens", "hidden", "vocab"), _embedding, _embedding_work),
     "cross_entropy": Bench(("tokens", "vocab"), _cross_entropy, _volume),
     "adamw": Bench(("elements", "tensors"), _adamw, lambda sizes: float(sizes[0])),
+    "adamw_fp8": Bench(("elements", "tensors"), _adamw_fp8, lambda sizes: float(sizes[0])),
+    "quantize": Bench(ELEMENTS, _quantize, _volume, engine=False),
+    "quantize_weight": Bench(ELEMENTS, _quantize_weight, _volume, engine=False),
+    "quantize_store": Bench(ELEMENTS, _quantize_store, _volume, engine=False),
     "copy_h2d": Bench(ELEMENTS, _tier_copy("host", True), _volume),
     "copy_d2h": Bench(ELEMENTS, _tier_copy("host", False), _volume),
     "copy_from_disk": Bench(ELEMENTS, _tier_copy("disk", True), _volume),
     "copy_to_disk": Bench(ELEMENTS, _tier_copy("disk", False), _volume),
 }
+
+LOW_BENCHES: dict[str, Bench] = {
+    "linear": Bench(("m", "n", "k"), _low_linear, _volume, engine=False),
+    "linear_wgrad": Bench(("m", "n", "k"), _low_linear_wgrad, _volume, engine=False),
+}
+"""Operators on 8-bit operands."""
+
+
+def benches(dtype: str) -> dict[str, Bench]:
+    """The operators of a phase."""
+    return LOW_BENCHES if dtype == "fp8" else BENCHES
 
 
 def engine_start_s(clock: Clock, device: torch.device) -> float:

@@ -186,11 +186,21 @@ def test_refused_with_the_reason(field: str, plan: Plan) -> None:
     assert caught.value.remedy
 
 
-def test_context_parallel_is_refused_on_a_cluster_that_fits() -> None:
-    plan = make_plan(mesh=Mesh(cp=2))
-    cluster = load_cluster("2xcpu")
-    stages = even_stages(2, 1, cluster.pools[0].name)
-    phase = msgspec.structs.replace(plan.phase, stages=stages)
+@pytest.mark.parametrize(
+    ("field", "kind", "mesh"),
+    [
+        ("ulysses", "ulysses", Mesh(cp=3, ulysses=3)),  # of four heads
+        ("cp-kind", "lightseq", Mesh(cp=3)),  # ranks help each other in pairs
+        ("cp-kind", "spiral", Mesh(cp=2)),
+        ("cp", "zigzag", Mesh(cp=8)),  # 24 tokens make no 16 chunks
+    ],
+)
+def test_sequences_that_cannot_be_shared_so(field: str, kind: str, mesh: Mesh) -> None:
+    cluster = load_cluster(f"{mesh.world}xcpu")
+    shared = techniques("fp32", "none") | {"context-parallel": {"kind": kind}}
+    chosen = (Setting(layers=(0, 1), techniques=shared),)
+    plan = make_plan(mesh=mesh, settings=chosen, seq_tokens=24)
+    phase = msgspec.structs.replace(plan.phase, stages=even_stages(2, 1, cluster.pools[0].name))
     with pytest.raises(InputError) as caught:
         check_supported(msgspec.structs.replace(plan, cluster=cluster, phases=(phase,)))
-    assert caught.value.field == "cp"
+    assert caught.value.field == field and caught.value.remedy

@@ -29,19 +29,38 @@ pytestmark = pytest.mark.usefixtures("one_rank")
             },
         ),
         (
+            "recompute",
+            {
+                "precision": {"compute": "fp8", "recipe": "coat"},
+                "recompute": {"mode": "tensors", "keep": ["attention.in"]},
+            },
+        ),
+        (
             "offload.rest",
             {
                 "recompute": {"mode": "full"},
                 "offload": {"activations": 0.5, "rest": "recompute"},
             },
         ),
-        ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}),
-        ("precision.recipe", {"precision": {"compute": "bf16", "recipe": "rowwise"}}),
-        ("precision", {"precision": {"compute": "fp8"}}),
+        ("offload", {"recompute": {"mode": "full_keep_attn"}, "offload": {"activations": 0.5}}),
+        (
+            "offload",
+            {
+                "precision": {"compute": "bf16", "activations": "fp8"},
+                "offload": {"activations": 0.5},
+            },
+        ),
+        ("precision.activations", {"precision": {"compute": "bf16", "activations": "int8"}}),
+        ("precision.recipe", {"precision": {"compute": "fp8", "recipe": "blockwise"}}),
+        ("precision.recipe", {"precision": {"compute": "fp8", "activations": "fp8"}}),
+        ("precision", {"precision": {"compute": "mxfp8"}}),
+        ("precision", {"precision": {"compute": "fp16"}}),
         ("settings.techniques", {"lora": {"rank": 8}}),
         ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
+        ("recompute", {"precision": {"compute": "fp32"}, "runtime": {"mode": "compiled"},
+                       "recompute": {"mode": "full_keep_attn"}}),
     ],
-)
+)  # fmt: skip
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
     layer = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
     cluster = load_cluster("1xcpu")

@@ -21,7 +21,7 @@ from forerun.errors import InputError, RunFailed
 from forerun.executors import split_backward
 from forerun.executors.landing import ALIGNMENT_BYTES, Landing
 from forerun.executors.marks import Marks
-from forerun.executors.optimizer import make_adamw
+from forerun.executors.optimizer import make_optimizer
 from forerun.executors.tiered_adamw import TieredAdamW
 from forerun.executors.tiers import Store, Tier, make_copier, make_tier
 from forerun.model import Model
@@ -203,7 +203,7 @@ def test_offloaded_adamw_is_torchs(tmp_path: Path, bucket_elements: int) -> None
     store = Store(tier, make_copier(tier, CPU))
     ours, theirs = parameters(), parameters()
     away = TieredAdamW(ours, 0.1, store, Marks(), bucket_elements=bucket_elements)
-    plain = make_adamw(theirs, 0.1)
+    plain = make_optimizer("adamw", theirs, 0.1)
     for step in range(4):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = other.grad = torch.sin(other.detach() * (step + 1))
