@@ -205,6 +205,8 @@ def _pool(
         intra_node=hardware.intra_node,
         inter_node=hardware.inter_node,
         host=hardware.host,
+        host_memory_bytes=hardware.host_memory_bytes,
+        disk=hardware.disk,
         shared_cores=usable_cores() if device.kind == "cpu" else None,
         stack=load_stack(stack or hardware.stack, hardware.family),
         price_usd_per_hour=hardware.price_usd_per_hour,

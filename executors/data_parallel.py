@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..plan import Phase
 from .decoder import Decoder
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, flattened, fully_shard
+from .torch_compat import CPUOffloadPolicy, DeviceMesh, FSDPModule, flattened, fully_shard
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -53,7 +53,11 @@ def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
     Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
     its last backward.
     """
-    options = {"mesh": state_mesh(phase, mesh), "mp_policy": precision.policy(phase)}
+    options: dict[str, Any] = {
+        "mesh": state_mesh(phase, mesh), "mp_policy": precision.policy(phase)
+    }  # fmt: skip
+    if any(s.techniques.get("offload", {}).get("states") == "parameters" for s in phase.settings):
+        options["offload_policy"] = CPUOffloadPolicy()
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
         fully_shard(block, reshard_after_forward=not keep, **options)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Decoder, Linear
+from .decoder import Block, Decoder, Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
 
@@ -98,9 +98,14 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
-    """A linear cut along its input: partial products summed, then the bias, which is whole."""
-    out = leave(linear.product(x_BSF, linear.weight))
+def row_forward(linear: Linear, x_BSF: Tensor) -> Tensor:
+    """A linear cut along its input: partial products; the bias waits for their sum."""
+    return linear.product(x_BSF, linear.weight)
+
+
+def row_leave(linear: Linear, leave: Callable[[Tensor], Tensor], partial_BSE: Tensor) -> Tensor:
+    """Partial products summed, then the bias, which is whole."""
+    out = leave(partial_BSE)
     return out if linear.bias is None else out.add_(linear.bias)
 
 
@@ -141,9 +146,11 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
         for name in ROWS:
             linear = block.get_submodule(name)
             assert isinstance(linear, Linear)
-            _replace_forward(linear, partial(row_forward, linear, leave))
-        for name in ("attention", "mlp"):
-            block.get_submodule(name).register_forward_pre_hook(partial(enter_first, enter))
+            _replace_forward(linear, partial(row_forward, linear))
+        assert isinstance(block, Block)
+        block.attention.enter = block.mlp.enter = enter
+        block.attention.leave = partial(row_leave, block.attention.wo, leave)
+        block.mlp.leave = partial(row_leave, block.mlp.down, leave)
     if hasattr(piece, "embedding"):
         _cut_parameter(piece.embedding, "weight", 0, mesh.size())
         cut["embedding.weight"] = 0

@@ -47,6 +47,9 @@ ADAMW = [
     (2**10, 8), (2**15, 20), (2**18, 20), (2**18, 100), (2**20, 40), (2**22, 40), (2**22, 100),
     (2**23, 100),
 ]  # fmt: skip
+COPIES: list[tuple[int, ...]] = [(2**14,), (2**18,), (2**20,), (2**22,)]
+COPY_OPERATORS = ("copy_d2h", "copy_h2d", "copy_to_disk", "copy_from_disk")
+"""Between the device and the tiers of offload."""
 
 
 CASTS = ("quantize", "quantize_weight", "quantize_store")
@@ -100,6 +103,7 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
+        grid |= {name: COPIES for name in COPY_OPERATORS}
         grid["adamw_fp8"] = _few(ADAMW[:6], 3)
         grid |= {name: [(count,) for count in CAST_ELEMENTS] for name in CASTS}
     return grid

@@ -147,7 +147,13 @@ EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=8)
 LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
                          v_head_dim=4)  # fmt: skip
 FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
-OFFLOAD = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"offload": {}}),)
+LORA = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"lora": {}}),)
+PARAMETERS = (
+    Setting(
+        layers=(0, 1),
+        techniques=techniques("fp32", "none") | {"offload": {"states": "parameters"}},
+    ),
+)
 MIXED = (
     Setting(layers=(0, 0), techniques=techniques("fp32", "none")),
     Setting(layers=(1, 1), techniques=techniques("bf16", "none")),
@@ -165,7 +171,8 @@ MIXED = (
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
         ("precision", make_plan(settings=FP16)),
         ("precision", make_plan(settings=MIXED)),
-        ("settings.techniques", make_plan(settings=OFFLOAD)),
+        ("settings.techniques", make_plan(settings=LORA)),
+        ("offload", make_plan(settings=PARAMETERS)),
         ("orders", make_plan(orders={"0": ("0F0",)})),
         ("mesh", make_plan(mesh=Mesh(cp=2))),
         ("zero", make_plan(mesh=Mesh(dp_shard=2))),

@@ -21,7 +21,35 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     ("field", "techniques"),
     [
-        ("recompute", {"precision": {"compute": "fp32"}, "recompute": {"mode": "per_op"}}),
+        (
+            "recompute.keep",
+            {
+                "precision": {"compute": "fp32"},
+                "recompute": {"mode": "tensors", "keep": ["atention.in"]},
+            },
+        ),
+        (
+            "recompute",
+            {
+                "precision": {"compute": "fp8", "recipe": "coat"},
+                "recompute": {"mode": "tensors", "keep": ["attention.in"]},
+            },
+        ),
+        (
+            "offload.rest",
+            {
+                "recompute": {"mode": "full"},
+                "offload": {"activations": 0.5, "rest": "recompute"},
+            },
+        ),
+        ("offload", {"recompute": {"mode": "full_keep_attn"}, "offload": {"activations": 0.5}}),
+        (
+            "offload",
+            {
+                "precision": {"compute": "bf16", "activations": "fp8"},
+                "offload": {"activations": 0.5},
+            },
+        ),
         ("precision.activations", {"precision": {"compute": "bf16", "activations": "int8"}}),
         ("precision.recipe", {"precision": {"compute": "fp8", "recipe": "blockwise"}}),
         ("precision.recipe", {"precision": {"compute": "fp8", "activations": "fp8"}}),
