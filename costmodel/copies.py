@@ -102,7 +102,7 @@ def states_off_device(
         scatters = np.where((layouts.zero >= 2) & (streams > 0), streams, 1)
         moved = (owned * states.gradient * scatters, owned * states.parameter * gathers)
         num_bytes = owned * (states.parameter + states.gradient + states.optimizer)
-        traffic = 2 * states.parameter + states.gradient + 2 * states.unpacked
+        traffic = 2 * states.parameter + states.gradient + 2 * states.updated
         beyond = np.maximum(0.0, owned * traffic / HOST_UPDATE_BYTES_PER_S - update_s)
     else:
         num_bytes = owned * states.optimizer

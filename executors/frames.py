@@ -287,7 +287,7 @@ class Frame:
         """Give an entry a name, or a further one, and hold it where the policy says so."""
         assert self.policy is not None
         entry.names.add(name)
-        inside = name not in self._outputs
+        inside = name not in self._outputs and name != self.policy.boundary
         if name in self.policy.held or (inside and not self._remakes(entry)):
             self._hold(entry, tensor)
 
