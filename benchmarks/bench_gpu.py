@@ -109,7 +109,8 @@ GROUPS = (
         plans=({}, FULL),
     ),
     Group(
-        name="1.1b-72k", model="1.1b", seq_tokens=73_728, num_microbatches=1, steps=3, warmup_steps=2,
+        name="1.1b-72k", model="1.1b", seq_tokens=73_728, num_microbatches=1, steps=3,
+        warmup_steps=2,
         plans=(FULL, memo(0.25), memo(0.5), SEARCHED),
     ),
     Group(
@@ -121,8 +122,8 @@ GROUPS = (
         warmup_steps=2, plans=(FULL,),
     ),
 )  # fmt: skip
-"""`longest` is what `forerun sweep --longest-context --model llama-3.2-1b --gpus 1xH200 --global-batch
-256ktok` answers."""
+"""`longest` is the answer of `forerun sweep --longest-context --model llama-3.2-1b --gpus 1xH200
+--global-batch 256ktok`."""
 
 
 @dataclass(kw_only=True)
