@@ -142,7 +142,8 @@ def cuda_grid(dtype: str) -> Grid:
     }  # fmt: skip
     if dtype == "fp32":
         grid["adamw"] = [(2**16, 20), (2**20, 20), (2**24, 100), (2**27, 100), (2**28, 300)]
-        grid["adamw_fp8"] = grid["adamw"][:4]
+        # one tensor each: launches of many take the host longer than the device works on them
+        grid["adamw_fp8"] = [(2**20, 1), (2**24, 1), (2**27, 1)]
     else:
         grid |= {name: [(count,) for count in elements[1:7]] for name in CASTS}
     return grid
