@@ -36,6 +36,7 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU kernels run in Triton's
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests, one starts all process groups of `group`, and the
     tests of one file stay together."""

@@ -183,6 +183,7 @@ def test_report_takes_slowest_step_fullest_rank_and_mean_terms(plan_file: PlanFi
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.slow
 def test_a_session_runs_plan_after_plan_and_survives_a_failure(
     fast_learner: PlanFile, learned: Learned
 ) -> None:
