@@ -127,7 +127,7 @@ class Grid:
             pool, cluster.profile, min(cluster.num_devices, pool.devices_per_node)
         )
         self.alone = self.everyone
-        first, self.local = alike(cuts_of_a_layer(model, layouts))
+        first, self.local = alike(cuts_of_a_layer(model, layouts, policies[0].balance_loss))
         cut = layouts.take(first)
         priced = pieces_of_each(model, cut, workload.seq_tokens, self.everyone, policies)
         self.costs = self.quick = priced

@@ -31,11 +31,12 @@ from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
 from .options import Options
-from .pieces import Pieces
+from .pieces import Piece, Pieces
 from .prices import Prices
 from .sharing import SharingGroup
 from .stages import Load
 from .state_bytes import in_units
+from .techniques.expert_placement import replica_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +125,9 @@ def _units(
     first_s, last_s = gather, scatter + across / np.maximum(scatters, 1.0)
     copies = rest_gathers * _copy_s(rest_params, prices, options)
     copies_back = scatters * _copy_s(rest_params, prices, options)
+    replicas_s = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
+        replicas_s = replicas_s + count * _replicas_s(piece, layouts, prices)
         one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
@@ -144,14 +147,17 @@ def _units(
     )
     if prices.pool.stack.can_overlap:
         sharded_exposed = np.maximum(sharded_exposed, first_s + last_s)
-    reduce_s = _reduce_s(all_params, layouts, prices)
+    reduce_s = _reduce_s(all_params, dense.ranks, dense.stride, layouts, prices)
+    held = load.total(costs, "expert_params")
+    reduce_s = reduce_s + _reduce_s(held, experts.ranks, experts.stride, layouts, prices)
     replicated = _exposed(reduce_s, backward_s, prices)
-    gathers = load.num_layers * layer_gathers + rest_gathers
-    unit_scatters = (load.num_layers + 1) * scatters
+    num_units = load.num_layers + _expert_units(load, costs, layouts)
+    gathers = num_units * layer_gathers + rest_gathers
+    unit_scatters = (num_units + 1) * scatters
     host_s = load.total(costs, "host_forward_s") + load.total(costs, "host_backward_s")
     compute_s = m * (forward_s + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
-    exposed = np.where(units, sharded_exposed, replicated) + waiting
+    exposed = np.where(units, sharded_exposed, replicated) + waiting + replicas_s
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
@@ -163,7 +169,7 @@ def _units(
         host_s=host * prices.scale("host"),
         forward_s=np.where(units, copies, 0.0),
         backward_s=np.where(units, copies_back, 0.0)
-        + _accumulate_s(all_params, layouts, prices, options),
+        + _accumulate_s(all_params + held, layouts, prices, options),
         wire_bytes=_wire(load, costs, layouts, prices, options),
         shard=layouts.shards.astype(float),
     )
@@ -218,11 +224,35 @@ def _across_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Pric
     return _moved("all_reduce", num_bytes, group.replicate, stride, layouts, prices)
 
 
-def _reduce_s(params: Array, layouts: Layouts, prices: Prices) -> Array:
-    """All-reduce of all gradients (ZeRO 0)."""
-    ranks, stride = (layouts.dp * layouts.cp).astype(float), layouts.tp.astype(float)
+def _expert_units(load: Load, costs: Pieces, layouts: Layouts) -> Array:
+    """Experts that ep divides are units of their own, shared by fewer ranks than their layer."""
+    apart = np.zeros(1)
+    for count, piece in zip(load.layers, costs.layers, strict=True):
+        apart = apart + count * (piece.expert_params > 0)
+    return np.where(layouts.ep > 1, apart, 0.0)
+
+
+def _reduce_s(
+    params: Array, ranks: Array, stride: Array, layouts: Layouts, prices: Prices
+) -> Array:
+    """All-reduce of gradients that are whole on every rank (ZeRO 0)."""
     num_bytes = params * prices.pool.stack.reduce_bytes
     return _moved("all_reduce", num_bytes, ranks, stride, layouts, prices)
+
+
+def _replicas_s(piece: Piece, layouts: Layouts, prices: Prices) -> Array:
+    """The two all-to-alls in which a layer's replicas of experts add their gradients up."""
+    shard = _expert_shard(layouts, prices, piece.options)
+    ep = layouts.ep.astype(float)
+    num_bytes = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard) / 2
+    one = _moved("all_to_all", num_bytes, ep, layouts.expert_tp.astype(float), layouts, prices)
+    return 2 * one
+
+
+def _expert_shard(layouts: Layouts, prices: Prices, options: Options) -> Array:
+    """Ranks over which an expert's gradient at rest is divided."""
+    units = in_units(layouts, options, prices.pool.stack)
+    return np.where(units, SharingGroup.experts(layouts).shard, 1.0)
 
 
 def _exposed(communication: Array, compute: Array, prices: Prices) -> Array:
@@ -276,4 +306,9 @@ def _wire(
         total["all_reduce@dp"] = total["all_reduce@dp"] + np.where(
             replicas > 1, reduced * reduce_bytes, 0.0
         )
+    ep = layouts.ep.astype(float)
+    for count, piece in zip(load.layers, costs.layers, strict=True):
+        shard = _expert_shard(layouts, prices, piece.options)
+        moved = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard)
+        total["all_to_all@ep"] = total.get("all_to_all@ep", 0.0) + count * moved
     return total

@@ -65,6 +65,8 @@ class Collective:
     buffer: Tensor
     overlaps: str | None = None
     """Name of the operator that it runs beside; None = between dependent operators."""
+    once: bool = False
+    """Whether it is left out when its operator runs again in backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,8 @@ class Operator:
     """Dtype that its matmul runs in where that is not its input's (fp8, fp4)."""
     grad_inputs: bool = True
     """Whether the inputs need a gradient (token ids do not)."""
+    copies_over: str | None = None
+    """Of an edge without collectives: it copies its input, each way, where this axis is above 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

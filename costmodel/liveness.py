@@ -104,8 +104,8 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
 
 
 def _ranks(op: Operator, sizes: Sizes) -> Array:
-    """Ranks of the group that an edge's collectives run over."""
-    ranks = np.ones(1)
+    """Ranks of the group that an edge's collectives run over; above 1 where it copies."""
+    ranks = np.ones(1) if op.copies_over is None else sizes[op.copies_over]
     for c in (*op.forward_collectives, *op.backward_collectives):
         ranks = np.maximum(ranks, sizes[c.axis])
     return ranks
@@ -113,10 +113,7 @@ def _ranks(op: Operator, sizes: Sizes) -> Array:
 
 def _moves(op: Operator, sizes: Sizes) -> Array:
     """Whether an edge makes a new tensor: where a group of its collectives has several ranks."""
-    several = np.zeros(1, dtype=bool)
-    for c in (*op.forward_collectives, *op.backward_collectives):
-        several = several | (sizes[c.axis] > 1)
-    return several
+    return _ranks(op, sizes) > 1
 
 
 def _remade(graph: Graph, sizes: Sizes) -> dict[str, Array]:

@@ -31,7 +31,8 @@ from .options import Options
 from .pieces import Pieces
 from .stages import Load
 from .state_bytes import StateBytes, in_units
-from .states import AtRest, Counts
+from .states import AtRest, Counts, Divisors
+from .techniques import expert_offload
 from .working_copies import WorkingCopies
 
 
@@ -62,6 +63,7 @@ class _Rank:
     def of(load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack) -> _Rank:
         states = StateBytes.of(stack, options)
         counts = Counts.of(load, costs)
+        hosted = expert_offload.MOMENT_BYTES if options.expert_offload else 0.0
         return _Rank(
             load=load,
             costs=costs,
@@ -71,7 +73,7 @@ class _Rank:
             kept=Kept.of(costs, layouts, stack),
             states=states,
             counts=counts,
-            rest=AtRest.of(counts, states, layouts, stack),
+            rest=AtRest.of(counts, states, layouts, stack, hosted),
             copies=WorkingCopies.of(load, costs, layouts, options, stack),
         )
 
@@ -185,7 +187,19 @@ def _every_moment(
             terms["comm_buffers"] = terms["comm_buffers"] + standing
             yield is_whole, replace(moment, exists=(live > 0) & moment.exists, terms=terms)
     terms = {**rest, "gradients": later.after, "comm_buffers": standing}
+    if rank.options.expert_offload:
+        terms["workspace"] = expert_offload.piece_bytes(_largest_expert_tensor(rank))
     yield False, _always(terms)
+
+
+def _largest_expert_tensor(rank: _Rank) -> Array:
+    """Parameters of the largest tensor of experts that the rank owns a part of."""
+    owned = Divisors.of(rank.stack, rank.layouts, experts=True).optimizer
+    largest = np.zeros(1)
+    for count, piece in zip(rank.load.layers, rank.costs.layers, strict=True):
+        one = piece.trainable_expert_params / max(1, piece.expert_tensors) / owned
+        largest = np.where(count > 0, np.maximum(largest, one), largest)
+    return largest
 
 
 def _always(terms: dict[str, Array]) -> _Moment:
@@ -221,9 +235,9 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     """Gradients around the first backward of a step, and around later ones.
 
     DDP's buckets are always there, and with several micro-batches the gradients that accumulate
-    before the exchange stand beside them; FSDP holds sharded gradients, and unsharded ones while
-    micro-batches accumulate without a scatter. Megatron-like stacks allocate one buffer for all
-    gradients before the first step.
+    before the exchange stand beside them; experts that ep divides are summed where they lie. FSDP
+    holds sharded gradients, and unsharded ones while micro-batches accumulate without a scatter.
+    Megatron-like stacks allocate one buffer for all gradients before the first step.
     """
     layouts, full = rank.layouts, rank.rest.whole_gradients
     if rank.stack.sharding == "megatron":
@@ -233,10 +247,11 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     m = layouts.num_microbatches
     units = in_units(layouts, rank.options, rank.stack)
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    buckets = np.where(~units & (layouts.dp > 1), full, 0.0)
+    apart = np.where(layouts.ep > 1, rank.states.gradient * rank.counts.experts, 0.0)
+    buckets = np.where(~units & (layouts.dp > 1), full - apart, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
-    after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
+    after = np.where((buckets > 0) & (m == 1), buckets + apart, local + buckets)
     streams = units & scatter_each
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)

@@ -47,6 +47,16 @@ class Options:
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
+    balance_loss: str = "none"
+    """Over which tokens a router's choices are counted: none, micro-batch, global-batch."""
+    expert_slots: int | None = None
+    """Experts (or replicas) per expert-parallel rank of a placement; None = each expert once."""
+    expert_replicas: int = 0
+    """Slots of a placement beyond one per expert."""
+    expert_imbalance: float | None = None
+    """Rows of the fullest expert-parallel rank over the mean; None = as the stack says."""
+    expert_offload: bool = False
+    """Whether moments of the experts' optimiser wait on the host."""
 
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
@@ -55,7 +65,9 @@ class Options:
         def setting(name: str) -> Mapping[str, Any]:
             return phase.technique(name, layer)
 
-        precision, lora = setting("precision"), setting("lora")
+        precision, lora, placed = setting("precision"), setting("lora"), setting("expert-placement")
+        ranks = placed.get("slots")
+        held = {expert for rank in ranks for expert in rank} if ranks else set()
         return Options(
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
@@ -70,6 +82,11 @@ class Options:
             optimizer=workload.optimizer if workload is not None else "adamw",
             offload=float(setting("offload").get("activations", 0.0)),
             runtime=str(setting("runtime").get("mode", "eager")),
+            balance_loss=workload.balance_loss if workload is not None else "none",
+            expert_slots=len(ranks[0]) if ranks else None,
+            expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
+            expert_imbalance=placed.get("imbalance"),
+            expert_offload=bool(setting("expert-offload").get("moments", False)),
         )
 
     def techniques(self) -> dict[str, dict[str, Any]]:
@@ -106,5 +123,7 @@ _SETTINGS = (
     ("tensor-parallel", "async", "async_tp"),
     ("offload", "activations", "offload"),
     ("runtime", "mode", "runtime"),
+    ("expert-placement", "imbalance", "expert_imbalance"),
+    ("expert-offload", "moments", "expert_offload"),
 )
 """Technique, its setting, and the field of `Options` that holds it."""

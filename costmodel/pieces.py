@@ -70,6 +70,8 @@ class Piece:
     """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
+    expert_tensors: int
+    """Those of them that hold routed experts."""
     live: Liveness
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
@@ -203,10 +205,11 @@ def _both(
     """A piece under layouts with a split sequence and without."""
     fused = prices.pool.device.kind == "gpu"
     keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
+    counted = prices.pool.stack.exchanges_counts
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, near, layer, bool(sp), fused, options, keeps)
+        graph = _graph(build, near, layer, bool(sp), fused, options, keeps, counted)
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
@@ -231,12 +234,12 @@ def _key(
     options: Options,
 ) -> bytes:
     """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
-    losses over all samples, dp."""
+    losses and counts over all samples, dp."""
     degrees = [
         layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
         layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
     ]  # fmt: skip
-    if not near.is_decoder:
+    if not near.is_decoder or options.balance_loss == "global-batch":
         degrees.append(layouts.dp)
     pool = msgspec.structs.replace(prices.pool, num_nodes=1)
     local = [degree.tolist() for degree in degrees]
@@ -280,14 +283,21 @@ def _graph(
     fused: bool,
     options: Options,
     keeps_operands: bool,
+    counted: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
-    graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    graph = apply(_plain_graph(build, model, layer, sp, fused, options, counted), options)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
 def _plain_graph(
-    build: str, model: Model, layer: Layer, sp: bool, fused: bool, options: Options
+    build: str,
+    model: Model,
+    layer: Layer,
+    sp: bool,
+    fused: bool,
+    options: Options,
+    counted: bool,
 ) -> Graph:
     if not model.is_decoder:
         return stack_graph(build, model, layer, sp=sp, fused=fused, options=options)
@@ -295,7 +305,9 @@ def _plain_graph(
         return embedding(model, sequence_parallel=sp)
     if build == "head":
         return head(model, sequence_parallel=sp, fused=fused)
-    return decoder_layer(model, layer, sequence_parallel=sp, fused=fused, options=options)
+    return decoder_layer(
+        model, layer, sequence_parallel=sp, fused=fused, options=options, counted=counted
+    )
 
 
 RUNTIME_LAUNCHES = {"eager": 1.0, "compiled": 0.5, "graphs": 0.05}
@@ -347,6 +359,7 @@ def _piece(
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
+        expert_tensors=sum("experts" in weight.axes for weight in graph.weights),
         live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire_bytes([*there, *back], sizes, layouts),
@@ -389,17 +402,27 @@ def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Arr
     """Host time beyond the operators: Python and autograd glue, DTensor dispatch, checkpoints."""
     if graph.name != "layer":
         return np.zeros(1), np.zeros(1)
+    routed = any(op.kind == "routing" for op in graph.operators)
     forward, backward = prices.host("layer_forward"), prices.host("layer_backward")
+    if routed:
+        forward = max(forward, prices.host("expert_layer_forward"))
+        backward = max(backward, prices.host("expert_layer_backward"))
     if graph.checkpointed:
-        backward += prices.host("layer_forward") + prices.host("checkpoint")
+        backward += forward + prices.host("checkpoint")
     prefix = "tp_sp_layer" if sp else "tp_layer"
     tp = layouts.tp > 1
     extra = prices.host(f"{prefix}_backward")
     if graph.checkpointed:
         extra += prices.host(f"{prefix}_forward")
+    ep_forward, ep_backward = prices.host("ep_layer_forward"), prices.host("ep_layer_backward")
+    if graph.checkpointed:
+        ep_backward += ep_forward
+    apart = (layouts.ep > 1) & routed
     return (
-        forward + np.where(tp, prices.host(f"{prefix}_forward"), 0.0),
-        backward + np.where(tp, extra, 0.0),
+        forward
+        + np.where(tp, prices.host(f"{prefix}_forward"), 0.0)
+        + np.where(apart, ep_forward, 0.0),
+        backward + np.where(tp, extra, 0.0) + np.where(apart, ep_backward, 0.0),
     )
 
 
@@ -408,12 +431,15 @@ CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "v
 
 
 def _uncut_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
-    """With a split sequence each rank sees a part of it: gradients of whole weights are summed."""
+    """With a split sequence each rank sees a part of it: gradients of whole weights are summed.
+
+    Without, those of routers are: each rank sees its part of the experts' outputs.
+    """
     total = np.zeros(len(tp))
-    if sp:
-        for weight in graph.weights:
-            if weight.trainable and not CUT_AXES & set(weight.axes):
-                total = total + volume(weight.axes, sizes) * 4
+    for weight in graph.weights:
+        whole = not CUT_AXES & set(weight.axes) if sp else "all_experts" in weight.axes
+        if weight.trainable and whole:
+            total = total + volume(weight.axes, sizes) * 4
     return np.where(tp > 1, total, 0.0)
 
 
@@ -450,6 +476,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
+        expert_tensors=yes.expert_tensors,
         live=live(yes.live, no.live),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),
         wire_bytes=pick_each(yes.wire_bytes, no.wire_bytes),

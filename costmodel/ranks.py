@@ -19,6 +19,7 @@ from .prices import Prices
 from .stages import Load
 from .state_bytes import StateBytes
 from .states import Counts, Divisors
+from .techniques.expert_offload import copies_s
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
@@ -76,20 +77,22 @@ class Update:
     dp: DataParallel
     optimizer_s: Array
     host_s: Array
+    copy_s: Array
+    """Moments of experts to and from the host."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
         return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s
+            self.optimizer_s + self.host_s + self.copy_s
         )
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
     stack, counts = prices.pool.stack, Counts.of(load, costs)
-    owned = counts.trained / Divisors.of(stack, layouts).optimizer
-    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
+    owned_experts = counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
+    owned = counts.trained / Divisors.of(stack, layouts).optimizer + owned_experts
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
@@ -101,6 +104,9 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
+        copy_s=copies_s(owned_experts, prices) * prices.scale("exposed.copy")
+        if options.expert_offload
+        else np.zeros(1),
     )
 
 

@@ -34,6 +34,7 @@ from .ranks import (
 )
 from .schedule import Action, Played, orders, play_long, play_shared
 from .stages import Load, for_each, merge, stacked
+from .techniques import expert_offload
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -261,6 +262,7 @@ class Simulation:
             + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
+            "exposed.copy": exposed("copy") + float(once.copy_s[0]),
             "exposed.dp": float(once.dp.exposed_s[0]),
             "optimizer": float(once.optimizer_s[0]),
             "host": float(once.host_s[0] + once.dp.host_s[0])
@@ -295,6 +297,7 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     contradicts itself or its model is not covered.
     """
     plan.check()
+    expert_offload.check(plan)
     sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)

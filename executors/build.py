@@ -1,10 +1,12 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, recompute, FSDP2 or DDP, memory and initial
-parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, tensor parallel, expert parallel, recompute, FSDP2 or DDP, memory
+and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,12 @@ from ..mesh import Mesh
 from ..plan import Plan
 from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
+from .experts.parallel import ExpertParallel, has_experts
 from .marks import Marks
 from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import recompute
+from .techniques import expert_offload, recompute
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
 
@@ -56,8 +59,27 @@ def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
     return mine
 
 
+def make_optimizer(
+    plan: Plan, pieces: Sequence[nn.Module], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW over this rank's parameters; moments of experts wait on the host where planned."""
+    named = [pair for piece in pieces for pair in piece.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    setting = plan.phase.technique("expert-offload")
+    if not setting.get("moments", False):
+        return make_adamw(parameters, plan.workload.learning_rate)
+    hosted = [parameter for name, parameter in named if ".experts." in name]
+    tier = expert_offload.HostTier(device, setting.get("host_bytes"))
+    return expert_offload.OffloadedAdamW(parameters, hosted, plan.workload.learning_rate, tier)
+
+
 def build_piece(
-    plan: Plan, stage: int, mesh: DeviceMesh, device: torch.device, marks: Marks
+    plan: Plan,
+    stage: int,
+    mesh: DeviceMesh,
+    device: torch.device,
+    marks: Marks,
+    experts: ExpertParallel | None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
     phase = plan.phase
@@ -67,15 +89,18 @@ def build_piece(
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
-        tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
+        sequence_parallel, expert_tp = phase.sequence_parallel, phase.mesh.expert_tp
+        tp_dims = tensor_parallel.apply(piece, mesh["tp"], sequence_parallel, expert_tp)
+    if experts is not None:
+        experts.apply(piece)
     recompute.apply(piece, phase, marks)
     if data_parallel.uses_fsdp(phase):
-        data_parallel.apply_fsdp(piece, phase, mesh)
+        data_parallel.apply_fsdp(piece, phase, mesh, experts)
     piece.to_empty(device=device)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
-    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device)
+    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device, experts)
     if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
-        return piece, data_parallel.apply_ddp(piece, mesh), tp_dims
+        return piece, data_parallel.apply_ddp(piece, mesh, experts), tp_dims
     return piece, piece, tp_dims
 
 
@@ -92,13 +117,15 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
-    built = [build_piece(plan, stage, mesh, device, marks) for stage in stages]
+    experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
+    built = [build_piece(plan, stage, mesh, device, marks, experts) for stage in stages]
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
         pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks)
-    parameters = [p for piece in pieces for p in piece.parameters()]
+    if experts is not None:
+        experts.watch(pieces, data_parallel.uses_fsdp(phase))
     return Trainer(
         plan,
         device,
@@ -106,8 +133,9 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         pieces,
         modules,
         pipeline,
-        make_adamw(parameters, plan.workload.learning_rate),
+        make_optimizer(plan, pieces, device),
         tied_groups(plan),
         tp_dims,
         marks,
+        experts,
     )

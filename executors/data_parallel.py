@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..plan import Phase
 from .decoder import Decoder
+from .experts.layer import Moe
+from .experts.parallel import ExpertParallel
+from .experts.sharding import shard_experts, whole_slots
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, fully_shard
+from .torch_compat import DeviceMesh, FSDPModule, fully_shard, ignore_in_ddp
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -19,22 +23,38 @@ def uses_fsdp(phase: Phase) -> bool:
     return phase.zero > 0 or phase.compute_dtype != "fp32"
 
 
-def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
+def apply_fsdp(
+    piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
+) -> None:
     """Shard each block, then what is left of the piece, over dp_shard; replicate over dp_replicate.
 
     Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
-    its last backward.
+    its last backward. Experts that ep divides are a unit of their own, over the ranks that hold the
+    same ones.
     """
     dims = ("dp_replicate", "dp_shard") if phase.mesh.dp_replicate > 1 else ("dp_shard",)
-    options = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    options: dict[str, Any] = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
-        fully_shard(block, reshard_after_forward=not keep, **options)
+        moe = getattr(block, "mlp", None)
+        placed: dict[str, Any] = {}
+        if isinstance(moe, Moe) and experts is not None:
+            if experts.mesh is not None:
+                shard_experts(moe, experts, precision.policy(phase), reshard=not keep)
+            else:
+                placed = {"shard_placement_fn": whole_slots(moe, phase.mesh.dp_shard)}
+        fully_shard(block, reshard_after_forward=not keep, **placed, **options)
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
-def apply_ddp(piece: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
-    """The piece under DDP; initial parameters are equal already, so nothing is broadcast."""
+def apply_ddp(
+    piece: Decoder, mesh: DeviceMesh, experts: ExpertParallel | None = None
+) -> DistributedDataParallel:
+    """The piece under DDP; initial parameters are equal already, so nothing is broadcast.
+
+    Gradients of experts that ep divides are none of its business.
+    """
+    ignore_in_ddp(piece, experts.ignored(piece) if experts is not None else [])
     return DistributedDataParallel(
         piece,
         process_group=mesh.get_group("dp_replicate"),

@@ -15,23 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import Layer, Model
-
-
-def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines of rotary positions, (2, S, D), fp32."""
-    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    frequency = theta ** (-half / head_dim)
-    angle = torch.arange(seq_tokens, device=device, dtype=torch.float32)[:, None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; computed in the dtype of `x`."""
-    cos, sin = table_2SD.to(x_BSHD.dtype)[:, None, :, None, :].unbind(0)
-    first, second = x_BSHD.chunk(2, dim=-1)
-    return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
+from ..model import GATED, Layer, Model
+from .experts.layer import Moe
+from .latent import Latent
+from .rotary import rotary_table, rotate
 
 
 def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
@@ -73,35 +60,51 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Dense feed-forward block: SwiGLU, GELU or squared ReLU."""
+    """Dense feed-forward block: SwiGLU, GEGLU, GELU, ReLU or squared ReLU."""
 
-    def __init__(self, model: Model, layer: Layer) -> None:
+    def __init__(self, hidden: int, layer: Layer, width: int, bias: bool) -> None:
         super().__init__()
         self.kind = layer.mlp
-        if layer.mlp == "swiglu":
-            self.gate = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.up = nn.Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.down = nn.Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+        if layer.mlp in GATED:
+            self.gate = nn.Linear(hidden, width, bias=bias)
+        self.up = nn.Linear(hidden, width, bias=bias)
+        self.down = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         if self.kind == "swiglu":
             inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
+        elif self.kind == "geglu":
+            inner_BSF = F.gelu(self.gate(x_BSE)) * self.up(x_BSE)
         elif self.kind == "gelu":
             inner_BSF = F.gelu(self.up(x_BSE))
+        elif self.kind == "relu":
+            inner_BSF = F.relu(self.up(x_BSE))
         else:
             inner_BSF = F.relu(self.up(x_BSE)).square()
         return self.down(inner_BSF)
 
 
+def make_mlp(hidden: int, layer: Layer) -> Mlp | Moe:
+    """The MLP of a layer, or the mixture of experts in its place."""
+    if layer.experts is None:
+        return Mlp(hidden, layer, layer.ffn_hidden, layer.bias)
+    width = layer.experts.shared_ffn_hidden
+    return Moe(hidden, layer, Mlp(hidden, layer, width, bias=False) if width else None)
+
+
 class Block(nn.Module):
-    """One decoder layer: pre-norm attention and MLP, each with a residual."""
+    """One decoder layer: pre-norm attention and MLP (or experts), each with a residual."""
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.attention_norm = make_norm(layer, model.hidden, model.norm_eps)
-        self.attention = Attention(model, layer)
+        self.attention = (
+            Attention(model, layer)
+            if layer.latent is None
+            else Latent(model, layer.heads, layer.latent)
+        )
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
-        self.mlp = Mlp(model, layer)
+        self.mlp = make_mlp(model.hidden, layer)
 
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
         x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD)
@@ -152,7 +155,8 @@ class Decoder(nn.Module):
         if self.model.positions != "rope":
             return None
         if self.table_2SD is None or self.table_2SD.shape[1] != seq_tokens:
-            head_dim = self.model.layers[0].head_dim
+            first = self.model.layers[0]
+            head_dim = first.head_dim if first.latent is None else first.latent.qk_rope_head_dim
             self.table_2SD = rotary_table(seq_tokens, head_dim, self.model.rope_theta, device)
         return self.table_2SD
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ..costmodel.techniques import expert_offload
 from ..errors import InputError
-from ..model import Model
+from ..model import Layer, Model
 from ..plan import Phase, Plan
 
-TECHNIQUES = ("precision", "recompute")
+TECHNIQUES = ("precision", "recompute", "expert-placement", "expert-offload")
 """Those that have a file in `executors/techniques/`."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
@@ -19,18 +20,18 @@ def check_executed(plan: Plan) -> None:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
     _check_phase(plan.phase)
+    expert_offload.check(plan)
     if plan.model.traced is None:
         check_model(plan.model)
         _check_length(plan.model, plan.phase.seq_tokens)
+        _check_shards(plan)
     if plan.workload.optimizer != "adamw":
         raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
 
 
 def _check_phase(phase: Phase) -> None:
-    for axis in ("cp", "ep"):
-        degree = getattr(phase.mesh, axis)
-        if degree > 1:
-            raise InputError(axis, degree, "cannot be run yet", f"use --{axis} 1")
+    if phase.mesh.cp > 1:
+        raise InputError("cp", phase.mesh.cp, "cannot be run yet", "use --cp 1")
     if phase.schedule not in SCHEDULES:
         raise InputError("schedule", phase.schedule, "cannot be run yet",
                          f"use {', '.join(SCHEDULES)}")  # fmt: skip
@@ -72,19 +73,39 @@ def check_model(model: Model) -> None:
                          "encoders, images and convolutions are not executed yet",
                          "run a decoder; this model can be planned and predicted")  # fmt: skip
     for layer in model.layers:
-        if layer.experts is not None:
-            raise InputError("layers.experts", layer.experts.num_experts,
-                             "mixtures of experts cannot be run yet",
-                             "use a dense model")  # fmt: skip
-        if layer.latent is not None:
-            raise InputError("layers.latent", layer.latent.kv_lora_rank,
-                             "latent attention cannot be run yet",
-                             "use a model with grouped-query attention")  # fmt: skip
-    if len({layer.head_dim for layer in model.layers}) > 1 and model.positions == "rope":
+        if layer.bias and (layer.experts is not None or layer.latent is not None):
+            raise InputError("layers.bias", True, "experts and latent attention have no biases",
+                             "set bias = false (qkv_bias may stay beside experts)")  # fmt: skip
+        if layer.qkv_bias and layer.latent is not None:
+            raise InputError("layers.qkv_bias", True, "latent attention has no biases",
+                             "set qkv_bias = false")  # fmt: skip
+    if len(set(map(_rotary_dim, model.layers))) > 1 and model.positions == "rope":
         raise InputError("layers.head_dim", "unequal", "rotary positions take one head size",
                          "give all layers the same head_dim")  # fmt: skip
     if model.positions == "alibi":
         raise InputError("positions", "alibi", "cannot be run yet", "use rope, learned or none")
+
+
+def _check_shards(plan: Plan) -> None:
+    """Raise InputError where ZeRO would have to cut experts into unequal parts."""
+    phase, mesh, hidden = plan.phase, plan.phase.mesh, plan.model.hidden
+    shards = mesh.expert_shards
+    for index in range(plan.model.num_layers if phase.zero else 0):
+        experts = plan.model.layer_at(index).experts
+        if experts is None:
+            continue
+        slots = phase.technique("expert-placement", index).get("slots")
+        held = len(slots[0]) if slots else experts.num_experts // mesh.ep
+        replicated = slots is not None and held * mesh.ep > experts.num_experts
+        widths = (experts.ffn_hidden // mesh.expert_tp, hidden)
+        if (replicated or held % shards) and any(width % shards for width in widths):
+            raise InputError("dp_shard", mesh.dp_shard, f"{shards} ranks share {held} experts of "
+                             f"width {widths[0]}, which they divide neither way",
+                             "change dp_shard or ep")  # fmt: skip
+
+
+def _rotary_dim(layer: Layer) -> int:
+    return layer.head_dim if layer.latent is None else layer.latent.qk_rope_head_dim
 
 
 def _check_length(model: Model, seq_tokens: int) -> None:

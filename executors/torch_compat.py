@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -17,6 +18,8 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw as adamw_update
 
 from .marks import Marks
 
@@ -26,8 +29,11 @@ __all__ = [
     "FSDPModule",
     "MixedPrecisionPolicy",
     "ObservedStage",
+    "adamw_update",
     "all_gather_single",
     "fully_shard",
+    "grouped_matmul",
+    "ignore_in_ddp",
     "is_fake",
     "make_schedule",
     "operator_name",
@@ -43,6 +49,11 @@ if hasattr(dist, "all_gather_single"):
 else:
     all_gather_single = dist.all_gather_into_tensor
     reduce_scatter_single = dist.reduce_scatter_tensor
+
+grouped_matmul: Callable[..., Tensor] | None = getattr(
+    F, "grouped_mm", getattr(torch, "_grouped_mm", None)
+)
+"""(rows, weights (X, in, out), offs): one kernel for the matmuls of all experts."""
 
 
 class ObservedStage(PipelineStage):
@@ -150,6 +161,12 @@ def _first_of_each(order: list[Any], kind: str) -> list[Any]:
             seen.add(action.stage_index)
         kept.append(action)
     return kept
+
+
+def ignore_in_ddp(module: Any, names: list[str]) -> None:
+    """Have DDP leave these parameters of a module alone."""
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 def operator_name(operator: Any) -> str:

@@ -10,6 +10,7 @@ from ..errors import RunFailed
 from ..plan import Plan
 from . import data_parallel
 from .decoder import Decoder
+from .experts.parallel import ExpertParallel
 from .marks import Marks, Observer
 from .pipeline import Pipeline
 from .torch_compat import DeviceMesh, DTensor
@@ -30,6 +31,7 @@ class Trainer:
         tied_group: dist.ProcessGroup | None,
         tp_dims: dict[str, int],
         marks: Marks,
+        experts: ExpertParallel | None = None,
     ) -> None:
         self.plan, self.phase, self.mesh = plan, plan.phase, plan.phase.mesh
         self.device, self.device_mesh = device, device_mesh
@@ -39,6 +41,7 @@ class Trainer:
         self.tied_group, self.marks = tied_group, marks
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
+        self.experts = experts
 
     @property
     def observer(self) -> Observer:
@@ -56,6 +59,8 @@ class Trainer:
         A 0-dim tensor on ranks of the last stage, NaN elsewhere.
         """
         inputs, targets = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
+        if self.experts is not None:
+            self.experts.begin_step()
         if self.pipeline is not None:
             loss = self.pipeline.step(inputs, targets)
         else:
@@ -80,17 +85,29 @@ class Trainer:
         """Sum gradients that ranks hold in part.
 
         Under sequence parallelism those of parameters that tp did not cut (one all-reduce of all of
-        them); with tied tables under a pipeline that of the table, over first and last stage.
+        them), without it those of routers, whose tokens' outputs are partial sums; with tied tables
+        under a pipeline that of the table, over first and last stage.
         """
-        if self.phase.sequence_parallel:
-            group = self.device_mesh.get_group("tp")
-            parameters = self._named_parameters()
-            whole = [p for name, p in parameters.items() if name not in self.tp_dims]
-            sum_coalesced([local(p.grad) for p in whole if p.grad is not None], group)
+        partial = self._partial_over_tp() if self.mesh.tp > 1 else []
+        if partial:
+            sum_coalesced(partial, self.device_mesh.get_group("tp"))
+        if self.experts is not None:
+            self.experts.finish_step()
         if self.tied_group is not None:
             for piece in self.pieces:
                 if (piece.is_first or piece.is_last) and piece.embedding.weight.grad is not None:
                     dist.all_reduce(local(piece.embedding.weight.grad), group=self.tied_group)
+
+    def _partial_over_tp(self) -> list[Tensor]:
+        """Gradients of which each tp rank holds a part."""
+        split, experts = self.phase.sequence_parallel, self.experts
+        return [
+            local(p.grad)
+            for name, p in self._named_parameters().items()
+            if p.grad is not None
+            and (name.endswith("router.weight") or (split and name not in self.tp_dims))
+            and not (experts is not None and experts.owns(name))
+        ]
 
     def optimizer_step(self) -> None:
         """AdamW, then gradients dropped."""
@@ -132,13 +149,15 @@ class Trainer:
         return {name: self._full(name, p.detach()) for name, p in self._named_parameters().items()}
 
     def _full(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole of a parameter or gradient: FSDP's shards gathered, then those of tp."""
+        """The whole of a parameter or gradient: FSDP's shards gathered, those of tp, of ep."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if name not in self.tp_dims:
-            return whole
-        parts = [torch.empty_like(whole) for _ in range(self.mesh.tp)]
-        dist.all_gather(parts, whole.contiguous(), group=self.device_mesh.get_group("tp"))
-        return torch.cat(parts, self.tp_dims[name])
+        if name in self.tp_dims:
+            parts = [torch.empty_like(whole) for _ in range(self.mesh.tp)]
+            dist.all_gather(parts, whole.contiguous(), group=self.device_mesh.get_group("tp"))
+            whole = torch.cat(parts, self.tp_dims[name])
+        if self.experts is not None and self.experts.owns(name):
+            return self.experts.whole(name, whole)
+        return whole
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from ..measurement import REFERENCE_MATMUL
 from . import data, job
 from .build import build
 from .decoder import Decoder
+from .experts.loads import rank_loads
 from .measure import pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
@@ -85,8 +86,11 @@ class Run:
         loss: list[float] = []
         steps_s: list[float] = []
         for index in range(self.work.warmup_steps + self.work.steps):
-            if index == self.work.warmup_steps and self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            if index == self.work.warmup_steps:
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                if self.trainer.experts is not None:
+                    self.trainer.experts.forget()
             seconds, mean_loss = self.train_step()
             loss.append(mean_loss)
             if index >= self.work.warmup_steps:
@@ -94,6 +98,7 @@ class Run:
         pace_s = statistics.median(self.pace_s)
         process_peak_bytes = _process_peak_bytes(self.device)
         allocated_bytes = _allocated_bytes(self.device)
+        experts = rank_loads(self.trainer.experts)
         live_bytes, counter = self.count_step()
         profiled_s, matched = self.profile_steps(counter.calls)
         result = RankResult(
@@ -107,6 +112,7 @@ class Run:
             live_bytes=live_bytes,
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
+            experts=experts,
             environment=_environment(load_at_start, self.device)
             | {
                 "collectives_matched": "yes" if matched else "no",
@@ -150,10 +156,24 @@ class Run:
         seconds = time.perf_counter() - start_s
         mean_loss = self.trainer.global_loss(local_loss)
         if not math.isfinite(mean_loss):
+            self.check_routers()
             raise RunFailed(f"loss={mean_loss} at step {self.next_step}: training diverged; "
                             "lower the learning rate or use fp32")  # fmt: skip
         self.progress.report(self.next_step, self.work.warmup_steps + self.work.steps, mean_loss)
         return seconds, mean_loss
+
+    def check_routers(self) -> None:
+        """Raise RunFailed on every rank when a router of any gave no numbers."""
+        experts = self.trainer.experts
+        if experts is None:
+            return
+        broken: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(broken, experts.broken_routers())
+        for rank, layers in enumerate(broken):
+            if layers:
+                raise RunFailed(f"router=nan: that of layer {layers[0]} on rank {rank} at step "
+                                f"{self.next_step}: training diverged; lower the learning rate, or "
+                                "raise router_z_loss_coef")  # fmt: skip
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -14,7 +14,7 @@ Limits of the space itself: a free tp stays within a node, a free vpp takes the 
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
-below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp, ep,
+below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp,
 offload and the schedules that split the backward, which the executors lack, are off unless they are
 asked for.
 """
@@ -97,6 +97,7 @@ def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
+        balance_loss=workload.balance_loss,
     )
 
 
@@ -170,7 +171,7 @@ def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
     counts = {layer.experts.num_experts for layer in model.layers if layer.experts is not None}
     if pins.ep is not None:
         return [pins.ep]
-    if not counts or not everything(pool, pins):
+    if not counts:
         return [1]
     holders = shape.dp * shape.cp * shape.tp
     per_node = pool.devices_per_node
@@ -314,9 +315,14 @@ def ordinary(grid: Layouts) -> NDArray[np.bool_]:
 
 
 def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
-    """Experts are shared out evenly, over ranks that hold the same dense weights or over tp too."""
+    """Experts are shared out evenly, over ranks that hold the same dense weights or, where these
+    split the sequence, over tp too; states are divided into equal parts."""
     holders = grid.dp * grid.cp
-    ok = (holders % grid.ep == 0) | ((holders * grid.tp) % grid.ep == 0)
+    apart = holders % grid.ep == 0
+    split = (grid.sequence_parallel == 1) | (grid.tp == 1)
+    ok = apart | (((holders * grid.tp) % grid.ep == 0) & split)
+    sharing = grid.shards * grid.tp // grid.expert_tp
+    ok &= (sharing % grid.ep == 0) | (grid.ep % sharing == 0)
     counts = [layer.experts.num_experts for layer in model.layers if layer.experts is not None]
     if not counts:
         return ok & (grid.ep == 1)

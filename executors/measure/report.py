@@ -17,6 +17,7 @@ from ...document import Value
 from ...estimate import MEMORY_TERMS, TIME_TERMS
 from ...measurement import Measurement, RankMeasurement, StepTimes
 from ...plan import Plan
+from ..experts.loads import RankLoad, combine
 
 
 class RankResult(Value, frozen=True, kw_only=True):
@@ -36,6 +37,7 @@ class RankResult(Value, frozen=True, kw_only=True):
     """Seconds by time term, mean of the profiled steps, unscaled."""
     bytes_on_wire: dict[str, float]
     environment: dict[str, str]
+    experts: tuple[RankLoad, ...] = ()
 
 
 def measurement(
@@ -76,6 +78,7 @@ def measurement(
         loss=results[0].loss,
         ranks=ranks,
         environment={**results[0].environment, **environment},
+        experts=combine(plan, [result.experts for result in results]),
     )
 
 

@@ -100,6 +100,27 @@ class OperatorTimes:
             (5, (0.0, add)),  # where a tensor has several users, their gradients are summed
         ])  # fmt: skip
 
+    def expert_block(self) -> tuple[float, float]:
+        """All operators of one block with routed experts in the place of its MLP."""
+        e, width = steps.EXPERTS, HEADS * HEAD_DIM
+        rows, add = SEQ * e.top_k, self.of("add", SEQ * HIDDEN)[0]
+        return _sum([
+            (2, self.of("rmsnorm", SEQ, HIDDEN)),
+            (3, self.linear(width, HIDDEN)),
+            (1, self.linear(HIDDEN, width)),
+            (2, self.of("rope", SEQ * width)),
+            (1, self.of("attention", HEADS, SEQ, HEAD_DIM)),
+            (1, self.linear(e.num_experts, HIDDEN)),
+            (1, self.of("routing", SEQ, e.num_experts)),
+            (1, self.of("permute", SEQ * HIDDEN, e.top_k)),
+            (2, self.of("grouped_linear", rows, FFN, HIDDEN, e.num_experts)),
+            (1, self.of("swiglu", rows * FFN)),
+            (1, self.of("grouped_linear", rows, HIDDEN, FFN, e.num_experts)),
+            (1, self.of("unpermute", SEQ * HIDDEN, e.top_k)),
+            (2, (add, 0.0)),
+            (6, (0.0, add)),
+        ])  # fmt: skip
+
     def ends_s(self) -> float:
         """Forward and backward of the operators of embedding, final norm, head and loss."""
         return sum(_sum([
@@ -137,6 +158,8 @@ class HostTimes:
             "many": tiny_plan(MANY),
             "three": tiny_plan(FEW, num_microbatches=3),
             "full": tiny_plan(MANY, recompute="full"),
+            "experts.few": tiny_plan(FEW, experts=steps.EXPERTS),
+            "experts.many": tiny_plan(MANY, experts=steps.EXPERTS),
         }
         times = steps.run_interleaved(plans)
         few, many = times["few"], times["many"]
@@ -150,6 +173,12 @@ class HostTimes:
         layers_s = FEW * (self.forward_s + self.backward_s)
         self._keep("layer_forward", self.forward_s - self.block_s[0])
         self._keep("layer_backward", self.backward_s - self.block_s[1])
+        few, many = times["experts.few"], times["experts.many"]
+        self.expert_forward_s = _per_layer(few, many, "forward")
+        self.expert_backward_s = _per_layer(few, many, "backward")
+        expert_block_s = self.operators.expert_block()
+        self._keep("expert_layer_forward", self.expert_forward_s - expert_block_s[0])
+        self._keep("expert_layer_backward", self.expert_backward_s - expert_block_s[1])
         self._keep("checkpoint", twice / MANY - self.forward_s)
         self._keep("micro_batch", self.micro_s - accumulate - layers_s - self.operators.ends_s())
         self._keep("step", self.few_s - self.micro_s + accumulate - adamw)
@@ -164,9 +193,11 @@ class HostTimes:
             plans[f"fsdp.{label}"] = tiny_plan(layers, mesh=Mesh(dp_shard=2), zero=1)
             plans[f"tp.{label}"] = tiny_plan(layers, mesh=Mesh(tp=2))
             plans[f"tp_sp.{label}"] = tiny_plan(layers, mesh=Mesh(tp=2), sequence_parallel=True)
+            apart = Mesh(dp_replicate=2, ep=2)
+            plans[f"ep.{label}"] = tiny_plan(layers, mesh=apart, experts=steps.EXPERTS)
         times = steps.run_interleaved(plans)
-        calls = {kind: _call_s(kind, self.rank) for kind in ("all_reduce", "all_gather",
-                                                             "reduce_scatter", "p2p")}  # fmt: skip
+        kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
+        calls = {kind: _call_s(kind, self.rank) for kind in kinds}
         self._keep(
             "ddp_step", times["ddp.many"].typical("total") - self.many_s - calls["all_reduce"]
         )
@@ -174,6 +205,13 @@ class HostTimes:
         self._extra("tp_layer", times, "tp", 2 * calls["all_reduce"], 2 * calls["all_reduce"])
         both = 2 * (calls["all_gather"] + calls["reduce_scatter"])
         self._extra("tp_sp_layer", times, "tp_sp", both, both)
+        few, many = times["ep.few"], times["ep.many"]
+        for name, alone_s, num_calls in (
+            ("forward", self.expert_forward_s, 3),
+            ("backward", self.expert_backward_s, 2),
+        ):
+            beyond_s = _per_layer(few, many, name) - alone_s - num_calls * calls["all_to_all"]
+            self._keep(f"ep_layer_{name}", beyond_s)
         self._pipeline(calls["p2p"])
         dist.destroy_process_group()
 
@@ -224,11 +262,12 @@ def _num_tensors(timed: TimedTrainer) -> int:
 
 def _call_s(kind: str, rank: int) -> float:
     """This thread's processor time of one small collective, which its measured curve includes."""
-    whole, shard = torch.ones(1024), torch.ones(512)
+    whole, other, shard = torch.ones(1024), torch.ones(1024), torch.ones(512)
     calls: dict[str, Callable[[], object]] = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "all_gather": lambda: dist.all_gather_into_tensor(whole, shard),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(shard, whole),
+        "all_to_all": lambda: dist.all_to_all_single(other, whole),
         "p2p": lambda: _exchange(whole, rank),
     }
     samples = []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ...catalogs import load_cluster
+from ...experts import Experts
 from ...mesh import Mesh
 from ...model import Layer, Model
 from ...plan import Phase, Plan, Setting, even_stages, techniques
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SEQ, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB = 4, 32, 2, 16, 64, 256
 STEPS = 16
 ALONE = Mesh()
+EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=FFN)
 
 
 def tiny_plan(
@@ -34,9 +36,13 @@ def tiny_plan(
     sequence_parallel: bool = False,
     recompute: str = "none",
     num_microbatches: int = 1,
+    experts: Experts | None = None,
 ) -> Plan:
     """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch."""
-    layer = Layer(repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN)
+    layer = Layer(
+        repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN,
+        experts=experts,
+    )  # fmt: skip
     phase = Phase(
         steps=1,
         seq_tokens=SEQ,

@@ -10,6 +10,7 @@ from .errors import InputError
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
 Objective = Literal["throughput", "cost", "memory"]
 Optimizer = Literal["adamw", "adamw8bit", "adamw_fp8", "sgd"]
+BalanceLoss = Literal["none", "micro-batch", "global-batch"]
 
 
 class Workload(Document, frozen=True, kw_only=True):
@@ -31,11 +32,23 @@ class Workload(Document, frozen=True, kw_only=True):
     objective: Objective = "throughput"
     quality: tuple[Quality, ...] = ("exact",)
     """Classes of techniques that the planner may use."""
+    balance_loss: BalanceLoss = "none"
+    """Load-balancing loss of every router, E sum_i f_i p_i: the fractions f of choices that fall on
+    an expert are those of one micro-batch, or of all replicas and of the step's micro-batches so
+    far (Qiu et al. 2025, Demons in the Detail)."""
+    balance_loss_coef: float = 0.01
+    """Its weight beside the loss of tokens; `router_aux_loss_coef` of Hugging Face models."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the mean squared log-sum-exp of router logits (Zoph et al. 2022, ST-MoE)."""
 
     def __post_init__(self) -> None:
         for field in ("seq_tokens", "global_batch_seqs", "steps"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "not positive", "give 1 or more")
+        for field in ("balance_loss_coef", "router_z_loss_coef"):
+            weight: float = getattr(self, field)
+            if not 0 <= weight < float("inf"):
+                raise InputError(field, weight, "not a weight of zero or more", "give 0 for none")
 
     @property
     def global_batch_tokens(self) -> int:

@@ -11,8 +11,9 @@ from forerun.errors import InputError, RunFailed
 from forerun.executors.build import build, check_supported
 from forerun.executors.init import full_parameter, local_part
 from forerun.executors.trainer import Trainer
+from forerun.experts import Experts
 from forerun.mesh import Mesh
-from forerun.model import Experts, LatentAttention, Layer, Model
+from forerun.model import LatentAttention, Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
 from forerun.workload import Workload
 
@@ -24,6 +25,18 @@ GPT_LAYER = Layer(repeat=2, heads=2, kv_heads=2, head_dim=8, ffn_hidden=24, mlp=
                   norm="layernorm", bias=True)  # fmt: skip
 GPT = Model(name="tiny-gpt", hidden=16, vocab=32, layers=(GPT_LAYER,), tied_embeddings=True,
             positions="learned", max_positions=8)  # fmt: skip
+
+MOE_AND_LATENT = Model(
+    name="tiny-moe", hidden=16, vocab=32,
+    layers=(
+        Layer(repeat=1, heads=2, kv_heads=1, head_dim=4, mlp="gelu",
+              experts=Experts(num_experts=4, top_k=2, ffn_hidden=8)),
+        Layer(repeat=1, heads=2, kv_heads=2, head_dim=6,
+              latent=LatentAttention(q_lora_rank=6, kv_lora_rank=4, qk_nope_head_dim=2,
+                                     qk_rope_head_dim=4, v_head_dim=2),
+              experts=Experts(num_experts=3, top_k=1, ffn_hidden=8, shared_ffn_hidden=4)),
+    ),
+)  # fmt: skip
 
 
 def make_plan(model: Model = MODEL, recompute: str = "none", **changes: object) -> Plan:
@@ -67,7 +80,7 @@ def trainer_of(plan: Plan) -> Trainer:
     return build(plan, device=CPU)
 
 
-@pytest.mark.parametrize("model", [MODEL, GPT])
+@pytest.mark.parametrize("model", [MODEL, GPT, MOE_AND_LATENT])
 def test_the_decoder_has_the_parameters_that_the_model_says(model: Model) -> None:
     pieces = trainer_of(make_plan(model)).pieces
     assert sum(p.numel() for p in pieces[0].parameters()) == model.num_params
@@ -144,10 +157,17 @@ def test_tp_parts_make_the_whole(dim: int) -> None:
 
 
 EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=8)
+MOE = msgspec.structs.replace(MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS),))
 LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
                          v_head_dim=4)  # fmt: skip
 FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
 OFFLOAD = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"offload": {}}),)
+HOSTED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                  | {"expert-offload": {"moments": True}}),)  # fmt: skip
+LITTLE_HOST = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                       | {"expert-offload": {"moments": True, "host_bytes": 1000}}),)  # fmt: skip
+PLACED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                  | {"expert-placement": {"slots": [[0, 1], [2, 3]]}}),)  # fmt: skip
 MIXED = (
     Setting(layers=(0, 0), techniques=techniques("fp32", "none")),
     Setting(layers=(1, 1), techniques=techniques("bf16", "none")),
@@ -157,10 +177,13 @@ MIXED = (
 @pytest.mark.parametrize(
     ("field", "plan"),
     [
-        ("layers.experts", make_plan(msgspec.structs.replace(
-            MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS),)))),
-        ("layers.latent", make_plan(msgspec.structs.replace(
-            MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT),)))),
+        ("layers.bias", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS, bias=True),)))),
+        ("layers.qkv_bias", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT, qkv_bias=True),)))),
+        ("expert-offload", make_plan(settings=HOSTED)),
+        ("expert-offload.host_bytes", make_plan(MOE, settings=LITTLE_HOST)),
+        ("expert-placement.slots", make_plan(MOE, settings=PLACED)),
         ("positions", make_plan(msgspec.structs.replace(MODEL, positions="alibi"))),
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
         ("precision", make_plan(settings=FP16)),
