@@ -67,6 +67,8 @@ FAMILIES = (
     Family(processes=2, schedule="gpipe", degrees={"pp": 2}),
     Family(processes=2, degrees={"pp": 2}),
     Family(processes=2, schedule="interleaved", degrees={"pp": 2, "vpp": 2}),
+    Family(processes=2, schedule="zb-h1", degrees={"pp": 2}),
+    Family(processes=2, schedule="zb-v", degrees={"pp": 2, "vpp": 2}),
     Family(processes=2, recompute="full", zero=3, degrees={"dp_shard": 2}),
     Family(processes=4, degrees={"tp": 2, "dp_replicate": 2}),
     Family(processes=4, zero=3, degrees={"pp": 2, "dp_shard": 2}),

@@ -5,25 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
+from msgspec.structs import replace as replace_pins
+
 from ..cluster import Cluster
 from ..costmodel.options import Options
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
-from ..plan import V_SCHEDULES, Phase, Plan, Schedule, Setting, Stage, even_stages
+from ..orders import Orders, order_texts, owners
+from ..plan import V_SCHEDULES, Phase, Plan, Schedule, Setting, Stage, even_stages, schedule_of
 from ..workload import Workload
 
 if TYPE_CHECKING:
     from ..planner import Pins
 
 
-def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Plan:
+def fixed_plan(
+    model: Model,
+    cluster: Cluster,
+    workload: Workload,
+    pins: Pins,
+    orders: Orders | None = None,
+) -> Plan:
     """The plan of exactly these axes, checked.
 
     An axis that is None is 1 or off; dp takes the ranks left; the matmuls run in bf16 (fp32 on
     CPUs); the schedule is 1F1B, in its interleaved form when vpp > 1; one sequence per micro-batch;
-    states are sharded over all of dp when zero > 0 and dp_shard is not given.
+    states are sharded over all of dp when zero > 0 and dp_shard is not given. Pipeline `orders` of
+    the user's own say what pp, vpp and the schedule are.
     """
+    if orders is not None:
+        pins = _pins_of(orders, pins)
     pool, *others = cluster.pools
     if others:
         raise InputError(
@@ -53,12 +65,26 @@ def fixed_plan(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -
         zero=cast("Literal[0, 1, 2, 3]", pins.zero or 0),
         sequence_parallel=bool(pins.sp),
         schedule=cast("Schedule", pins.schedule or default_schedule),
+        orders=None if orders is None else order_texts(orders),
         stages=_stages(model, mesh, pool.name),
         settings=(Setting(layers=(0, model.num_layers - 1), techniques=options.techniques()),),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
     plan.check()
     return plan
+
+
+def _pins_of(orders: Orders, pins: Pins) -> Pins:
+    """The pins with the pipeline that the orders are for."""
+    if pins.schedule is not None:
+        raise InputError("schedule", pins.schedule, "the orders are a schedule of their own",
+                         "drop --schedule or --orders")  # fmt: skip
+    found = {"pp": len(orders), "vpp": max(1, len(owners(orders)) // len(orders))}
+    for axis, degree in found.items():
+        if getattr(pins, axis) not in (None, degree):
+            raise InputError(axis, getattr(pins, axis), f"the orders are for {axis}={degree}",
+                             f"drop --{axis}")  # fmt: skip
+    return replace_pins(pins, schedule=schedule_of(orders), **found)
 
 
 def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:

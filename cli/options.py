@@ -43,7 +43,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp, offload and zero-bubble schedules, too (default on several).",
+    "predicted: cp and offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -107,6 +107,12 @@ JOB_OPTIONS = (
         default=0.0,
         show_default=True,
         help="Weight of the squared log-sum-exp of router logits.",
+    ),
+    click.option(
+        "--clip-norm",
+        type=float,
+        metavar="NORM",
+        help="Scale gradients down to this norm of all of them; default: as they are.",
     ),
     click.option(
         "--objective",
@@ -221,6 +227,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         steps=flags["steps"],
         data=flags["data"],
         optimizer=flags["optimizer"],
+        clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
         balance_loss=flags.get("balance_loss", "none"),
         balance_loss_coef=flags.get("balance_loss_coef", 0.01),

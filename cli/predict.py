@@ -39,6 +39,12 @@ def with_experts(plan: Plan, placement: Path | None, loads: Path | None) -> Plan
 @job_options
 @axis_options
 @click.option(
+    "--orders",
+    "orders_path",
+    type=click.Path(path_type=Path),
+    help="Pipeline orders in place of a schedule: the file of forerun solve pipeline --csv.",
+)
+@click.option(
     "--expert-loads",
     type=click.Path(path_type=Path),
     help="Measurement of a run: how uneven the experts' loads are.",
@@ -59,6 +65,7 @@ def with_experts(plan: Plan, placement: Path | None, loads: Path | None) -> Plan
 def command(
     as_json: bool,
     output: Path | None,
+    orders_path: Path | None,
     expert_loads: Path | None,
     expert_placement: Path | None,
     expert_offload: bool,
@@ -68,14 +75,20 @@ def command(
     """Predict the cost of one layout; nothing is searched.
 
     An axis not given is 1 or off, dp takes the ranks left, the precision is bf16 (fp32 on CPUs),
-    the schedule 1F1B, the micro-batch 1 sequence, recompute none.
+    the schedule 1F1B, the micro-batch 1 sequence, recompute none. With --orders the plan file holds
+    the orders, and forerun run executes them.
     """
     from . import render
     from .layout import fixed_plan
 
     job = read_job(flags)
     say_job(job)
-    plan = fixed_plan(job.model, job.cluster, job.workload, read_pins(flags))
+    pins, orders = read_pins(flags), None
+    if orders_path is not None:
+        from ..planner.pipeline import read_csv
+
+        orders = read_csv(orders_path)
+    plan = fixed_plan(job.model, job.cluster, job.workload, pins, orders)
     if expert_placement is not None or expert_loads is not None:
         plan = with_experts(plan, expert_placement, expert_loads)
     if expert_offload or expert_host_bytes is not None:

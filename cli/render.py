@@ -199,7 +199,12 @@ def print_what_if(changes: Sequence[WhatIf]) -> None:
 
 def print_measurement(measurement: Measurement) -> None:
     """Print what a run did, in a few lines."""
+    from ..costmodel.diff import emulated_as
+
     step, loss = measurement.step_s, measurement.loss
+    emulation = emulated_as(measurement)
+    if emulation is not None:
+        print_line(emulation_line(emulation, measurement.step_s.median))
     print_line(f"{measurement.label}: {len(measurement.steps)} timed steps")
     print_line(
         f"step {format_seconds(step.median)} (p10 {format_seconds(step.p10)}, p90 "
@@ -236,6 +241,8 @@ def experts_line(experts: Sequence[ExpertLoad]) -> str:
 def print_diff(comparison: Mapping[str, Any]) -> None:
     """Print predicted against measured, term by term."""
     print_line(comparison["label"])
+    if comparison["emulated"] is not None:
+        print_line(emulation_line(comparison["emulated"], comparison["step"]["measured_s"]))
     rows = [diff_row(name, unit, *values) for name, unit, values in headline(comparison)]
     print_table(("", "predicted", "measured", "error"), rows)
     if comparison.get("pace"):
@@ -245,6 +252,23 @@ def print_diff(comparison: Mapping[str, Any]) -> None:
             diff_row(t["term"], t["unit"], t["predicted"], t["measured"], t["error"]) for t in terms
         ]
         print_table((title, "predicted", "measured", "error"), rows)
+
+
+def emulation_line(emulation: Mapping[str, Any], step_s: float) -> str:
+    """That a run was paced, and how well it went.
+
+    >>> known = {"device": "H100", "scale": 50.0, "late": 0.002, "simulated_step_s": 1.0}
+    >>> print(emulation_line(known, 1.02))
+    emulated: chunks held to the times of H100 on CPU processes, 50 x as slow, at most 0.2 % of a
+    step late; step +2.0 % off the simulator's; memory is that of the CPU processes
+    """
+    error = step_s / emulation["simulated_step_s"] - 1 if emulation["simulated_step_s"] else None
+    return (
+        f"emulated: chunks held to the times of {emulation['device']} on CPU processes, "
+        f"{emulation['scale']:.3g} x as slow, at most {percent(emulation['late'])} of a\n"
+        f"step late; step {percent(error, signed=True)} off the simulator's; memory is that of the "
+        "CPU processes"
+    )
 
 
 def pace_line(pace: Mapping[str, float]) -> str:

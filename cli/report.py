@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .render import diff_row, grouped, headline
+from .render import diff_row, emulation_line, grouped, headline
 
 BAR_WIDTH, BAR_HEIGHT, LABEL_WIDTH, VALUE_WIDTH = 420, 11, 170, 190
 ROW_HEIGHT = 2 * BAR_HEIGHT + 10
@@ -29,13 +29,22 @@ def report_html(comparison: Mapping[str, Any]) -> str:
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f"<title>forerun: {label}</title><style>{STYLE}</style></head>\n<body>"
-        f"<h1>Predicted against measured: {label}</h1>\n{totals(comparison)}\n"
+        f"<h1>Predicted against measured: {label}</h1>\n{emulation(comparison)}"
+        f"{totals(comparison)}\n"
         "<p>error = predicted / measured &minus; 1; <svg width='12' height='12'><rect class="
         "'predicted' width='12' height='12'/></svg> predicted, <svg width='12' height='12'>"
         "<rect class='measured' width='12' height='12'/></svg> measured</p>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
+
+
+def emulation(comparison: Mapping[str, Any]) -> str:
+    """That the measured side is emulated, where it is."""
+    found = comparison["emulated"]
+    if found is None:
+        return ""
+    return f"<p><b>{escape(emulation_line(found, comparison['step']['measured_s']))}</b></p>\n"
 
 
 def totals(comparison: Mapping[str, Any]) -> str:

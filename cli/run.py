@@ -24,6 +24,18 @@ from .progress import step_progress
 )
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
+@click.option(
+    "--pace",
+    metavar="DEVICE",
+    help="Emulate: CPU processes hold every chunk to the time predicted for this device (H100, a "
+    "profile's file, or plan: the plan's own); for schedules, not for speed.",
+)
+@click.option(
+    "--pace-scale",
+    type=float,
+    metavar="FACTOR",
+    help="Seconds here per emulated second; default: such that real work is short beside it.",
+)
 @common_options
 def command(
     as_json: bool,
@@ -33,6 +45,8 @@ def command(
     warmup: int,
     data: str | None,
     model: str | None,
+    pace: str | None,
+    pace_scale: float | None,
 ) -> None:
     """Train as PLAN says, on this machine, and measure every term of the prediction."""
     from ..executors import run
@@ -47,6 +61,8 @@ def command(
             data=data,
             on_progress=on_progress,
             module=model,
+            pace=pace,
+            pace_scale=pace_scale,
         )
     if output is not None:
         document.write(output, measurement)

@@ -13,7 +13,8 @@ and how often per step, with m micro-batches:
     ZeRO 3 without pipeline   layers: 2 m gathers, m scatters; the rest: m gathers, m scatters
     ZeRO 2 without pipeline   1 gather, m scatters
     ZeRO 1, or any with pp    1 gather, 1 scatter
-    ZeRO 0                    no gather; 1 all-reduce of all gradients
+    ZeRO 0                    no gather; 1 all-reduce of all gradients, in a pipeline after the
+                              last backward of a stage
 
 Ranks of context parallelism hold the same weights as those of data parallelism and count as such.
 Experts are sharded over the ranks that hold the same ones. Stacks that keep parameters whole are in
@@ -150,7 +151,7 @@ def _units(
     reduce_s = _reduce_s(all_params, dense.ranks, dense.stride, layouts, prices)
     held = load.total(costs, "expert_params")
     reduce_s = reduce_s + _reduce_s(held, experts.ranks, experts.stride, layouts, prices)
-    replicated = _exposed(reduce_s, backward_s, prices)
+    replicated = np.where(alone, _exposed(reduce_s, backward_s, prices), reduce_s)
     num_units = load.num_layers + _expert_units(load, costs, layouts)
     gathers = num_units * layer_gathers + rest_gathers
     unit_scatters = (num_units + 1) * scatters
@@ -162,7 +163,7 @@ def _units(
         units,
         gathers * prices.host("fsdp_unit_forward")
         + unit_scatters * prices.host("fsdp_unit_backward"),
-        np.where(layouts.dp > 1, prices.host("ddp_step"), 0.0),
+        np.where((layouts.dp > 1) & alone, prices.host("ddp_step"), 0.0),
     )
     return DataParallel(
         exposed_s=exposed * prices.scale("exposed.dp"),

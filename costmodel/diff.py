@@ -41,9 +41,11 @@ def diff(
     `step` compares the predicted median with the measured one. `memory` compares live tensors:
     the predicted terms without fragmentation and context, against the fullest rank's peak of
     tensor storage. `process` compares the whole predicted peak with the memory of the process.
-    `pace` tells a drift of the machine apart from the model's error: the reference matmul during
-    the run over that of the profile, and the step's error with the prediction slowed by it (None
-    where either was not taken). With `repredict` the plan is priced again, with `profile` in place
+    `emulated` says on which device chunks were held to their predicted time, if they were; memory
+    is then that of the CPU processes. `pace` tells a drift of the machine apart from the model's
+    error: the reference matmul during the run over that of the profile, and the step's error with
+    the prediction slowed by it (None where either was not taken). With `repredict` the plan is
+    priced again, with `profile` in place
     of its own where given.
 
     Raises InputError when the measurement belongs to another plan.
@@ -56,6 +58,7 @@ def diff(
     live_bytes = sum(n for t, n in estimate.memory_terms_bytes.items() if t not in NOT_LIVE)
     return {
         "label": plan_file.label,
+        "emulated": emulated_as(measurement),
         "step": step,
         "pace": _pace(plan_file.plan, measurement, estimate.step_s.median),
         "memory": _pair("bytes", live_bytes, measurement.peak_memory_bytes),
@@ -69,6 +72,19 @@ def diff(
             ),
             *_terms("bytes", (), estimate.bytes_on_wire, measurement.bytes_on_wire),
         ],
+    }
+
+
+def emulated_as(measurement: Measurement) -> dict[str, Any] | None:
+    """What a paced run emulated: the device, and its seconds on the wall; None for a real run."""
+    if not measurement.emulated:
+        return None
+    known = measurement.environment
+    return {
+        "device": known.get("emulated_device", ""),
+        "scale": float(known.get("pace_scale", 1.0)),
+        "late": float(known.get("pace_late", 0.0)),
+        "simulated_step_s": float(known.get("simulated_step_s", 0.0)),
     }
 
 

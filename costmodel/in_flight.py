@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..orders import Action, Orders
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
 from .graph import Array
@@ -29,7 +30,7 @@ from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
 from .pieces import Pieces
-from .schedule import Action, live_chunks, order_of
+from .schedule import live_chunks, order_of
 from .stages import V_SHAPED, Load
 
 Ints = NDArray[np.intp]
@@ -80,14 +81,15 @@ def in_flight(
     costs: Pieces,
     layouts: Layouts,
     stack: Stack,
+    own_orders: Orders | None = None,
 ) -> InFlight:
     """Live chunk activations of `ranks` under the loads of `load`, row by row.
 
     `shape` is ranks of the pipeline, chunks per rank and micro-batches; `layouts` has as many rows,
-    all of that shape.
+    all of that shape. `own_orders` take the place of the schedule's.
     """
     first, later = np.zeros((2, len(ranks)))
-    if schedule not in SPLIT_SCHEDULES:
+    if schedule not in SPLIT_SCHEDULES and own_orders is None:
         for rank in np.unique(ranks):
             here = ranks == rank
             first[here], later[here] = live_chunks(schedule, *shape, int(rank))
@@ -96,9 +98,13 @@ def in_flight(
     for rank in np.unique(ranks):
         here = ranks == rank
         own = shares.take(here)
-        at_first, moments = live_moments(schedule, *shape, int(rank))
+        if own_orders is None:
+            at_first, moments = live_moments(schedule, *shape, int(rank))
+        else:
+            at_first, moments = moments_of(own_orders[rank])
         first[here] = own.live((at_first, 0))
-        later[here] = np.max([own.live(moment) for moment in moments], axis=0)
+        if moments:
+            later[here] = np.max([own.live(moment) for moment in moments], axis=0)
     return InFlight(first=first, later=later)
 
 

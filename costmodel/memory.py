@@ -10,7 +10,8 @@ of parameters in use in `working_copies.py`. The moments of a step that can be t
     first     backward of its first layer: nothing else saved, all gradients
     update    the optimiser step: all states, no activations
 
-each with the micro-batches in flight of its schedule.
+each with the micro-batches in flight of its schedule. Where the backward is split, what weights
+wait with is still there in its first layer, of the layers behind it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..estimate import MEMORY_TERMS
+from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
 from .graph import Array
 from .kept import Kept
@@ -176,7 +178,7 @@ def _every_moment(
 ) -> Iterator[tuple[bool, _Moment]]:
     """The candidate moments of a step, and whether all live micro-batches are whole then."""
     rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
-    standing = rank.kept.sequence_buffers
+    standing = rank.kept.sequence_buffers + _messages(rank)
     first, later = _gradients(rank)
     for live, grads in ((in_flight.first, first), (in_flight.later, later)):
         others = np.maximum(live - 1.0, 0.0) * per_chunk
@@ -186,7 +188,8 @@ def _every_moment(
             terms["activations"] = terms["activations"] + others
             terms["comm_buffers"] = terms["comm_buffers"] + standing
             yield is_whole, replace(moment, exists=(live > 0) & moment.exists, terms=terms)
-    terms = {**rest, "gradients": later.after, "comm_buffers": standing}
+    exchange = rank.kept.sequence_buffers + _bucket(rank)
+    terms = {**rest, "gradients": later.after, "comm_buffers": exchange}
     if rank.options.expert_offload:
         terms["workspace"] = expert_offload.piece_bytes(_largest_expert_tensor(rank))
     yield False, _always(terms)
@@ -200,6 +203,36 @@ def _largest_expert_tensor(rank: _Rank) -> Array:
         one = piece.trainable_expert_params / max(1, piece.expert_tensors) / owned
         largest = np.where(count > 0, np.maximum(largest, one), largest)
     return largest
+
+
+SPLIT = [SCHEDULES.index(name) for name in SPLIT_SCHEDULES]
+MESSAGES = 2
+"""Gradients of hidden states that a chunk of a pipeline holds, one received and one on its way:
+counted in runs of every schedule on two and four ranks, 1 to 4 per chunk."""
+BUCKET_BYTES = 25 * 2**20
+"""Of gradients that replicas of a pipeline stage sum at a time."""
+
+
+def _messages(rank: _Rank) -> Array:
+    """What a pipeline rank sends and receives, beside the activations that it keeps anyway."""
+    layouts = rank.layouts
+    held = MESSAGES * layouts.vpp * rank.costs.layers[0].boundary_bytes
+    return np.where((layouts.pp > 1) & (rank.stack.sharding == "fsdp"), held, 0.0)
+
+
+def _bucket(rank: _Rank) -> Array:
+    """The bucket in which replicas of a pipeline stage sum their gradients; it takes the place of
+    the gradients in it once it is filled."""
+    layouts = rank.layouts
+    sums = ~in_units(layouts, rank.options, rank.stack) & (layouts.dp > 1) & (layouts.pp > 1)
+    sums = sums & (rank.stack.sharding == "fsdp")
+    bucketed = rank.rest.whole_gradients - _apart(rank)
+    return np.where(sums, np.minimum(bucketed, BUCKET_BYTES), 0.0)
+
+
+def _apart(rank: _Rank) -> Array:
+    """Gradients of experts that ep divides, which are summed where they lie."""
+    return np.where(rank.layouts.ep > 1, rank.states.gradient * rank.counts.experts, 0.0)
 
 
 def _always(terms: dict[str, Array]) -> _Moment:
@@ -234,10 +267,11 @@ class _Gradients:
 def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     """Gradients around the first backward of a step, and around later ones.
 
-    DDP's buckets are always there, and with several micro-batches the gradients that accumulate
-    before the exchange stand beside them; experts that ep divides are summed where they lie. FSDP
-    holds sharded gradients, and unsharded ones while micro-batches accumulate without a scatter.
-    Megatron-like stacks allocate one buffer for all gradients before the first step.
+    DDP's buckets, which a pipeline has none of, are always there, and with several micro-batches
+    the gradients that accumulate before the exchange stand beside them; experts that ep divides are
+    summed where they lie. FSDP holds sharded gradients, and unsharded ones while micro-batches
+    accumulate without a scatter. Megatron-like stacks allocate one buffer for all gradients before
+    the first step.
     """
     layouts, full = rank.layouts, rank.rest.whole_gradients
     if rank.stack.sharding == "megatron":
@@ -247,8 +281,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     m = layouts.num_microbatches
     units = in_units(layouts, rank.options, rank.stack)
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    apart = np.where(layouts.ep > 1, rank.states.gradient * rank.counts.experts, 0.0)
-    buckets = np.where(~units & (layouts.dp > 1), full - apart, 0.0)
+    apart = _apart(rank)
+    buckets = np.where(~units & (layouts.dp > 1) & (layouts.pp == 1), full - apart, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
     after = np.where((buckets > 0) & (m == 1), buckets + apart, local + buckets)
@@ -256,7 +290,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)
         return always, always
-    first = _Gradients(before=buckets, after=after, fresh=units | (layouts.dp == 1))
+    fresh = units | (layouts.dp == 1) | (layouts.pp > 1)
+    first = _Gradients(before=buckets, after=after, fresh=fresh)
     return first, _Gradients(before=after, after=after, fresh=streams)
 
 
@@ -325,10 +360,15 @@ def _layer(
 def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     """Backward of the rank's first layer: all other layers' gradients are there.
 
-    Of activations that layer's alone are left; its own gradients and those of the embedding are
-    still to be made when nothing is there to add them to.
+    Of activations that layer's alone are left, and what weights of the chunk's others wait with;
+    its own gradients and those of the embedding are still to be made when nothing is there to add
+    them to.
     """
     load, costs = rank.load, rank.costs
+    chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
+    layers = load.num_layers / rank.layouts.vpp
+    behind = chunk * np.maximum(layers - 1.0, 0.0) / np.maximum(layers, 1.0)
+    waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
     saved, working, params = np.zeros(1), np.zeros(1), np.zeros(1)
     for (count, live), piece in zip(rank.each_layer(), costs.layers, strict=True):
         peak = np.where(grads.fresh, live.backward_peak_fresh, live.backward_peak)
@@ -341,7 +381,7 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     per_param = rank.states.gradient / rank.copies.shard
     unmade = np.where(grads.fresh, (params + table) * per_param, 0.0)
     return {
-        "activations": saved,
+        "activations": saved + waiting,
         "workspace": np.maximum(working - saved, 0.0),
         "gradients": np.maximum(grads.after - unmade, grads.before),
         "gathered_parameters": rank.copies.at_layer,

@@ -122,18 +122,18 @@ def _operator(
 ) -> tuple[Array, Array, Array]:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
-    Those of norms, which are small, are left with the rest.
+    Those of norms and embeddings, which are small, are left with the rest.
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
-    forward, backward = prices.operator(op.kind, shape, dtype)
+    forward, backward = prices.operator(op.kind, shape, dtype, options.runtime)
     weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
         weight = prices.operator("linear_wgrad", shape, dtype)[0]
         backward = backward + weight
     elif op.kind in BOTH_GRADIENTS:
         weight = backward / 2
-    if not op.grad_inputs:
+    if not op.grad_inputs and np.any(weight):
         weight = backward
     factor = _factor(op.kind, dtype, layouts, prices, options)
     return forward * factor, backward * factor, weight * factor
@@ -152,7 +152,7 @@ def _factor(
     if kind.startswith("attention"):
         ring = np.where(layouts.ring > 1, stack.ring_attention_fraction, 1.0)
         return 1.0 / (ring * FLASH_VERSIONS.get(options.attention, 1.0))
-    return stack.compiled_elementwise if options.runtime == "compiled" else 1.0
+    return 1.0
 
 
 def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:

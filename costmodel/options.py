@@ -41,6 +41,8 @@ class Options:
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
     """adamw, adamw8bit, adamw_fp8, sgd."""
+    clips: bool = False
+    """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
     """Fraction of saved activations kept on the host."""
     async_tp: bool = False
@@ -80,6 +82,7 @@ class Options:
             async_tp=bool(setting("tensor-parallel").get("async", False)),
             base_dtype=lora.get("base"),
             optimizer=workload.optimizer if workload is not None else "adamw",
+            clips=workload is not None and workload.clip_norm is not None,
             offload=float(setting("offload").get("activations", 0.0)),
             runtime=str(setting("runtime").get("mode", "eager")),
             balance_loss=workload.balance_loss if workload is not None else "none",

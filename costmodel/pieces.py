@@ -32,7 +32,7 @@ from .layers import decoder_layer, embedding, head
 from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness
-from .operator_times import operator_times, waiting_bytes
+from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
 from .prices import Prices
 from .state_bytes import in_units
@@ -337,12 +337,12 @@ def _piece(
         comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
         comm_backward["copy"] = copies_s(live.saved, options, prices, busy_backward)
     host_scale = prices.scale("host")
-    launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
-    hooks_s = _hooks_s(graph, layouts, prices, options)
-    launching = times.forward_launches * launch_s + hooks_s
-    floor_forward = _floor(times.forward_s, comm_forward, launching, there, layouts, prices)
-    launching = times.backward_launches * launch_s + hooks_s
-    floor_backward = _floor(busy_backward, comm_backward, launching, back, layouts, prices)
+    launching, launching_back = _launching(graph, times, prices, options)
+    hooks, hooks_back = _hooks_s(graph, layouts, prices, options)
+    floor_forward = _floor(times.forward_s, comm_forward, launching + hooks, there, layouts, prices)
+    floor_backward = _floor(
+        busy_backward, comm_backward, launching_back + hooks_back, back, layouts, prices
+    )
     return Piece(
         options=options,
         forward_s=times.forward_s * prices.scale("forward"),
@@ -367,12 +367,35 @@ def _piece(
     )
 
 
-def _hooks_s(graph: Graph, layouts: Layouts, prices: Prices, options: Options) -> Array:
+def _launching(
+    graph: Graph, times: OperatorTimes, prices: Prices, options: Options
+) -> tuple[float, float]:
+    """Host time to launch a piece's operators on a GPU, forward and backward, Python included."""
+    launch_s = prices.launch_s * RUNTIME_LAUNCHES[options.runtime]
+    forward, backward = times.forward_launches * launch_s, times.backward_launches * launch_s
+    if graph.name != "layer":
+        return forward, backward
+    glue = prices.beside("layer_forward"), prices.beside("layer_backward")
+    if options.runtime == "compiled" and prices.beside("compiled_layer_forward"):
+        forward, backward = (prices.beside(f"compiled_layer_{d}") for d in ("forward", "backward"))
+        glue = 0.0, 0.0
+    if graph.checkpointed:
+        again = forward if options.runtime == "compiled" else 0.0  # launches of eager ones are in
+        backward += again + glue[0] + prices.beside("checkpoint")
+    return forward + glue[0], backward + glue[1]
+
+
+def _hooks_s(
+    graph: Graph, layouts: Layouts, prices: Prices, options: Options
+) -> tuple[Array, Array]:
     """Host time of the hooks around an FSDP unit, which on a GPU runs beside the device."""
     stack = prices.pool.stack
     if graph.name != "layer" or prices.launch_s == 0.0 or stack.sharding != "fsdp":
-        return np.zeros(1)
-    return np.where(in_units(layouts, options, stack), stack.host_s_per_unit, 0.0)
+        return np.zeros(1), np.zeros(1)
+    units = in_units(layouts, options, stack)
+    forward = prices.beside("fsdp_unit_forward", stack.host_s_per_unit)
+    backward = prices.beside("fsdp_unit_backward", stack.host_s_per_unit)
+    return np.where(units, forward, 0.0), np.where(units, backward, 0.0)
 
 
 def _floor(

@@ -11,7 +11,9 @@ Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forwa
 `tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
 `ep_layer_forward|backward` (what expert parallelism adds per block),
 `fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),
-`micro_batch`, `step`; on a GPU `launch` (of one operator).
+`micro_batch`, `step`; on a GPU also `launch` (of one operator) and
+`compiled_layer_forward|backward` (of one compiled block, launches included). On a CPU they add to
+the operators (`Prices.host`), on a GPU the host works beside the device (`Prices.beside`).
 """
 
 from __future__ import annotations
@@ -39,11 +41,12 @@ class Prices:
         self.busy = busy
         usable = profile if profile is not None and profile.device == pool.device.name else None
         self.profile = usable
-        self._operators: dict[tuple[str, str], list[OperatorCurve]] = {}
+        self._operators: dict[tuple[str, str, str], list[OperatorCurve]] = {}
         self._collectives: dict[str, list[CollectiveCurve]] = {}
         if usable is not None:
             for curve in usable.operators:
-                self._operators.setdefault((curve.operator, curve.dtype), []).append(curve)
+                key = (curve.operator, curve.dtype, curve.runtime)
+                self._operators.setdefault(key, []).append(curve)
             for entry in usable.collectives:
                 self._collectives.setdefault(entry.collective, []).append(entry)
 
@@ -62,19 +65,26 @@ class Prices:
         return "assumed" if self.pool.device.kind == "cpu" else "catalog"
 
     def host(self, name: str) -> float:
-        """Host seconds of that name; processes beyond the cores share them."""
-        if self.profile is None:
+        """Host seconds of that name that operators wait for, which run on the same cores.
+
+        Processes beyond the cores share them; zero on a GPU.
+        """
+        if self.profile is None or self.pool.device.kind == "gpu":
             return 0.0
         cores = self.pool.shared_cores or self.busy
         return self.profile.host_s.get(name, 0.0) * max(1.0, self.busy / cores)
 
+    def beside(self, name: str, otherwise: float = 0.0) -> float:
+        """Host seconds of that name that run beside a GPU; `otherwise` where none was measured."""
+        if self.pool.device.kind != "gpu":
+            return 0.0
+        measured = self.profile.host_s if self.profile is not None else {}
+        return measured.get(name, otherwise)
+
     @property
     def launch_s(self) -> float:
         """Host time to launch one operator on a GPU; on a CPU it is part of the operator."""
-        if self.pool.device.kind == "cpu":
-            return 0.0
-        measured = self.profile.host_s if self.profile is not None else {}
-        return measured.get("launch", self.pool.stack.host_s_per_op)
+        return self.beside("launch", self.pool.stack.host_s_per_op)
 
     @property
     def drift(self) -> float:
@@ -90,16 +100,54 @@ class Prices:
         """A measured memory constant, or the stack's."""
         return self.profile.memory.get(name, otherwise) if self.profile is not None else otherwise
 
-    def operator(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
-        """Forward and backward seconds of one operator; `sizes` as in `KINDS`."""
-        curves = self._operators.get((kind, dtype)) or self._operators.get((kind, "fp32"))
+    def operator(
+        self, kind: str, sizes: Sequence[Array], dtype: str, runtime: str = "eager"
+    ) -> tuple[Array, Array]:
+        """Forward and backward seconds of one operator; `sizes` as in `KINDS`.
+
+        Compiled operators without a curve of their own take the eager one, times what the stack
+        says that fusing leaves of those bound by memory.
+        """
+        if runtime == "compiled" and not is_compute(kind):
+            curves = self._operators.get((kind, dtype, "compiled"))
+            if not curves:
+                factor = self.pool.stack.compiled_elementwise
+                forward, backward = self.operator(kind, sizes, dtype)
+                return forward * factor, backward * factor
+        else:
+            eager = (kind, dtype, "eager"), (kind, "fp32", "eager")
+            curves = self._operators.get(eager[0]) or self._operators.get(eager[1])
         if not curves:
             return self._roofline(kind, sizes, dtype)
         levels = {curve.busy: curve for curve in curves}
         return (
-            self._at_busy({n: _read(c, sizes, c.forward_s, False) for n, c in levels.items()}),
-            self._at_busy({n: _read(c, sizes, c.backward_s, True) for n, c in levels.items()}),
+            self._at_busy({n: self._read(c, sizes, False) for n, c in levels.items()}),
+            self._at_busy({n: self._read(c, sizes, True) for n, c in levels.items()}),
         )
+
+    def _read(self, curve: OperatorCurve, sizes: Sequence[Array], backward: bool) -> Array:
+        """Time of one operator from its curve; zero where the curve has no such direction.
+
+        Over one size it is read between the points. Of several sizes what is read is a rate; on a
+        GPU relative to that of the roofline, which knows tiles and waves between the points.
+        """
+        seconds = np.asarray(curve.backward_s if backward else curve.forward_s)
+        if not len(seconds):
+            return 0.0 * sizes[0]
+        if len(curve.axes) == 1:
+            elements = sizes[0]
+            for size in sizes[1:]:
+                elements = elements * size
+            return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
+        points = np.asarray(curve.sizes, dtype=float)
+        columns = [points[:, i] for i in range(points.shape[1])]
+        if self.pool.device.kind == "gpu" and is_compute(curve.operator):
+            there = self._roofline(curve.operator, columns, curve.dtype)[backward]
+            here = self._roofline(curve.operator, sizes, curve.dtype)[backward]
+            return here / interpolate_rate(points, there / seconds, sizes)
+        entry = KINDS[curve.operator]
+        work = entry.backward_work if backward and entry.backward_work else entry.work
+        return work(sizes) / interpolate_rate(points, work(columns) / seconds, sizes)
 
     def _at_busy(self, times: dict[int, Array]) -> Array:
         """Time at this many busy processes, linear between measured levels.
@@ -208,25 +256,6 @@ def _nearest(curves: Sequence[Curve], ranks: int, groups: int) -> Curve:
 def _smooth_max(x: Array | float, y: Array) -> Array:
     """(x^4 + y^4)^(1/4): near max(x, y), above it where both bind."""
     return (x**4 + y**4) ** 0.25
-
-
-def _read(
-    curve: OperatorCurve, sizes: Sequence[Array], seconds: Sequence[float], backward: bool
-) -> Array:
-    """Time of one operator from its curve; zero where the curve has no such direction."""
-    if not seconds:
-        return 0.0 * sizes[0]
-    if len(curve.axes) == 1:
-        elements = sizes[0]
-        for size in sizes[1:]:
-            elements = elements * size
-        return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
-    points = np.asarray(curve.sizes, dtype=float)
-    entry = KINDS[curve.operator]
-    work = entry.backward_work if backward and entry.backward_work else entry.work
-    point_work = work([points[:, i] for i in range(points.shape[1])])
-    rate = interpolate_rate(points, point_work / np.asarray(seconds), sizes)
-    return work(sizes) / rate
 
 
 def _measured_collective(

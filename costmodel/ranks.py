@@ -76,16 +76,18 @@ class Update:
 
     dp: DataParallel
     optimizer_s: Array
+    """Of the update, and of the gradients' norm and their scaling."""
     host_s: Array
     copy_s: Array
     """Moments of experts to and from the host."""
+    norm_s: Array
+    """The sum of the norm over all ranks."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
-        return (self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s) + (
-            self.optimizer_s + self.host_s + self.copy_s
-        )
+        exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
+        return exchange + self.optimizer_s + self.host_s + self.norm_s + self.copy_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
@@ -99,6 +101,11 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
     )
     seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
     seconds = seconds * StateBytes.of(stack, options).update_share
+    norm_s = np.zeros(1)
+    if options.clips:  # the norm reads gradients, scaling reads and writes them
+        seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]
+        world, one = layouts.world.astype(float), np.ones(len(layouts))
+        norm_s = np.where(world > 1, prices.collective("all_reduce", 4 * one, world, one, one), 0.0)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),
         optimizer_s=seconds * prices.scale("optimizer"),
@@ -107,6 +114,7 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         copy_s=copies_s(owned_experts, prices) * prices.scale("exposed.copy")
         if options.expert_offload
         else np.zeros(1),
+        norm_s=norm_s,
     )
 
 

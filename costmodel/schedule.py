@@ -18,11 +18,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..orders import Action, Orders, owners
 from ..plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from .graph import Array
-
-Action = tuple[str, int, int]
-Orders = list[list[Action]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +96,6 @@ def _needs(action: Action, last_stage: int) -> list[Action]:
         return [("B", stage, micro)]
     own = [("F", stage, micro)]
     return own if stage == last_stage else [*own, ("B", stage + 1, micro)]
-
-
-def owners(order: Orders) -> list[int]:
-    """The rank of every stage."""
-    found = {stage: rank for rank, some in enumerate(order) for stage in {a[1] for a in some}}
-    return [found[stage] for stage in range(len(found))]
 
 
 def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:

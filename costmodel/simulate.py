@@ -13,6 +13,7 @@ from ..cluster import Pool
 from ..errors import InputError
 from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
+from ..orders import Action
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, rank_of
 from .graph import Array
 from .groups import Grouped
@@ -32,7 +33,7 @@ from .ranks import (
     stage_times,
     update,
 )
-from .schedule import Action, Played, orders, play_long, play_shared
+from .schedule import Played, orders, play, play_long, play_shared
 from .stages import Load, for_each, merge, stacked
 from .techniques import expert_offload
 
@@ -72,6 +73,7 @@ class Simulation:
         self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
         self.costs = self._pieces(self.prices)
         self.stage_loads = self.grouped.loads(phase.stages)
+        self.own_orders = phase.own_orders()
         self.owners = [rank_of(phase.schedule, i, mesh.pp) for i in range(mesh.num_stages)]
         """The rank of each stage."""
         self.rank_loads = [
@@ -116,16 +118,25 @@ class Simulation:
         action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
         shape = (self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         if not self.shares_cores:
-            durations = self._durations(self._times(prices, self.costs), self.costs, action_s)
-            if not self.pool.stack.can_overlap:
-                return play_long(*shape, durations, hop)
-            played = play_long(*shape, durations, 0.0)
-            return replace(played, makespan_s=played.makespan_s + self.fill_hops_s())
+            durations = self.durations()
+            overlaps = self.pool.stack.can_overlap
+            if self.own_orders is not None:
+                played = play(self.own_orders, durations, 0.0 if overlaps else hop)
+            else:
+                played = play_long(*shape, durations, 0.0 if overlaps else hop)
+            fill_s = self.fill_hops_s() if overlaps else 0.0
+            return replace(played, makespan_s=played.makespan_s + fill_s)
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
         costs = self._pieces(alone)
         base = self._times(alone, costs)
         speeds = self.speeds(base)
-        return play_shared(orders(*shape), self._durations(base, costs, action_s), hop, speeds)
+        order = self.own_orders or orders(*shape)
+        return play_shared(order, self._durations(base, costs, action_s), hop, speeds)
+
+    def durations(self) -> Callable[[Action], float]:
+        """Seconds of each action on a rank with cores of its own."""
+        action_s = self.prices.host("pp_action") if self.mesh.pp > 1 else 0.0
+        return self._durations(self._times(self.prices, self.costs), self.costs, action_s)
 
     def _durations(
         self, times: list[StageTimes], costs: Pieces, action_s: float
@@ -178,15 +189,16 @@ class Simulation:
     def memory(self) -> Peak:
         """Peak memory of the fullest rank."""
         ranks = list(range(self.mesh.pp))
-        if len(self.phase.settings) <= 1 and not self.split:
+        if len(self.phase.settings) <= 1 and not self.split and self.own_orders is None:
             # those between hold less of the same than the second
             ranks = sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1})
         load = stacked([self.rank_loads[rank] for rank in ranks])
         layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         flight = in_flight(
-            self.phase.schedule, shape, np.array(ranks), load, self.costs, layouts, self.pool.stack
-        )
+            self.phase.schedule, shape, np.array(ranks), load, self.costs, layouts, self.pool.stack,
+            self.own_orders,
+        )  # fmt: skip
         peak = rank_memory(load, self.costs, layouts, self.prices, self.options, flight)
         fullest = int(np.argmax(peak.total))
         terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
@@ -209,6 +221,8 @@ class Simulation:
             for name, value in step.dp.wire_bytes.items():
                 add(name, value)
             add("all_reduce@tp", load.total(self.costs, "uncut_gradient_bytes") / step.dp.shard)
+        if self.options.clips and self.mesh.world > 1:
+            add(f"all_reduce@{self.mesh.wire_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -237,8 +251,9 @@ class Simulation:
                 terms[name] += value / p * self.prices.drift
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
-        terms["exposed.pp"] = min(idle, self.fill_hops_s())
-        terms["bubble"] = idle - terms["exposed.pp"]
+        hops = min(idle, self.fill_hops_s())
+        terms["exposed.pp"] += hops
+        terms["bubble"] = idle - hops
         excess = sum(terms.values()) / step
         return {name: value / excess for name, value in terms.items()}
 
@@ -252,10 +267,8 @@ class Simulation:
         def exposed(axis: str) -> float:
             return m * shared * float(sum(load.communication(self.costs, axis))[0])
 
-        # dualpipev splits few backwards, the other schedules all or none
-        kinds = 3 if self.split and self.phase.schedule != "dualpipev" else 2
-        actions = kinds * m * self.mesh.vpp if self.mesh.pp > 1 else 0
-        return {
+        actions = self._actions_per_rank()
+        terms = {
             "forward": micro("forward_s") + micro("host_forward_s") + float(once.dp.forward_s[0]),
             "backward": micro("backward_s")
             + micro("host_backward_s")
@@ -268,6 +281,18 @@ class Simulation:
             "host": float(once.host_s[0] + once.dp.host_s[0])
             + actions * self.prices.host("pp_action"),
         }
+        if self.mesh.world > 1:
+            axis = f"exposed.{self.mesh.wire_name().partition('+')[0]}"
+            terms[axis] = terms.get(axis, 0.0) + float(once.norm_s[0])
+        return terms
+
+    def _actions_per_rank(self) -> float:
+        """Pipeline actions of a step, mean over ranks; none without a pipeline."""
+        if self.own_orders is not None:
+            return sum(map(len, self.own_orders)) / self.mesh.pp
+        # dualpipev splits few backwards, the other schedules all or none
+        kinds = 3 if self.split and self.phase.schedule != "dualpipev" else 2
+        return kinds * self.phase.num_microbatches * self.mesh.vpp if self.mesh.pp > 1 else 0
 
     def _busy_stretch(self, played: Played) -> float:
         """Played busy time over the busy time at full load: cores shared by fewer run faster."""

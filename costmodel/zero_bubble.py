@@ -22,8 +22,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..orders import Action, Orders
 from ..plan import SPLIT_SCHEDULES, V_SCHEDULES, rank_of
-from .schedule import Action, Orders, order_of
+from .schedule import order_of
 
 __all__ = [
     "SPLIT_SCHEDULES",

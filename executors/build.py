@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, expert parallel, recompute, FSDP2 or DDP, memory
-and initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, tensor parallel, expert parallel, compilation, recompute, FSDP2 or
+DDP, memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
-from ..plan import Plan
+from ..plan import Plan, rank_of
 from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
@@ -22,7 +22,7 @@ from .marks import Marks
 from .optimizer import make_adamw
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import expert_offload, recompute
+from .techniques import expert_offload, recompute, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer
 
@@ -42,12 +42,14 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
 
 
 def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
-    """The group of the first and last pipeline rank at this rank's place, when tables are tied.
+    """The group of the first and last stage's ranks at this rank's place, when tables are tied and
+    they are two.
 
     Every rank makes every group, in the same order, as torch demands.
     """
-    mesh = plan.phase.mesh
-    if mesh.pp == 1 or not plan.model.tied_embeddings:
+    phase, mesh = plan.phase, plan.phase.mesh
+    together = rank_of(phase.schedule, mesh.num_stages - 1, mesh.pp) == 0
+    if together or not plan.model.tied_embeddings:
         return None
     mine: dist.ProcessGroup | None = None
     stride = mesh.stride("pp")
@@ -79,13 +81,17 @@ def build_piece(
     mesh: DeviceMesh,
     device: torch.device,
     marks: Marks,
-    experts: ExpertParallel | None,
+    experts: ExpertParallel | None = None,
+    first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
-    """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts."""
+    """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
+
+    `first_piece` is the one with the embedding where this rank has built it already.
+    """
     phase = plan.phase
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
-        piece = Decoder(plan.model, first, last)
+        piece = Decoder(plan.model, first, last, first_piece)
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
@@ -93,13 +99,14 @@ def build_piece(
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], sequence_parallel, expert_tp)
     if experts is not None:
         experts.apply(piece)
+    runtime.apply(piece, phase)
     recompute.apply(piece, phase, marks)
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh, experts)
     piece.to_empty(device=device)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device, experts)
-    if not data_parallel.uses_fsdp(phase) and phase.mesh.dp > 1:
+    if data_parallel.uses_ddp(phase):
         return piece, data_parallel.apply_ddp(piece, mesh, experts), tp_dims
     return piece, piece, tp_dims
 
@@ -118,12 +125,15 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
     experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
-    built = [build_piece(plan, stage, mesh, device, marks, experts) for stage in stages]
+    built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
+    for stage in stages:
+        first_piece = built[0][0] if built and built[0][0].is_first else None
+        built.append(build_piece(plan, stage, mesh, device, marks, experts, first_piece))
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
-        pipeline = Pipeline(modules, phase, plan.model, mesh, device, marks)
+        pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks, experts)
     if experts is not None:
         experts.watch(pieces, data_parallel.uses_fsdp(phase))
     return Trainer(

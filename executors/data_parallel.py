@@ -1,11 +1,13 @@
-"""Data parallelism: DDP for replicated fp32 states, FSDP2 for everything else."""
+"""Data parallelism: replicated fp32 states under DDP or, in a pipeline, `Replicas`; else FSDP2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,6 +49,21 @@ def apply_fsdp(
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
+def copies(phase: Phase) -> int:
+    """Ranks of different data that hold the same part of a gradient."""
+    return phase.mesh.dp // (phase.mesh.dp_shard if uses_fsdp(phase) else 1)
+
+
+def uses_ddp(phase: Phase) -> bool:
+    """Whether DDP averages gradients over replicas."""
+    return phase.mesh.pp == 1 and phase.mesh.dp > 1 and not uses_fsdp(phase)
+
+
+def uses_replicas(phase: Phase) -> bool:
+    """Whether `Replicas` do, of a pipeline's stages."""
+    return phase.mesh.pp > 1 and phase.mesh.dp > 1 and not uses_fsdp(phase)
+
+
 def apply_ddp(
     piece: Decoder, mesh: DeviceMesh, experts: ExpertParallel | None = None
 ) -> DistributedDataParallel:
@@ -61,6 +78,48 @@ def apply_ddp(
         gradient_as_bucket_view=True,
         init_sync=False,
     )
+
+
+BUCKET_BYTES = 25 * 2**20
+"""As in DDP."""
+
+
+class Replicas:
+    """Gradients of the replicas of one pipeline stage, averaged once all of a step are there.
+
+    DDP reduces from hooks of one backward, which a backward in two halves does not have, and holds
+    a second copy of all gradients. Here they move into buckets when the stage is done, which take
+    their place; the sums run beside the other stages of the rank until `wait`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.buckets: list[list[nn.Parameter]] = [[]]
+        self.group, self.works = group, list[Any]()
+        room = BUCKET_BYTES
+        for parameter in parameters:
+            size = parameter.numel() * parameter.element_size()
+            if size > room and self.buckets[-1]:
+                self.buckets.append([])
+                room = BUCKET_BYTES
+            self.buckets[-1].append(parameter)
+            room -= size
+
+    def start(self) -> None:
+        """Issue the sums."""
+        for bucket in self.buckets:
+            held = [p for p in bucket if p.grad is not None]
+            if not held:
+                continue
+            flat = torch.cat([p.grad.flatten() for p in held if p.grad is not None])
+            for parameter, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            flat.div_(self.group.size())
+            self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+
+    def wait(self) -> None:
+        """Let the sums end."""
+        while self.works:
+            self.works.pop().wait()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..model import GATED, Layer, Model
 from .experts.layer import Moe
 from .latent import Latent
+from .linear import Linear
 from .rotary import rotary_table, rotate
 
 
@@ -44,10 +45,10 @@ class Attention(nn.Module):
         self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
-        self.wq = nn.Linear(model.hidden, width, bias=qkv_bias)
-        self.wk = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wv = nn.Linear(model.hidden, kv_width, bias=qkv_bias)
-        self.wo = nn.Linear(width, model.hidden, bias=layer.bias)
+        self.wq = Linear(model.hidden, width, bias=qkv_bias)
+        self.wk = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
+        self.wo = Linear(width, model.hidden, bias=layer.bias)
 
     def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
         q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
@@ -66,9 +67,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.kind = layer.mlp
         if layer.mlp in GATED:
-            self.gate = nn.Linear(hidden, width, bias=bias)
-        self.up = nn.Linear(hidden, width, bias=bias)
-        self.down = nn.Linear(width, hidden, bias=bias)
+            self.gate = Linear(hidden, width, bias=bias)
+        self.up = Linear(hidden, width, bias=bias)
+        self.down = Linear(width, hidden, bias=bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         if self.kind == "swiglu":
@@ -114,8 +115,12 @@ class Block(nn.Module):
 class TiedHead(nn.Module):
     """The output head that shares the embedding's weight; a module, so that layouts can be set."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.product: Callable[..., Tensor] = F.linear
+
     def forward(self, x_BSE: Tensor, weight_VE: Tensor) -> Tensor:
-        return F.linear(x_BSE, weight_VE)
+        return self.product(x_BSE, weight_VE)
 
 
 class Decoder(nn.Module):
@@ -124,10 +129,13 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits.
+    the logits. `first_piece` is the piece with the embedding where the same process holds it and
+    the last one, so that tied tables are one parameter, that piece's.
     """
 
-    def __init__(self, model: Model, first: int, last: int) -> None:
+    def __init__(
+        self, model: Model, first: int, last: int, first_piece: Decoder | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
@@ -135,7 +143,12 @@ class Decoder(nn.Module):
         """(part, parts) of the sequence that hidden states hold between modules."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
-        if self.is_first or (self.is_last and model.tied_embeddings):
+        self.table: Callable[[], Tensor] = lambda: self.embedding.weight
+        """The tied table, wherever it is."""
+        borrows = self.is_last and model.tied_embeddings and first_piece is not None
+        if borrows and first_piece is not None:
+            self.table = first_piece.table
+        if self.is_first or (self.is_last and model.tied_embeddings and not borrows):
             self.embedding = nn.Embedding(model.vocab, model.hidden)
         if self.is_first and model.positions == "learned":
             self.positions = nn.Embedding(model.max_positions or 0, model.hidden)
@@ -147,7 +160,7 @@ class Decoder(nn.Module):
             if model.tied_embeddings:
                 self.tied_head = TiedHead()
             else:
-                self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+                self.head = Linear(model.hidden, model.vocab, bias=False)
         self.table_2SD: Tensor | None = None
 
     def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
@@ -174,7 +187,7 @@ class Decoder(nn.Module):
         """Logits (B, S, V) of the last hidden states."""
         x_BSE = self.norm(x_BSE)
         if self.model.tied_embeddings:
-            return self.tied_head(x_BSE, self.embedding.weight)
+            return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:

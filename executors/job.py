@@ -18,6 +18,7 @@ from typing import Literal
 from ..document import Value
 from ..errors import InputError, RunFailed
 from ..plan import Plan
+from .pacing import Pace
 
 JOB = "job.json"
 CORPUS = "corpus.bin"
@@ -33,6 +34,8 @@ class Job(Value, frozen=True, kw_only=True):
     warmup_steps: int
     steps: int
     """Timed steps."""
+    pace: Pace | None = None
+    """What chunks are held to; None: they take their time."""
 
 
 class Failure(Value, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import LatentAttention, Model
+from .linear import Linear
 from .rotary import rotate
 
 
@@ -54,17 +55,17 @@ class Latent(nn.Module):
         self.enter: Callable[[Tensor], Tensor] = unchanged
         hidden, eps, q_rank = model.hidden, model.norm_eps, latent.q_lora_rank
         q_width = heads * (self.nope + self.rope)
-        self.q_a: nn.Linear | None = None
+        self.q_a: Linear | None = None
         if q_rank is None:
-            self.wq = nn.Linear(hidden, q_width, bias=False)
+            self.wq = Linear(hidden, q_width, bias=False)
         else:
-            self.q_a = nn.Linear(hidden, q_rank, bias=False)
+            self.q_a = Linear(hidden, q_rank, bias=False)
             self.q_a_norm = nn.RMSNorm(q_rank, eps=eps)
-            self.q_b = nn.Linear(q_rank, q_width, bias=False)
-        self.kv_a = nn.Linear(hidden, self.rank + self.rope, bias=False)
+            self.q_b = Linear(q_rank, q_width, bias=False)
+        self.kv_a = Linear(hidden, self.rank + self.rope, bias=False)
         self.kv_a_norm = nn.RMSNorm(self.rank, eps=eps)
-        self.kv_b = nn.Linear(self.rank, heads * (self.nope + self.values), bias=False)
-        self.wo = nn.Linear(heads * self.values, hidden, bias=False)
+        self.kv_b = Linear(self.rank, heads * (self.nope + self.values), bias=False)
+        self.wo = Linear(heads * self.values, hidden, bias=False)
 
     def queries(self, x_BSE: Tensor) -> Tensor:
         """(B, S, H, N + R), before rotation."""

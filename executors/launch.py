@@ -25,7 +25,7 @@ from ..errors import InputError, RunFailed
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
 from ..units import format_bytes
-from . import corpus, failures, job
+from . import corpus, emulation, failures, job
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
 from .support import check_executed
@@ -44,6 +44,9 @@ CPU_ENVIRONMENT = {
 }
 """One thread per rank, and an allocator that keeps its pages, as in profiles: steadier steps."""
 
+CUDA_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Segments that grow leave less memory between tensors: what is predicted to fit then does."""
+
 
 def run(
     plan_file: PlanFile,
@@ -55,6 +58,8 @@ def run(
     on_progress: OnProgress | None = None,
     log_dir: Path | None = None,
     module: str | None = None,
+    pace: str | None = None,
+    pace_scale: float | None = None,
 ) -> Measurement:
     """What a plan really does on this machine.
 
@@ -62,6 +67,10 @@ def run(
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
+
+    With `pace` (see `emulation.emulated`) CPU processes run the plan and hold every chunk to the
+    time predicted for that device, times `pace_scale`; the Measurement is in the device's seconds
+    and marked as emulated.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges; Ctrl-C and SIGTERM end all ranks and pass on.
@@ -71,8 +80,12 @@ def run(
     check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
-    device = check_machine(plan)
-    check_memory(plan_file, device)
+    paced = None
+    if pace is None:
+        device = check_machine(plan)
+        check_memory(plan_file, device)
+    else:
+        device, paced = "cpu", emulation.prepare(plan, pace, pace_scale)
     data = data or plan.workload.data
     text = NO_TEXT
     if plan.model.traced is None or plan.model.traced.tokens:
@@ -83,6 +96,7 @@ def run(
         device=device,
         warmup_steps=warmup_steps,
         steps=plan.phase.steps if steps is None else steps,
+        pace=paced,
     )
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with terminated_like_an_exit(), _folder() as folder:
@@ -97,7 +111,7 @@ def run(
         finally:
             if log_dir is not None:
                 _keep_logs(folder, log_dir)
-    measured = report.measurement(plan, plan_file.label, results, {"date": date})
+    measured = report.measurement(plan, plan_file.label, results, {"date": date}, paced is not None)
     if output is not None:
         document.write(output, measured)
     return measured
@@ -228,7 +242,9 @@ def _whole_lines(path: Path, position: int) -> bytes:
 def _environment(device: str, folder: Path) -> dict[str, str]:
     """The ranks' environment: forerun importable, threads settled, temporary files in `folder`."""
     environment = dict(os.environ, TMPDIR=str(folder))
-    if device == "cpu":
+    if device == "cuda":
+        environment = CUDA_ENVIRONMENT | environment
+    else:
         environment |= CPU_ENVIRONMENT
         if sys.platform.startswith("linux"):
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,20 +1,38 @@
-"""Pipeline parallelism by torch.distributed.pipelining: stage i runs on pipeline rank i mod pp."""
+"""Pipeline parallelism by torch.distributed.pipelining: any orders, stages in rounds or in a V."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import statistics
+import time
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..costmodel.schedule import orders as orders_of
 from ..model import Model
-from ..plan import Phase
+from ..orders import Orders
+from ..plan import SPLIT_SCHEDULES, Phase, rank_of
+from . import data_parallel, split_backward
+from .decoder import Decoder
+from .experts.parallel import ExpertParallel
 from .marks import Marks
 from .techniques import precision
-from .torch_compat import DeviceMesh, ObservedStage, make_schedule
+from .torch_compat import DeviceMesh, ObservedStage, Runtime
 
 
 def local_stages(phase: Phase, pp_rank: int) -> list[int]:
     """Indices of the stages that a pipeline rank holds, in order."""
-    return list(range(pp_rank, phase.mesh.num_stages, phase.mesh.pp))
+    stages = range(phase.mesh.num_stages)
+    return [i for i in stages if rank_of(phase.schedule, i, phase.mesh.pp) == pp_rank]
+
+
+def phase_orders(phase: Phase) -> Orders:
+    """The orders that a phase runs: its own, or those of its schedule, as they are predicted."""
+    mesh = phase.mesh
+    return phase.own_orders() or orders_of(
+        phase.schedule, mesh.pp, mesh.vpp, phase.num_microbatches
+    )
 
 
 def hidden_example(phase: Phase, model: Model) -> Tensor:
@@ -26,40 +44,73 @@ def hidden_example(phase: Phase, model: Model) -> Tensor:
 
 
 class Pipeline:
-    """This rank's stages under the plan's schedule."""
+    """This rank's stages under the plan's orders."""
 
     def __init__(
         self,
-        modules: list[nn.Module],
+        pieces: list[Decoder],
         phase: Phase,
         model: Model,
         mesh: DeviceMesh,
         device: torch.device,
         marks: Marks,
+        experts: ExpertParallel | None = None,
     ) -> None:
-        group = mesh.get_group("pp")
         indices = local_stages(phase, mesh.get_local_rank("pp"))
-        self.has_first = 0 in indices
-        self.has_last = phase.mesh.num_stages - 1 in indices
+        last = phase.mesh.num_stages - 1
+        self.has_first, self.has_last = 0 in indices, last in indices
         hidden = hidden_example(phase, model)
+        self.group, self.hidden, self.device = mesh.get_group("pp"), hidden, device
         tokens = torch.empty(hidden.shape[0], phase.seq_tokens, dtype=torch.int64, device="meta")
         loss = torch.empty((), device="meta", requires_grad=True)
-        stages: list[ObservedStage] = []
-        for module, index in zip(modules, indices, strict=True):
+        self.stages: list[ObservedStage] = []
+        for piece, index in zip(pieces, indices, strict=True):
+            later = split_backward.apply(piece) if phase.schedule in SPLIT_SCHEDULES else None
             stage = ObservedStage(
-                module,
+                piece,
                 index,
                 phase.mesh.num_stages,
                 device,
                 input_args=tokens if index == 0 else hidden,
-                output_args=loss if index == phase.mesh.num_stages - 1 else hidden,
-                group=group,
+                output_args=loss if index == last else hidden,
+                group=self.group,
+                dw_builder=later.take if later is not None else None,
             )
-            stage.marks = marks
-            stages.append(stage)
+            stage.marks, stage.later = marks, later
+            if data_parallel.uses_replicas(phase):
+                apart = set(experts.ignored(piece) if experts is not None else ())
+                same = [p for name, p in piece.named_parameters() if name not in apart]
+                stage.replicas = data_parallel.Replicas(same, mesh.get_group("dp_replicate"))
+            self.stages.append(stage)
+        if self.has_first and self.has_last and model.tied_embeddings:
+            self.stages[-1].table_stage = self.stages[0]
         num = phase.num_microbatches
-        self.num_microbatches = num
-        self.schedule = make_schedule(phase.schedule, stages, num, lambda loss, _: loss / num)
+        self.schedule = Runtime(self.stages, num, lambda loss, _: loss / num, phase_orders(phase))
+
+    def message_s(self, repeats: int = 5) -> float:
+        """Seconds in which neighbours hand on hidden states of one micro-batch (collective).
+
+        Median of exchanges in which every rank sends to the next and receives from the one before.
+        """
+        size, rank = self.group.size(), self.group.rank()
+        there = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=self.device)
+        here = torch.empty_like(there)
+        next_rank, before = (rank + 1) % size, (rank - 1) % size
+        taken_s: list[float] = []
+        for _ in range(repeats):
+            start_s = time.perf_counter()
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, there, group=self.group, group_peer=next_rank),
+                    dist.P2POp(dist.irecv, here, group=self.group, group_peer=before),
+                ]
+            )
+            for work in works:
+                work.wait()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken_s.append(time.perf_counter() - start_s)
+        return statistics.median(taken_s)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN.
@@ -68,11 +119,16 @@ class Pipeline:
         loss function only scales it, but wants a target of its own to cut into micro-batches.
         """
         arguments = (inputs.contiguous(),) if self.has_first else ()  # torch 2.11 checks strides
-        if not self.has_last:
-            self.schedule.step(*arguments, return_outputs=False)
-            return torch.full((), float("nan"), device=inputs.device)
         losses: list[Tensor] = []
-        self.schedule.step(
-            *arguments, targets=targets, target=targets, losses=losses, return_outputs=False
-        )
+        if self.has_last:
+            self.schedule.step(
+                *arguments, targets=targets, target=targets, losses=losses, return_outputs=False
+            )
+        else:
+            self.schedule.step(*arguments, return_outputs=False)
+        for stage in self.stages:
+            if stage.replicas is not None:
+                stage.replicas.wait()
+        if not self.has_last:
+            return torch.full((), float("nan"), device=inputs.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

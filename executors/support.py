@@ -5,13 +5,13 @@ from __future__ import annotations
 from ..costmodel.techniques import expert_offload
 from ..errors import InputError
 from ..model import Layer, Model
-from ..plan import Phase, Plan
+from ..plan import SPLIT_SCHEDULES, Phase, Plan
 
-TECHNIQUES = ("precision", "recompute", "expert-placement", "expert-offload")
+TECHNIQUES = ("precision", "recompute", "runtime", "expert-placement", "expert-offload")
 """Those that have a file in `executors/techniques/`."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
 COMPUTE_DTYPES = ("fp32", "bf16")
 RECOMPUTE_MODES = ("none", "selective", "full")
+RUNTIMES = ("eager", "compiled")
 
 
 def check_executed(plan: Plan) -> None:
@@ -23,6 +23,7 @@ def check_executed(plan: Plan) -> None:
     expert_offload.check(plan)
     if plan.model.traced is None:
         check_model(plan.model)
+        _check_runtime(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
         _check_shards(plan)
     if plan.workload.optimizer != "adamw":
@@ -32,12 +33,6 @@ def check_executed(plan: Plan) -> None:
 def _check_phase(phase: Phase) -> None:
     if phase.mesh.cp > 1:
         raise InputError("cp", phase.mesh.cp, "cannot be run yet", "use --cp 1")
-    if phase.schedule not in SCHEDULES:
-        raise InputError("schedule", phase.schedule, "cannot be run yet",
-                         f"use {', '.join(SCHEDULES)}")  # fmt: skip
-    if phase.orders is not None:
-        raise InputError("orders", "given", "orders of one's own cannot be run yet",
-                         f"use a schedule: {', '.join(SCHEDULES)}")  # fmt: skip
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -52,6 +47,15 @@ def _check_phase(phase: Phase) -> None:
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
                              f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+        runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
+        if runtime not in RUNTIMES:
+            raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
+        if runtime == "compiled" and mode == "selective":
+            raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
+                             "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
+            raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
+                             "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
     num_layers = phase.stages[-1].layers[1] + 1
     dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
     if len(dtypes) > 1:
@@ -62,6 +66,15 @@ def _check_phase(phase: Phase) -> None:
         raise InputError("precision", phase.compute_dtype,
                          "the executor has no such compute dtype",
                          f"use one of {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+
+
+def _check_runtime(plan: Plan) -> None:
+    """Raise InputError where a layer with routed experts would be compiled."""
+    for index in range(plan.model.num_layers):
+        runtime = plan.phase.technique("runtime", index).get("mode", "eager")
+        if runtime == "compiled" and plan.model.layer_at(index).experts is not None:
+            raise InputError("runtime", runtime, f"layer {index} routes tokens to experts, in "
+                             "sizes that a compiled layer does not know", "use eager")  # fmt: skip
 
 
 def check_model(model: Model) -> None:

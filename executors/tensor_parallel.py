@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from .decoder import Block, Decoder, Mlp
 from .experts.layer import Moe
 from .latent import Latent
+from .linear import Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
 
@@ -109,9 +110,9 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: nn.Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
+def row_forward(linear: Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
     """A linear cut along its input: partial products summed, then the bias, which is whole."""
-    out = leave(F.linear(x_BSF, linear.weight))
+    out = leave(linear.product(x_BSF, linear.weight))
     return out if linear.bias is None else out.add_(linear.bias)
 
 
@@ -195,7 +196,7 @@ def _edges(
         mlp.shared.register_forward_pre_hook(partial(enter_first, enter))
 
 
-def _leave_after(linear: nn.Linear, leave: Callable[[Tensor], Tensor]) -> None:
+def _leave_after(linear: Linear, leave: Callable[[Tensor], Tensor]) -> None:
     _replace_forward(linear, partial(row_forward, linear, leave))
 
 

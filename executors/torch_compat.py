@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _batch_p2p,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+    _wait_batch_p2p,
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw as adamw_update
 
-from .marks import Marks
+from ..orders import Orders, action_text
+from .marks import Marks, Message
+from .split_backward import Later
+
+if TYPE_CHECKING:  # which is built on this module
+    from .data_parallel import Replicas
 
 __all__ = [
     "DTensor",
@@ -29,16 +37,17 @@ __all__ = [
     "FSDPModule",
     "MixedPrecisionPolicy",
     "ObservedStage",
+    "Runtime",
     "adamw_update",
     "all_gather_single",
     "fully_shard",
     "grouped_matmul",
     "ignore_in_ddp",
     "is_fake",
-    "make_schedule",
     "operator_name",
     "reduce_scatter_single",
     "resolve_group",
+    "scale_all",
     "storage_key",
 ]
 
@@ -61,10 +70,21 @@ class ObservedStage(PipelineStage):
 
     Torch allocates the receive buffers of all micro-batches before the first one and keeps them;
     here a buffer is made when its receive is posted and let go when its chunk has been computed, so
-    that 1F1B keeps as many inputs as it has micro-batches in flight.
+    that a schedule keeps as many inputs as it has micro-batches in flight.
     """
 
     marks: Marks
+    later: Later | None = None
+    """Where a backward is split: products whose weights wait for their gradients."""
+    replicas: Replicas | None = None
+    """Who averages gradients over replicas, where FSDP does not."""
+    table_stage: ObservedStage | None = None
+    """The stage of the same rank whose embedding this one's head uses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sent_forward: dict[int, list[Any]] = {}
+        """Works of sent activations by micro-batch, until the gradient is back."""
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_forward_infra(*args, **kwargs)
@@ -86,19 +106,49 @@ class ObservedStage(PipelineStage):
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self.marks.mark("forward"):
+        key = f"F{self.stage_index}"
+        with self.marks.chunk("forward", key, f"{key}.{fwd_chunk_id}"):
             output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _release([self.args_recv_info[fwd_chunk_id]])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        with self.marks.mark("backward"):
+        whole = kwargs.get("full_backward", True)
+        _wait_batch_p2p(self.sent_forward.pop(bwd_chunk_id, []))
+        if self.later is not None:
+            self.later.putting_off = not whole
+        key = f"{'B' if whole else 'I'}{self.stage_index}"
+        with self.marks.chunk("backward", key, f"B{self.stage_index}.{bwd_chunk_id}"):
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            if self.table_stage is not None:
+                _accumulate(self.table_stage.submod)
         _release([self.grad_recv_info[bwd_chunk_id]])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        with self.marks.chunk("backward", f"W{self.stage_index}"):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            _accumulate(self.submod)
+            if self.table_stage is not None:
+                _accumulate(self.table_stage.submod)
 
     def perform_reduce_grad(self, *args: Any, **kwargs: Any) -> None:
         with self.marks.mark("backward"):
             super().perform_reduce_grad(*args, **kwargs)
+            if self.replicas is not None:
+                self.replicas.start()
+
+
+def _accumulate(module: nn.Module) -> None:
+    """Add gradients of FSDP's 16-bit copies, which came without its hooks, to those in fp32."""
+    for part in module.modules():
+        if not isinstance(part, FSDPModule):
+            continue
+        state: Any = part._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one or none
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            for parameter in group.fsdp_params if group is not None else ():
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
 
 
 def _release(groups: Any) -> None:
@@ -120,26 +170,104 @@ def _allocate(infos: Any, device: torch.device, *, needs_grad: bool) -> None:
             info.buffer = buffer.requires_grad_(needs_grad and dtype.is_floating_point)
 
 
-SCHEDULES: dict[str, Callable[..., Any]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-}
+class Runtime(_PipelineScheduleRuntime):
+    """Torch's runtime for the orders of a plan, which holds what it sends no longer than needed.
+
+    Torch keeps every message until the end of the step. Here a sent gradient is waited for when the
+    same stage sends its next but one (the rank before has asked for it by then), a sent activation
+    when its gradient is back.
+    """
+
+    def __init__(
+        self,
+        stages: list[ObservedStage],
+        num_microbatches: int,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        orders: Orders,
+    ) -> None:
+        super().__init__(stages, num_microbatches, loss_fn=loss_fn, scale_grads=False)
+        self.own = {stage.stage_index: stage for stage in stages}
+        self.sent_backward: dict[int, deque[list[Any]]] = {}
+        """Works of gradients that were sent and not waited for, oldest first, by stage."""
+        actions = {
+            rank: [_Action.from_str(action_text(action)) for action in order]
+            for rank, order in enumerate(orders)
+        }
+        self._prepare_schedule_with_comms(actions)
+        own_order = gathered_once(self.pipeline_order_with_comms[self.rank])
+        if any(stage.table_stage is not None for stage in stages):
+            own_order = reduced_last(own_order, 0)
+        self.pipeline_order_with_comms[self.rank] = own_order
+        for kind, function in (
+            ("SEND_F", self._send),
+            ("SEND_B", self._send),
+            ("RECV_F", self._receive),
+            ("RECV_B", self._receive),
+        ):
+            self._comp_type_to_function_map[_ComputationType[kind]] = function
+
+    def _send(self, action: Any, _: Any) -> None:
+        stage, micro = self.own[action.stage_index], action.microbatch_index
+        if action.computation_type.name == "SEND_F":
+            stage.sent_forward[micro] = _batch_p2p(stage.get_fwd_send_ops(micro))
+            return
+        waiting = self.sent_backward.setdefault(action.stage_index, deque())
+        waiting.append(_batch_p2p(stage.get_bwd_send_ops(micro)))
+        if len(waiting) > GRADIENTS_ON_WIRE:
+            _wait_batch_p2p(waiting.popleft())
+
+    def _receive(self, action: Any, _: Any) -> None:
+        stage, micro = self.own[action.stage_index], action.microbatch_index
+        posted: Any
+        if action.computation_type.name == "RECV_F":
+            posted, operations = self.fwd_recv_ops, stage.get_fwd_recv_ops(micro)
+            after = f"F{action.stage_index - 1}.{micro}"
+        else:
+            posted, operations = self.bwd_recv_ops, stage.get_bwd_recv_ops(micro)
+            after = f"B{action.stage_index + 1}.{micro}"
+        posted[action.stage_index, micro] = [Message(stage.marks, _batch_p2p(operations), after)]
+
+    def _step_microbatches(self, *args: Any, **kwargs: Any) -> None:
+        self.loss_order: list[int] = []
+        super()._step_microbatches(*args, **kwargs)
+        for waiting in self.sent_backward.values():
+            while waiting:
+                _wait_batch_p2p(waiting.popleft())
+
+    def _maybe_compute_loss(
+        self, stage: Any, output: Any, targets: Any, micro: int, *more: Any
+    ) -> None:
+        before = len(self._internal_losses)
+        super()._maybe_compute_loss(stage, output, targets, micro, *more)
+        if len(self._internal_losses) > before:
+            self.loss_order.append(micro)
+
+    def _maybe_get_loss(self, stage: Any, micro: int) -> Any:
+        """A loss for its backward; what is kept of it holds no graph, whose leaves are inputs.
+
+        Torch takes the last stage's forwards to be in the order of micro-batches.
+        """
+        if not stage.is_last:
+            return None
+        place = self.loss_order.index(micro)
+        loss: Any = super()._maybe_get_loss(stage, place)
+        self._internal_losses[place] = loss.detach()
+        return loss
 
 
-def make_schedule(
-    name: str,
-    stages: list[ObservedStage],
-    num_microbatches: int,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-) -> Any:
-    """A pipeline schedule over this rank's stages; gradients are left as the loss scales them."""
-    if name != "interleaved":
-        return SCHEDULES[name](stages[0], num_microbatches, loss_fn=loss_fn, scale_grads=False)
-    schedule = SCHEDULES[name](stages, num_microbatches, loss_fn=loss_fn, scale_grads=False)
-    orders = schedule.pipeline_order_with_comms
-    orders[schedule.rank] = gathered_once(orders[schedule.rank])
-    return schedule
+GRADIENTS_ON_WIRE = 1
+"""Sent gradients that a stage holds besides the newest."""
+
+
+def reduced_last(order: list[Any], stage: int) -> list[Any]:
+    """An order in which a stage's gradients are reduced, and its parameters freed, at the end: when
+    another stage of the rank uses one of its parameters."""
+    closing = ("REDUCE_GRAD", "RESHARD")
+
+    def closes(action: Any) -> bool:
+        return action.stage_index == stage and action.computation_type.name in closing
+
+    return [a for a in order if not closes(a)] + [a for a in order if closes(a)]
 
 
 def gathered_once(order: list[Any]) -> list[Any]:
@@ -167,6 +295,12 @@ def ignore_in_ddp(module: Any, names: list[str]) -> None:
     """Have DDP leave these parameters of a module alone."""
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def scale_all(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors by a number on their device, in place and in few kernels."""
+    names: Any = torch
+    names._foreach_mul_(tensors, factor)
 
 
 def operator_name(operator: Any) -> str:

@@ -72,9 +72,9 @@ class TracedTrainer(Trainer):
         num = len(tokens_BS1)
         for index, inputs in enumerate(tokens_BS1):
             with data_parallel.microbatch(self.modules[0], self.phase, index == num - 1):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](*inputs) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total

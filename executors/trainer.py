@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from ..plan import Plan
-from . import data_parallel
+from . import clipping, data_parallel
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
 from .marks import Marks, Observer
@@ -74,9 +74,9 @@ class Trainer:
         for index, (x, y) in enumerate(zip(inputs.chunk(num), targets.chunk(num), strict=True)):
             last = index == num - 1
             with data_parallel.microbatch(self.modules[0], self.phase, last):
-                with self.marks.mark("forward"):
+                with self.marks.chunk("forward", "F0"):
                     loss = self.modules[0](x, y) / num
-                with self.marks.mark("backward"):
+                with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()
         return total
@@ -95,7 +95,7 @@ class Trainer:
             self.experts.finish_step()
         if self.tied_group is not None:
             for piece in self.pieces:
-                if (piece.is_first or piece.is_last) and piece.embedding.weight.grad is not None:
+                if hasattr(piece, "embedding") and piece.embedding.weight.grad is not None:
                     dist.all_reduce(local(piece.embedding.weight.grad), group=self.tied_group)
 
     def _partial_over_tp(self) -> list[Tensor]:
@@ -110,10 +110,36 @@ class Trainer:
         ]
 
     def optimizer_step(self) -> None:
-        """AdamW, then gradients dropped."""
-        with self.marks.mark("optimizer"):
+        """Gradients clipped where the workload says so, AdamW, then gradients dropped."""
+        self.clip_gradients()
+        with self.marks.chunk("optimizer", "U"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_gradients(self) -> None:
+        """Scale gradients down where their norm is above the workload's (collective)."""
+        clip_norm = self.plan.workload.clip_norm
+        if clip_norm is None:
+            return
+        held = {n: p.grad for n, p in self._named_parameters().items() if p.grad is not None}
+        copies = {name: self._copies(name) for name in held}
+        gradients = {name: local(gradient) for name, gradient in held.items()}
+        if self.experts is not None:
+            gradients, copies = self.experts.apart(gradients, copies)
+        parts = clipping.by_copies(gradients, copies)
+        with self.marks.mark("optimizer"):
+            clipping.clip(parts, clip_norm, self.device)
+
+    def _copies(self, name: str) -> int:
+        """How many ranks hold the same part of a parameter's gradient."""
+        if self.experts is not None and self.experts.owns(name):
+            return self.experts.copies
+        copies = data_parallel.copies(self.phase)
+        if name not in self.tp_dims:
+            copies *= self.mesh.tp
+        if self.tied_group is not None and name == "embedding.weight":
+            copies *= 2
+        return copies
 
     def global_loss(self, local_loss: Tensor) -> float:
         """Mean loss over all replicas, the same on every rank: one small all-reduce."""

@@ -51,7 +51,8 @@ def main(folder: Path, module: str | None = None) -> int:
     progress = job.Progress(folder, rank)
     try:
         work = document.read(job.Job, folder / job.JOB)
-        result = Run(work, data.open_corpus(folder / job.CORPUS), progress, module).measure()
+        corpus = data.open_corpus(folder / job.CORPUS)
+        result = _kind_of_run(work)(work, corpus, progress, module).measure()
         document.write(folder / job.result_name(rank), result)
     except Exception as error:
         traceback.print_exc()
@@ -72,7 +73,7 @@ class Run:
     ) -> None:
         self.work, self.corpus, self.progress = work, corpus, progress
         self.device = _start_process_group(work.device)
-        self.context_bytes = _resident_bytes() if self.device.type == "cpu" else 0
+        self.context_bytes = _context_bytes(self.device)
         self.trainer: Trainer = build(work.plan, device=self.device, module=module)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
@@ -96,7 +97,7 @@ class Run:
             if index >= self.work.warmup_steps:
                 steps_s.append(seconds)
         pace_s = statistics.median(self.pace_s)
-        process_peak_bytes = _process_peak_bytes(self.device)
+        peak_bytes = process_peak_bytes(self.device, self.context_bytes)
         allocated_bytes = _allocated_bytes(self.device)
         experts = rank_loads(self.trainer.experts)
         live_bytes, counter = self.count_step()
@@ -107,20 +108,19 @@ class Run:
             steps_s=tuple(steps_s),
             loss=tuple(loss),
             peak_memory_bytes=allocated_bytes or sum(live_bytes.values()),
-            process_peak_bytes=process_peak_bytes,
+            process_peak_bytes=peak_bytes,
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
             experts=experts,
-            environment=_environment(load_at_start, self.device)
+            environment=environment(load_at_start, self.device)
             | {
                 "collectives_matched": "yes" if matched else "no",
                 REFERENCE_MATMUL: f"{pace_s:.6g}",
             },
         )
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
         return result
 
     def tokens(self) -> Any:
@@ -219,10 +219,12 @@ class Run:
         """Mean seconds by time term of the profiled steps, and whether collectives were known."""
         rows: list[dict[str, float]] = []
         matched = True
+        pipeline = self.trainer.pipeline
+        message_s = pipeline.message_s() if pipeline is not None else 0.0
         for _ in range(PROFILED_STEPS):
             seen = self.profile_step(calls)
             matched = matched and seen.matched
-            rows.append(attribute(seen))
+            rows.append(attribute(seen, message_s))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, matched
 
     def profile_step(self, calls: list[Call]) -> StepProfile:
@@ -243,6 +245,20 @@ class Run:
         return profile_step(ready, step, marks, calls, self.device)
 
 
+def _kind_of_run(work: job.Job) -> type[Run]:
+    if work.pace is None:
+        return Run
+    from .paced_run import PacedRun  # which is built on this module
+
+    return PacedRun
+
+
+def leave() -> None:
+    """End the process group, all ranks together."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _start_process_group(kind: str) -> torch.device:
     """The device of this rank, with the default process group over all ranks."""
     if kind == "cpu":
@@ -255,14 +271,18 @@ def _start_process_group(kind: str) -> torch.device:
     return device
 
 
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
+def _context_bytes(device: torch.device) -> int:
+    """In use before the first tensor: resident memory, or the GPU's that is no tensor's."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
 
 
-def _process_peak_bytes(device: torch.device) -> int:
-    """High-water mark of the process's resident memory, or of memory reserved on the device."""
+def process_peak_bytes(device: torch.device, context_bytes: int) -> int:
+    """High-water mark of the process's resident memory, or of what it holds of the device's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + context_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -271,7 +291,8 @@ def _allocated_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _environment(load_at_start: float, device: torch.device) -> dict[str, str]:
+def environment(load_at_start: float, device: torch.device) -> dict[str, str]:
+    """What the run ran on."""
     on_cuda = device.type == "cuda"
     return {
         "torch": str(torch.__version__),

@@ -14,9 +14,8 @@ Limits of the space itself: a free tp stays within a node, a free vpp takes the 
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
-below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp,
-offload and the schedules that split the backward, which the executors lack, are off unless they are
-asked for.
+below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp and
+offload, which the executors lack, are off unless they are asked for.
 """
 
 from __future__ import annotations
@@ -98,6 +97,7 @@ def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
         balance_loss=workload.balance_loss,
+        clips=workload.clip_norm is not None,
     )
 
 
@@ -190,7 +190,7 @@ def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Sha
         n for n in divisors(replica_seqs) if pins.micro_batch is None or n == pins.micro_batch
     ]
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
-    schedules = _schedules(model.num_layers, pool, pins, pp)
+    schedules = _schedules(model.num_layers, pins, pp)
     near = max(1, pool.devices_per_node // (tp * shape.cp))
     shards = _shards(pins, pp, dp, near)
     experts = _experts(model, pool, pins, shape)
@@ -220,7 +220,7 @@ def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Sha
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
 
-def _schedules(num_layers: int, pool: Pool, pins: Pins, pp: int) -> list[tuple[int, int]]:
+def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
     """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own."""
     if pp == 1:
         kind = ONE_F_ONE_B if pins.schedule is None else SCHEDULES.index(pins.schedule)
@@ -228,8 +228,7 @@ def _schedules(num_layers: int, pool: Pool, pins: Pins, pp: int) -> list[tuple[i
     else:
         chunks = _chunk_counts(num_layers, pp) if pins.vpp is None else [pins.vpp]
         pairs = [(ONE_F_ONE_B, 1), (GPIPE, 1), *((INTERLEAVED, n) for n in chunks if n > 1)]
-        if everything(pool, pins) or pins.schedule is not None:
-            pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
+        pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
     return [
         (kind, vpp)
         for kind, vpp in pairs

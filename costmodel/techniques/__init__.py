@@ -6,18 +6,19 @@ import numpy as np
 
 from ..graph import Graph, Sizes
 from ..options import Options
-from . import attention, expert_placement, lora, offload, precision, recompute, storage
+from . import attention, expert_placement, lora, offload, precision, recompute, runtime, storage
 
 
 def apply(graph: Graph, options: Options) -> Graph:
     """The graph of a piece under its options.
 
-    Trainable set, attention kernel, compute dtype, storage dtype, recompute; offload comes last and
-    acts on the ledger of the result (`costmodel/kept.py`).
+    Trainable set, attention kernel, runtime, compute dtype, storage dtype, recompute; offload comes
+    last and acts on the ledger of the result (`costmodel/kept.py`).
     """
     offload.check(options.offload)
     graph = lora.rewrite(graph, options.lora_rank, options.base_dtype, options.lora_targets)
     graph = attention.rewrite(graph, options.attention)
+    graph = runtime.rewrite(graph, options.runtime)
     graph = precision.rewrite(graph, options)
     graph = storage.rewrite(graph, options.activations, options.recompute)
     return recompute.rewrite(graph, options.recompute)

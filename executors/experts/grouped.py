@@ -4,18 +4,23 @@
                      grouped kernel on a GPU in 16 bits, which needs no sizes on the host
     equal groups     rows (X, R/X, in): one batched matmul
 
+Where a backward is split, the gradients of the weights wait like those of other products.
+
 Weights are (X, out, in), as those of a linear layer. A group without rows gives zero gradients to
 its weight, so that no expert is ever without one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..split_backward import Later
 from ..torch_compat import grouped_matmul
 
 
@@ -34,62 +39,118 @@ class Groups:
         return self._sizes
 
 
-class GroupedMatmul(torch.autograd.Function):
+class Kernel(Protocol):
+    """A way to multiply each group of rows by its own matrix."""
+
+    def outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Each row times the weight (out, in) of its group."""
+        ...
+
+    def of_rows(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """Gradients of rows from those of outputs."""
+        ...
+
+    def of_weight(self, grad: Tensor, rows: Tensor) -> Tensor:
+        """The gradient of the weights, zeros where a group has no rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
     """One matmul per group, written into one output."""
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.sizes = sizes
+    sizes: list[int]
+
+    def outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
         out = rows.new_empty(len(rows), weight.shape[1])
-        parts = zip(rows.split(sizes), weight.unbind(0), out.split(sizes), strict=True)
+        parts = zip(rows.split(self.sizes), weight.unbind(0), out.split(self.sizes), strict=True)
         for own, matrix, part in parts:
             torch.mm(own, matrix.t(), out=part)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors
-        parts = grads[0].split(ctx.sizes)
-        grad_rows = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = torch.empty_like(rows)
-            own = zip(parts, weight.unbind(0), grad_rows.split(ctx.sizes), strict=True)
-            for grad, matrix, out in own:
-                torch.mm(grad, matrix, out=out)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
-            each = zip(parts, rows.split(ctx.sizes), grad_weight.unbind(0), strict=True)
-            for grad, own_rows, out in each:
-                torch.mm(grad.t(), own_rows, out=out)  # of no rows: zeros
-        return grad_rows, grad_weight, None
+    def of_rows(self, grad: Tensor, weight: Tensor) -> Tensor:
+        out = grad.new_empty(len(grad), weight.shape[2])
+        parts = zip(grad.split(self.sizes), weight.unbind(0), out.split(self.sizes), strict=True)
+        for own, matrix, part in parts:
+            torch.mm(own, matrix, out=part)
+        return out
+
+    def of_weight(self, grad: Tensor, rows: Tensor) -> Tensor:
+        out = rows.new_empty(len(self.sizes), grad.shape[1], rows.shape[1])
+        parts = zip(grad.split(self.sizes), rows.split(self.sizes), out.unbind(0), strict=True)
+        for own, own_rows, part in parts:
+            torch.mm(own.t(), own_rows, out=part)  # of no rows: zeros
+        return out
 
 
-class KernelMatmul(torch.autograd.Function):
-    """The same by torch's grouped kernel, forward and both gradients.
+@dataclass(frozen=True, slots=True)
+class AtOnce:
+    """Torch's grouped kernel.
 
-    What the kernel leaves of a weight's gradient where a group has no rows is not said: zeros.
+    What it leaves of a weight's gradient where a group has no rows is not said: zeros.
     """
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends_X: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weight, ends_X)
+    ends_X: Tensor
+
+    def outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
         assert grouped_matmul is not None
-        return grouped_matmul(rows, weight.transpose(1, 2), offs=ends_X)
+        return grouped_matmul(rows, weight.transpose(1, 2), offs=self.ends_X)
+
+    def of_rows(self, grad: Tensor, weight: Tensor) -> Tensor:
+        assert grouped_matmul is not None
+        return grouped_matmul(grad.contiguous(), weight, offs=self.ends_X)
+
+    def of_weight(self, grad: Tensor, rows: Tensor) -> Tensor:
+        assert grouped_matmul is not None
+        out = grouped_matmul(grad.contiguous().t(), rows, offs=self.ends_X)
+        empty_X = self.ends_X.diff(prepend=self.ends_X.new_zeros(1)) == 0
+        return out.masked_fill_(empty_X[:, None, None], 0.0)
+
+
+class Batched:
+    """One batched matmul, for groups (X, R/X, in) of one size."""
+
+    def outputs(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(rows, weight.transpose(1, 2))
+
+    def of_rows(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(grad, weight)
+
+    def of_weight(self, grad: Tensor, rows: Tensor) -> Tensor:
+        return torch.bmm(grad.transpose(1, 2), rows)
+
+
+class Products(torch.autograd.Function):
+    """A kernel's products; the gradient of the weight may be put off."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight, ends_X = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        assert grouped_matmul is not None
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, kernel: Kernel, later: Later | None
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.kernel, ctx.later = kernel, later
+        ctx.owner = weight if later is not None else None
+        return kernel.outputs(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight = ctx.saved_tensors
+        kernel, later = ctx.kernel, ctx.later
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_rows = grouped_matmul(grad, weight, offs=ends_X)
+            grad_rows = kernel.of_rows(grads[0], weight)
         if ctx.needs_input_grad[1]:
-            grad_weight = grouped_matmul(grad.t(), rows, offs=ends_X)
-            empty_X = ends_X.diff(prepend=ends_X.new_zeros(1)) == 0
-            grad_weight = grad_weight.masked_fill_(empty_X[:, None, None], 0.0)
-        return grad_rows, grad_weight, None
+            if later is not None and later.putting_off:
+                later.waiting.append((ctx.owner, partial(_owed, kernel, grads[0], rows)))
+            else:
+                grad_weight = kernel.of_weight(grads[0], rows)
+        return grad_rows, grad_weight, None, None
+
+
+def _owed(kernel: Kernel, grad: Tensor, rows: Tensor, there: Tensor | None) -> Tensor:
+    """The gradient of a weight, added to the one there is."""
+    made = kernel.of_weight(grad, rows)
+    return made if there is None else there.add_(made)
 
 
 class GroupedLinear(nn.Module):
@@ -98,17 +159,20 @@ class GroupedLinear(nn.Module):
     def __init__(self, num_experts: int, width_in: int, width_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width_out, width_in))
+        self.later: Later | None = None
+        """Where gradients of the weight wait when a backward is split."""
 
     def forward(self, rows: Tensor, groups: Groups | None) -> Tensor:
         """Outputs of sorted rows (R, in), or without groups of equal ones (X, R/X, in)."""
-        if groups is None:
-            return torch.bmm(rows, self.weight.transpose(1, 2))
-        out: Any
-        if grouped_matmul is not None and _has_kernel(rows, self.weight):
-            out = KernelMatmul.apply(rows, self.weight, groups.ends_X)
-        else:
-            out = GroupedMatmul.apply(rows, self.weight, groups.on_host())
+        out: Any = Products.apply(rows, self.weight, self._kernel(rows, groups), self.later)
         return out
+
+    def _kernel(self, rows: Tensor, groups: Groups | None) -> Kernel:
+        if groups is None:
+            return Batched()
+        if grouped_matmul is not None and _has_kernel(rows, self.weight):
+            return AtOnce(groups.ends_X)
+        return OneByOne(groups.on_host())
 
 
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...experts import Experts
 from ...model import GATED, Layer, Mlp
+from ..linear import Linear
 from ..torch_compat import backward_node
 from .grouped import Gated, GroupedLinear, Groups
 from .routing import route
@@ -60,7 +61,7 @@ class Moe(nn.Module):
         super().__init__()
         assert layer.experts is not None
         self.spec = layer.experts
-        self.router = nn.Linear(hidden, self.spec.num_experts, bias=False)
+        self.router = Linear(hidden, self.spec.num_experts, bias=False)
         self.experts = RoutedExperts(hidden, self.spec, layer.mlp)
         self.shared = shared
         self.enter: Callable[[Tensor], Tensor] = unchanged

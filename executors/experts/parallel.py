@@ -16,7 +16,7 @@ Without ep the experts are weights like others, whole or cut by tp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,8 +129,34 @@ class ExpertParallel:
         return None
 
     def ignored(self, piece: nn.Module) -> list[str]:
-        """Parameters of a piece whose gradients DDP must leave alone."""
+        """Parameters of a piece whose gradients DDP and its like must leave alone."""
         return [name for name, _ in piece.named_parameters() if self.owns(name)]
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold the same slots, whole or in parts."""
+        return self.degrees.world // self.degrees.pp // self.degrees.ep // self.degrees.expert_tp
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same part of a divided expert's gradient."""
+        return self.holders // (self.degrees.expert_shards if self.sync is None else 1)
+
+    def apart(
+        self, gradients: Mapping[str, Tensor], copies: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Gradients by name and how many ranks hold each, those of replicated experts slot by slot:
+        as many more times as the expert has replicas."""
+        parts, counts = dict(gradients), dict(copies)
+        for name in gradients:
+            moe = next((m for prefix, m in self.layers.items() if name.startswith(prefix)), None)
+            if moe is None or not moe.slots.replicated:
+                continue
+            whole, count = parts.pop(name), counts.pop(name)
+            for slot, expert in enumerate(moe.slots.of_rank(self.ep_rank)):
+                parts[f"{name}[{slot}]"] = whole[slot]
+                counts[f"{name}[{slot}]"] = count * len(moe.slots.holders[expert])
+        return parts, counts
 
     def watch(self, pieces: Sequence[nn.Module], sharded: bool) -> None:
         """Have the gradients of divided experts summed, once the pieces are as they will train."""
@@ -168,10 +194,9 @@ class ExpertParallel:
             return
         if self.sync is not None:
             self.sync.finish()
-        holders = self.degrees.world // self.degrees.pp // self.degrees.ep // self.degrees.expert_tp
         for gradient in _gradients(self.sharded):
             # FSDP2's mean is over the holders; its own divisor is not the same in all its cases
-            gradient.mul_(holders / (self.degrees.dp * self.degrees.cp))
+            gradient.mul_(self.holders / (self.degrees.dp * self.degrees.cp))
         for moe in self.layers.values():
             if moe.slots.replicated:
                 own = [weight.get_parameter("weight") for weight in _weights(moe)]

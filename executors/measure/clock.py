@@ -4,17 +4,18 @@
 (or, on CUDA, the kernels) and the collectives in flight. Each moment of a rank's step is then in
 
     exposed.AXIS   no operator runs and a collective of that axis is in flight
-    bubble         the same for a pipeline receive, beyond the time that the message itself takes
+    bubble         a pipeline rank waits for a message, beyond the time that the message takes
     forward, backward, recompute, optimizer   the innermost mark, for all other moments
     host           outside of every mark; `data` is zero, batches are drawn before the clock starts
 
 Which axis a collective belongs to is known by its place in the order of issue, which is the same
 as in the counted step before. When several are in flight the first to end is the one waited for.
-The message itself takes what the rank's own sends of that step took in the median: a send starts
-when its data is there, mostly into a receive that was posted earlier.
+Messages of a pipeline are posted long before they are needed, and sends are waited for when they
+are long over: their waiting is what the pipeline marks as such. What a message itself takes is
+measured apart (`Pipeline.message_s`).
 
 Limits: a gap between two operators while a collective is in flight counts as exposed though it may
-be Python at work; sends into a receive that is posted late look slower than the link. The profiler
+be Python at work. The profiler
 lengthens the step, so that the terms are scaled to the timed median: small terms are less certain
 than their digits. On CUDA, marks are those of the CPU moved to the stream by CUDA events.
 """
@@ -33,6 +34,8 @@ from .comm import Call
 
 STEP = "forerun.step"
 MARK = "forerun.mark."
+RECEIVE = "receive"
+"""The mark of waiting for a pipeline's message."""
 COMPUTE = ("aten::", "fsdp::")
 """Operators of the main thread whose time is work; c10d and its waits are not."""
 
@@ -171,33 +174,31 @@ def _guess(name: str, usual: str) -> str:
     return "recv" if "recv" in name else "send" if "send" in name else usual
 
 
-def attribute(seen: StepProfile) -> dict[str, float]:
-    """Seconds by time term; they sum to the step."""
+def attribute(seen: StepProfile, message_s: float = 0.0) -> dict[str, float]:
+    """Seconds by time term; they sum to the step. `message_s` is what a message takes."""
     terms = dict.fromkeys(TIME_TERMS, 0.0)
     received: dict[Span, float] = {}
     for seconds, mark, running, flight in _segments(seen):
-        if running or flight is None:
-            terms[mark] += seconds
-        elif flight.name == "recv":
-            received[flight] = received.get(flight, 0.0) + seconds
+        if mark is not None and mark.name == RECEIVE:
+            received[mark] = received.get(mark, 0.0) + seconds
+        elif running or flight is None:
+            terms[mark.name if mark is not None else "host"] += seconds
         else:
-            axis = "pp" if flight.name == "send" else flight.name.partition("+")[0]
-            terms[f"exposed.{axis}"] += seconds
-    sends = [s.end_s - s.begin_s for s in seen.collectives if s.name == "send"]
-    message_s = statistics.median(sends) if sends else 0.0
+            terms[f"exposed.{flight.name.partition('+')[0]}"] += seconds
     for seconds in received.values():
         terms["exposed.pp"] += min(seconds, message_s)
         terms["bubble"] += max(0.0, seconds - message_s)
     return terms
 
 
-def _segments(seen: StepProfile) -> list[tuple[float, str, bool, Span | None]]:
+def _segments(seen: StepProfile) -> list[tuple[float, Span | None, bool, Span | None]]:
     """The step cut where anything begins or ends: (seconds, mark, whether work runs, awaited)."""
+    awaited = [span for span in seen.collectives if span.name not in ("send", "recv")]
     edges: list[tuple[float, int, str, Span]] = []
     for what, spans in (
         ("mark", seen.marks),
         ("compute", seen.compute),
-        ("flight", seen.collectives),
+        ("flight", awaited),
     ):
         for span in spans:
             begin_s, end_s = max(span.begin_s, seen.step.begin_s), min(span.end_s, seen.step.end_s)
@@ -206,7 +207,7 @@ def _segments(seen: StepProfile) -> list[tuple[float, str, bool, Span | None]]:
                 edges.append((end_s, 0, what, span))
     edges.append((seen.step.end_s, 2, "end", seen.step))
     edges.sort(key=lambda edge: edge[:2])
-    segments: list[tuple[float, str, bool, Span | None]] = []
+    segments: list[tuple[float, Span | None, bool, Span | None]] = []
     marks: list[Span] = []
     flights: list[Span] = []
     running, now_s = 0, seen.step.begin_s
@@ -231,5 +232,5 @@ def _toggle(spans: list[Span], span: Span, opens: int) -> None:
         spans.remove(span)
 
 
-def _innermost(marks: list[Span]) -> str:
-    return max(marks, key=lambda mark: mark.begin_s).name if marks else "host"
+def _innermost(marks: list[Span]) -> Span | None:
+    return max(marks, key=lambda mark: mark.begin_s, default=None)

@@ -102,8 +102,7 @@ def axis_of(mesh: Mesh, ranks: Sequence[int]) -> str:
     """
     places = [mesh.coordinates(rank) for rank in ranks]
     varying = [axis for axis in Mesh.AXES if len({place[axis] for place in places}) > 1]
-    names = dict.fromkeys("dp" if axis.startswith("dp_") else axis for axis in varying)
-    return "+".join(names)
+    return mesh.wire_name(varying)
 
 
 class CollectiveCounter(TorchDispatchMode):

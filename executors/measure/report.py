@@ -41,7 +41,11 @@ class RankResult(Value, frozen=True, kw_only=True):
 
 
 def measurement(
-    plan: Plan, label: str, results: Sequence[RankResult], environment: Mapping[str, str]
+    plan: Plan,
+    label: str,
+    results: Sequence[RankResult],
+    environment: Mapping[str, str],
+    emulated: bool = False,
 ) -> Measurement:
     """The Measurement of a run, from all of its ranks."""
     steps_s = np.max([result.steps_s for result in results], axis=0)
@@ -79,6 +83,7 @@ def measurement(
         ranks=ranks,
         environment={**results[0].environment, **environment},
         experts=combine(plan, [result.experts for result in results]),
+        emulated=emulated,
     )
 
 

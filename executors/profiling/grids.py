@@ -145,6 +145,18 @@ def cuda_grid(dtype: str) -> Grid:
     return grid
 
 
+def compiled_grid() -> Grid:
+    """Points per operator whose kernel is generated: few, as each is compiled anew."""
+    elements = [2**count for count in (14, 20, 24, 27)]
+    tokens = [(256, 1024), (2048, 4096), (32768, 4096)]
+    names = ("swiglu", "gelu", "squared_relu", "rope")
+    return {
+        "rmsnorm": list(tokens),
+        "layernorm": list(tokens),
+        **{name: [(count,) for count in elements] for name in names},
+    }
+
+
 def message_sizes(quick: bool) -> list[int]:
     """Full logical buffers of collectives, in bytes."""
     if quick:

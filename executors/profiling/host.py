@@ -24,11 +24,20 @@ from torch import Tensor
 from ...mesh import Mesh
 from . import steps
 from .operators import BENCHES, engine_start_s
-from .steps import FFN, HEAD_DIM, HEADS, HIDDEN, SEQ, VOCAB, TimedTrainer, tiny_plan
+from .steps import (
+    FEW,
+    FFN,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    MANY,
+    SEQ,
+    VOCAB,
+    TimedTrainer,
+    per_layer_s,
+    tiny_plan,
+)
 from .timing import Buffers, Clock, median
-
-FEW, MANY = 2, 6
-"""Layers of the two models whose difference tells the time of one layer."""
 
 
 def cpu_name() -> str:
@@ -46,19 +55,6 @@ def resident_bytes() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss)
-
-
-def launch_s(device: torch.device) -> float:
-    """Host seconds to launch one small kernel on a GPU."""
-    x = torch.ones(64, device=device)
-    samples = []
-    for _ in range(20):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(50):
-            x = x + 1.0
-        samples.append((time.perf_counter() - start) / 50)
-    return median(samples)
 
 
 class OperatorTimes:
@@ -164,8 +160,8 @@ class HostTimes:
         times = steps.run_interleaved(plans)
         few, many = times["few"], times["many"]
         self.few_s, self.many_s = few.typical("total"), many.typical("total")
-        self.forward_s = _per_layer(few, many, "forward")
-        self.backward_s = _per_layer(few, many, "backward")
+        self.forward_s = per_layer_s(few, many, "forward")
+        self.backward_s = per_layer_s(few, many, "backward")
         self.micro_s = (times["three"].typical("total") - self.few_s) / 2
         twice = times["full"].typical("total") - self.many_s
         accumulate = self.operators.of("accumulate", _num_params(few))[0]
@@ -174,8 +170,8 @@ class HostTimes:
         self._keep("layer_forward", self.forward_s - self.block_s[0])
         self._keep("layer_backward", self.backward_s - self.block_s[1])
         few, many = times["experts.few"], times["experts.many"]
-        self.expert_forward_s = _per_layer(few, many, "forward")
-        self.expert_backward_s = _per_layer(few, many, "backward")
+        self.expert_forward_s = per_layer_s(few, many, "forward")
+        self.expert_backward_s = per_layer_s(few, many, "backward")
         expert_block_s = self.operators.expert_block()
         self._keep("expert_layer_forward", self.expert_forward_s - expert_block_s[0])
         self._keep("expert_layer_backward", self.expert_backward_s - expert_block_s[1])
@@ -210,7 +206,7 @@ class HostTimes:
             ("forward", self.expert_forward_s, 3),
             ("backward", self.expert_backward_s, 2),
         ):
-            beyond_s = _per_layer(few, many, name) - alone_s - num_calls * calls["all_to_all"]
+            beyond_s = per_layer_s(few, many, name) - alone_s - num_calls * calls["all_to_all"]
             self._keep(f"ep_layer_{name}", beyond_s)
         self._pipeline(calls["p2p"])
         dist.destroy_process_group()
@@ -225,7 +221,7 @@ class HostTimes:
     ) -> None:
         """Time per layer beyond that of one process and beyond the calls of collectives."""
         few, many = times[f"{family}.few"], times[f"{family}.many"]
-        forward, backward = _per_layer(few, many, "forward"), _per_layer(few, many, "backward")
+        forward, backward = per_layer_s(few, many, "forward"), per_layer_s(few, many, "backward")
         self._keep(f"{name}_forward", forward - self.forward_s - forward_calls_s)
         self._keep(f"{name}_backward", backward - self.backward_s - backward_calls_s)
 
@@ -246,10 +242,6 @@ class HostTimes:
         dist.init_process_group(
             "gloo", init_method=f"file://{self.folder / name}", rank=rank, world_size=world
         )
-
-
-def _per_layer(few: TimedTrainer, many: TimedTrainer, name: str) -> float:
-    return (many.typical(name) - few.typical(name)) / (MANY - FEW)
 
 
 def _num_params(timed: TimedTrainer) -> int:

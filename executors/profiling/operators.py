@@ -69,6 +69,8 @@ def _through_autograd(
     buffers: Buffers,
 ) -> Case:
     """Forward on warm inputs into a ring; backward of graphs over the rotating inputs."""
+    if buffers.runtime == "compiled":
+        function = torch.compile(function, dynamic=False)
     out = function(*warm)
     # An output keeps its graph alive: some three tensors of the size of the largest input.
     held = buffers.copies(3 * max(out.numel(), *(tensor.numel() for tensor in warm)))

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -40,6 +41,18 @@ WORKER_ENVIRONMENT = {
 TIME_LIMIT_S = 600.0
 
 
+class Phase(NamedTuple):
+    """One sweep over the operators: their dtype, the processes busy, how they are launched."""
+
+    dtype: str
+    busy: int
+    runtime: str = "eager"
+
+    def __str__(self) -> str:
+        compiled = f", {self.runtime}" if self.runtime != "eager" else ""
+        return f"{self.dtype}{compiled}, {self.busy} busy"
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What the workers are asked to measure."""
 
@@ -56,17 +69,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     budget_s: float | None = None
     """Seconds for the operators of one phase; None = the built-in ones."""
 
-    def phases(self) -> list[tuple[str, int]]:
-        """(dtype, busy processes) in the order of measurement."""
+    def phases(self) -> list[Phase]:
+        """In the order of measurement."""
         if self.device == "cuda":
-            return [(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16")]
+            found = [Phase(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16")]
+            compiled = not self.quick and self.grid is None
+            return [*found, Phase("bf16", 1, "compiled")] if compiled else found
         busy = self.busy or ((1, 2) if self.quick else (1, 2, 4))
         dtypes = self.dtypes or (("fp32",) if self.quick else ("fp32", "bf16"))
-        return [(dtype, count) for dtype in dtypes for count in busy]
+        return [Phase(dtype, count) for dtype in dtypes for count in busy]
 
     def world(self) -> int:
         """Worker processes to start."""
-        return max(busy for _, busy in self.phases())
+        return max(phase.busy for phase in self.phases())
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +90,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     operator: str
     dtype: str
     busy: int
+    runtime: str = "eager"
     axes: tuple[str, ...]
     size: tuple[int, ...]
     forward_s: float
@@ -236,13 +252,13 @@ def device_name(device: str, environment: dict[str, str]) -> str:
 
 
 def merge_operators(found: list[Findings]) -> tuple[OperatorCurve, ...]:
-    """One curve per (operator, dtype, busy), over the sizes that every busy rank measured."""
-    table: dict[tuple[str, str, int], dict[tuple[int, ...], list[Timing]]] = {}
+    """One curve per operator and phase, over the sizes that every busy rank measured."""
+    table: dict[tuple[str, Phase], dict[tuple[int, ...], list[Timing]]] = {}
     for timing in (timing for findings in found for timing in findings.timings):
-        key = (timing.operator, timing.dtype, timing.busy)
+        key = timing.operator, Phase(timing.dtype, timing.busy, timing.runtime)
         table.setdefault(key, {}).setdefault(timing.size, []).append(timing)
     curves = []
-    for (operator, dtype, busy), sizes in table.items():
+    for (operator, (dtype, busy, runtime)), sizes in table.items():
         whole = {size: rows for size, rows in sorted(sizes.items()) if len(rows) == busy}
         if not whole:
             continue
@@ -253,6 +269,7 @@ def merge_operators(found: list[Findings]) -> tuple[OperatorCurve, ...]:
                 operator=operator,
                 dtype=dtype,
                 busy=busy,
+                runtime="compiled" if runtime == "compiled" else "eager",
                 axes=rows[0].axes,
                 sizes=tuple(tuple(float(x) for x in size) for size in whole),
                 forward_s=tuple(_mean([r.forward_s for r in rows]) for rows in whole.values()),

@@ -1,13 +1,15 @@
-"""Whole training steps of a negligible model, by the real trainer, timed by the thread's own clock.
+"""Whole training steps of a negligible model, by the real trainer, timed on the host.
 
 The model is so small that its operators cost next to nothing: what a step takes is Python, autograd
-and dispatch. The clock is this thread's processor time, so that waiting for a collective's partner
-does not count.
+and dispatch. On a CPU the clock is this thread's processor time, so that waiting for a collective's
+partner does not count; beside a GPU it is the wall's, because autograd launches from a thread of
+its own and the device is done with each operator before the next is launched.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
 
 SEQ, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB = 4, 32, 2, 16, 64, 256
 STEPS = 16
+FEW, MANY = 2, 6
+"""Layers of the two models whose difference tells the time of one layer."""
 ALONE = Mesh()
 EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=FFN)
+CPU = torch.device("cpu")
 
 
 def tiny_plan(
@@ -35,6 +40,8 @@ def tiny_plan(
     zero: Literal[0, 1, 2, 3] = 0,
     sequence_parallel: bool = False,
     recompute: str = "none",
+    compute: str = "fp32",
+    runtime: str = "eager",
     num_microbatches: int = 1,
     experts: Experts | None = None,
 ) -> Plan:
@@ -43,6 +50,9 @@ def tiny_plan(
         repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN,
         experts=experts,
     )  # fmt: skip
+    chosen = techniques(compute, recompute)
+    if runtime != "eager":
+        chosen["runtime"] = {"mode": runtime}
     phase = Phase(
         steps=1,
         seq_tokens=SEQ,
@@ -53,7 +63,7 @@ def tiny_plan(
         sequence_parallel=sequence_parallel,
         schedule="gpipe",
         stages=even_stages(num_layers, mesh.num_stages, "cpu"),
-        settings=(Setting(layers=(0, num_layers - 1), techniques=techniques("fp32", recompute)),),
+        settings=(Setting(layers=(0, num_layers - 1), techniques=chosen),),
     )
     return Plan(
         model=Model(name="negligible", hidden=HIDDEN, vocab=VOCAB, layers=(layer,)),
@@ -63,42 +73,48 @@ def tiny_plan(
     )
 
 
-class ThreadTimes:
-    """An observer that adds up this thread's processor time between begin and end, by name."""
+class HostTimes:
+    """An observer that adds up a clock's time between begin and end, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = {}
         self.began: dict[str, float] = {}
 
     def begin(self, name: str) -> None:
         """A piece of work begins."""
-        self.began[name] = time.thread_time()
+        self.began[name] = self.clock()
 
     def end(self, name: str) -> None:
         """It ends."""
-        spent = time.thread_time() - self.began[name]
+        spent = self.clock() - self.began[name]
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 class TimedTrainer:
-    """A real trainer of a tiny plan, and the thread time of its steps by part."""
+    """A real trainer of a tiny plan, and the host time of its steps by part."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, device: torch.device = CPU) -> None:
         from ..build import build
 
-        self.trainer: Trainer = build(plan, device=torch.device("cpu"))
+        self.device = device
+        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
+        self.trainer: Trainer = build(plan, device=device)
         count = plan.phase.num_microbatches * plan.phase.micro_batch_seqs
-        self.tokens = torch.arange(count * (SEQ + 1)).remainder(VOCAB).view(count, SEQ + 1)
+        tokens = torch.arange(count * (SEQ + 1)).remainder(VOCAB).view(count, SEQ + 1)
+        self.tokens = tokens.to(device)
         self.samples: list[dict[str, float]] = []
 
     def step(self) -> None:
         """One step; its times are kept."""
-        times = ThreadTimes()
+        times = HostTimes(self.clock)
         self.trainer.observer = times
-        start = time.thread_time()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start = self.clock()
         self.trainer.forward_backward(self.tokens)
         self.trainer.optimizer_step()
-        times.seconds["total"] = time.thread_time() - start
+        times.seconds["total"] = self.clock() - start
         self.samples.append(times.seconds)
 
     def typical(self, name: str) -> float:
@@ -110,10 +126,17 @@ class TimedTrainer:
         return kept[len(kept) // 4]
 
 
-def run_interleaved(plans: dict[str, Plan], steps: int = STEPS) -> dict[str, TimedTrainer]:
+def run_interleaved(
+    plans: dict[str, Plan], device: torch.device = CPU, steps: int = STEPS
+) -> dict[str, TimedTrainer]:
     """Trainers of all plans after `steps` steps of each, taken in turns."""
-    trainers = {name: TimedTrainer(plan) for name, plan in plans.items()}
+    trainers = {name: TimedTrainer(plan, device) for name, plan in plans.items()}
     for _ in range(steps):
         for trainer in trainers.values():
             trainer.step()
     return trainers
+
+
+def per_layer_s(few: TimedTrainer, many: TimedTrainer, name: str) -> float:
+    """Seconds of one part of a step per layer, from models of `FEW` and of `MANY` layers."""
+    return (many.typical(name) - few.typical(name)) / (MANY - FEW)

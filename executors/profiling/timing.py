@@ -48,8 +48,10 @@ def last_level_cache_bytes(device: torch.device) -> int:
 class Buffers:
     """Tensors for one device and dtype in the state that a step would find them in."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, runtime: str = "eager") -> None:
         self.device, self.dtype = device, dtype
+        self.runtime = runtime
+        """How operators that go through autograd are launched: eager, or compiled."""
         self.cold_bytes = 2 * last_level_cache_bytes(device)
         generator = torch.Generator(device=device).manual_seed(0)
         count = self.cold_bytes // dtype.itemsize

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from ...cluster import CollectiveCurve, WaitCurve
 from ...measurement import REFERENCE_MATMUL
 from ..measure.pace import matmul_s
-from . import collectives, grids, host
+from . import collectives, gpu_host, grids, host
 from .collectives import Groups, Setting
 from .operators import BENCHES, Bench, Sizes, engine_start_s
-from .runner import Findings, Request, Timing
+from .runner import Findings, Phase, Request, Timing
 from .timing import Buffers, Clock, CpuClock, CudaClock, median
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,7 +62,7 @@ class Worker:
         if self.world >= 4 and not self.request.quick:
             self.settings += [Setting(4), Setting(2, 2)]
         self.groups = Groups(self.settings, self.rank)
-        busy = {count for _, count in self.request.phases()}
+        busy = {phase.busy for phase in self.request.phases()}
         for count in sorted(busy | {setting.world for setting in self.settings}):
             self.groups.add_barrier(count)
 
@@ -77,14 +77,16 @@ class Worker:
             with (self.folder / "progress.txt").open("a") as file:
                 file.write(f"{done:.3f} {label}\n")
 
-    def grid(self, dtype: str, busy: int) -> dict[str, list[Sizes]]:
+    def grid(self, phase: Phase) -> dict[str, list[Sizes]]:
         """The points of this phase."""
         if self.request.grid is not None:
             grid = {name: list(points) for name, points in self.request.grid.items()}
+        elif phase.runtime == "compiled":
+            grid = grids.compiled_grid()
         elif self.device.type == "cuda":
-            grid = grids.cuda_grid(dtype)
+            grid = grids.cuda_grid(phase.dtype)
         else:
-            grid = grids.cpu_grid(dtype, busy, self.request.quick)
+            grid = grids.cpu_grid(phase.dtype, phase.busy, self.request.quick)
         names = self.request.operators
         return {name: points for name, points in grid.items() if names is None or name in names}
 
@@ -96,15 +98,16 @@ class Worker:
             return 30.0
         return QUICK_PHASE_S if self.request.quick else PHASE_S.get((dtype, busy), 8.0)
 
-    def operators(self, dtype: str, busy: int) -> None:
+    def operators(self, phase: Phase) -> None:
         """Measures a phase's grid, in two rounds where there is time.
 
         Every sample is kept in units of the reference operator's time around it, because the speed
         of a shared machine drifts within minutes; `settled` turns units into seconds.
         """
-        buffers = Buffers(self.device, DTYPES[dtype])
+        dtype, busy, runtime = phase
+        buffers = Buffers(self.device, DTYPES[dtype], runtime)
         engine_s = engine_start_s(self.clock, self.device) / self.pace_s()
-        grid = self.grid(dtype, busy)
+        grid = self.grid(phase)
         rounds = 2 if dtype == "fp32" and busy <= self.cores and not self.request.quick else 1
         calls = sum(len(points) for points in grid.values()) * 2
         point_budget_s = min(0.08, max(0.004, self.budget_s(dtype, busy) / max(1, calls * rounds)))
@@ -120,8 +123,8 @@ class Worker:
                 less = engine_s if bench.engine else 0.0
                 backward_s = max(1e-4 * median(backward), median(backward) - less) * shared
             self.timings.append(
-                Timing(operator=name, dtype=dtype, busy=busy, axes=bench.axes, size=size,
-                       forward_s=median(forward) * shared, backward_s=backward_s)
+                Timing(operator=name, dtype=dtype, busy=busy, runtime=runtime, axes=bench.axes,
+                       size=size, forward_s=median(forward) * shared, backward_s=backward_s)
             )  # fmt: skip
 
     def _sweep(
@@ -231,10 +234,17 @@ class Worker:
         return curves
 
     def host(self) -> dict[str, float]:
-        """Host times; on a GPU the launch alone, since the host works beside the device."""
+        """Host times: of what the operators wait for on a CPU, of what runs beside a GPU."""
         if self.device.type == "cuda":
-            return {"launch": host.launch_s(self.device)}
+            found = gpu_host.measure(self.folder, self.device)
+            return {**found, "graph_launch": gpu_host.graph_launch_s(self.device)}
         return host.measure(self.folder, self.rank, self.world, self.clock)
+
+    def process_bytes(self) -> float:
+        """What a process takes before its first tensor: of the host's memory, or of the GPU's."""
+        if self.device.type == "cuda":
+            return gpu_host.context_bytes(self.device)
+        return training_process_bytes()
 
     def environment(self) -> dict[str, str]:
         """What the figures were measured on and with."""
@@ -250,6 +260,7 @@ class Worker:
             properties = torch.cuda.get_device_properties(self.device)
             found["device"] = properties.name
             found["device_memory_bytes"] = str(properties.total_memory)
+            found |= gpu_host.card()
         return found
 
 
@@ -265,16 +276,17 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     """Runs all phases and writes this rank's findings."""
     worker = Worker(folder, rank, world, request)
     worker.connect()
-    memory = {"process_bytes": training_process_bytes()} if rank == 0 else {}
+    memory = {"process_bytes": worker.process_bytes()} if rank == 0 else {}
     phases = request.phases()
     started = time.perf_counter()
-    for index, (dtype, busy) in enumerate(phases):
-        worker.report(index / (len(phases) + 2), f"operators {dtype}, {busy} busy")
-        if rank < busy:
-            worker.operators(dtype, busy)
+    for index, phase in enumerate(phases):
+        label = f"operators {phase}"
+        worker.report(index / (len(phases) + 2), label)
+        if rank < phase.busy:
+            worker.operators(phase)
         dist.barrier()
         if rank == 0:
-            note(f"{dtype} {busy} until {time.perf_counter() - started:.1f} s")
+            note(f"{label} until {time.perf_counter() - started:.1f} s")
     worker.report(len(phases) / (len(phases) + 2), "collectives")
     curves = worker.collectives() if request.collectives else []
     note(f"collectives until {time.perf_counter() - started:.1f} s")

@@ -5,10 +5,10 @@ from .check import Checked, check
 from .cut import Cut, cut_layers
 from .solution import Solution
 from .solve import solve_pipeline
-from .torch_csv import order_texts, write_csv
+from .torch_csv import read_csv, write_csv
 
 __all__ = [
     "Checked", "Cut", "Pipeline", "Solution",
-    "check", "cut_layers", "make_pipeline", "merged", "order_texts", "solve_pipeline", "split",
+    "check", "cut_layers", "make_pipeline", "merged", "read_csv", "solve_pipeline", "split",
     "write_csv",
 ]  # fmt: skip

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...costmodel.schedule import Action, Orders
 from ...errors import InputError
+from ...orders import Action, Orders
 
 KINDS = "FIW"
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...costmodel.schedule import Orders
+from ...orders import Orders
 from .actions import Pipeline
 from .play import FLOATS, INTS, durations_s, floats, ints, loop, makespan_s, orders_of, rows_of
 

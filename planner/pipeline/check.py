@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...costmodel.schedule import Action, Orders
+from ...orders import Action, Orders
 from .actions import Pipeline
 
 TOLERANCE = 1e-9

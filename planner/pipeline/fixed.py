@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...costmodel import schedule, zero_bubble
-from ...costmodel.schedule import Orders
+from ...orders import Orders
 from .actions import Pipeline
 from .check import peak_activation
 from .play import makespan_s

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-from ...costmodel.schedule import Orders
+from ...orders import Orders
 from .actions import Pipeline
 from .play import FLOATS, INTS, durations_s, floats, ints, loop, orders_of
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from ...costmodel.schedule import Action, Orders
 from ...errors import InputError
+from ...orders import Action, Orders
 from .actions import Pipeline
 from .bound import lower_bound_s
 

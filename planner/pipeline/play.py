@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
-from ...costmodel.schedule import Orders
+from ...orders import Orders
 from .. import jit
 from .actions import Pipeline
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...costmodel.schedule import Orders
+from ...orders import Orders, order_texts
 from .actions import Pipeline
 from .fixed import Fixed
-from .torch_csv import order_texts
 
 EQUAL = 1e-9
 """Relative difference below which two times or amounts of memory are the same."""

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from ...costmodel.schedule import Orders
 from ...errors import InputError, NoFeasiblePlan
+from ...orders import Orders
 from .actions import Pipeline, make_pipeline, split
 from .anneal import anneal
 from .bound import lower_bound_s

@@ -10,25 +10,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from ... import document
-from ...costmodel.schedule import Action, Orders
-
-
-def action_text(action: Action) -> str:
-    """An action as torch writes it.
-
-    >>> action_text(("I", 3, 12))
-    '3I12'
-    """
-    kind, stage, micro = action
-    return f"{stage}{kind}{micro}"
-
-
-def order_texts(orders: Orders) -> dict[str, list[str]]:
-    """The actions of every rank as text, as plans hold them."""
-    return {str(rank): [action_text(a) for a in actions] for rank, actions in enumerate(orders)}
+from ...errors import InputError
+from ...orders import Orders, order_texts, parse_action
 
 
 def write_csv(path: str | Path, orders: Orders) -> None:
     """Write orders to a file that torch's pipeline runtime loads."""
     rows = [",".join(texts) + "\n" for texts in order_texts(orders).values()]
     document.write_bytes(path, "".join(rows).encode())
+
+
+def read_csv(path: str | Path) -> Orders:
+    """The orders of a file: a row per rank, empty cells for bubbles."""
+    try:
+        text = document.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        remedy = "give the file that forerun solve pipeline --csv wrote"
+        raise InputError("orders", str(path), "not a text of actions", remedy) from error
+    rows = [row.split(",") for row in text.splitlines() if row.strip()]
+    if not rows:
+        raise InputError("orders", str(path), "holds no actions",
+                         "give one row per pipeline rank, actions as 0F0")  # fmt: skip
+    return [[parse_action(cell) for cell in row if cell.strip()] for row in rows]

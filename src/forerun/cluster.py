@@ -61,6 +61,7 @@ class OperatorCurve(Value, frozen=True, kw_only=True):
     operator: str
     dtype: str
     busy: int = 1
+    runtime: Literal["eager", "compiled"] = "eager"
     axes: tuple[str, ...]
     sizes: tuple[tuple[float, ...], ...]
     forward_s: tuple[float, ...]

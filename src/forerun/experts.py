@@ -87,7 +87,7 @@ def check_placement(setting: Mapping[str, Any], experts: Experts, ep: int) -> No
     if ranks is None:
         return
     if ep == 1:
-        raise InputError("expert-placement.slots", "given", "with ep=1 every rank holds all experts",
+        raise InputError("expert-placement.slots", "given", "at ep=1 every rank holds all experts",
                          "raise --ep, or leave the placement out")  # fmt: skip
     if not _is_table(ranks):
         raise InputError("expert-placement.slots", type(ranks).__name__, "not lists of experts",

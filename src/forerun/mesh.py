@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .document import Value
 from .errors import InputError
 
@@ -87,6 +89,15 @@ class Mesh(Value, frozen=True, kw_only=True):
     def shape(self) -> dict[str, int]:
         """Degrees of the dense mesh in rank order, outermost first."""
         return {axis: getattr(self, axis) for axis in self.AXES}
+
+    def wire_name(self, axes: Iterable[str] | None = None) -> str:
+        """What traffic over some axes, or over all that have several ranks, is filed under.
+
+        >>> Mesh(tp=2, dp_shard=2).wire_name(), Mesh().wire_name(["dp_replicate", "dp_shard"])
+        ('dp+tp', 'dp')
+        """
+        over = [axis for axis in self.AXES if getattr(self, axis) > 1] if axes is None else axes
+        return "+".join(dict.fromkeys("dp" if a.startswith("dp_") else a for a in over))
 
     def stride(self, axis: str) -> int:
         """Rank distance of neighbours along an axis: the product of the axes inside it."""

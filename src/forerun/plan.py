@@ -15,6 +15,7 @@ from .estimate import Estimate
 from .experts import check_placement
 from .mesh import Mesh
 from .model import Layer, Model
+from .orders import Orders, check_orders, owners, parse_orders, splits
 from .workload import Workload
 
 Schedule = Literal[
@@ -80,7 +81,9 @@ class Phase(Value, frozen=True, kw_only=True):
     """0 replicated (DDP), 1 optimiser states, 2 + gradients, 3 + parameters (FSDP)."""
     sequence_parallel: bool = False
     schedule: Schedule = "1f1b"
+    """With `orders` of one's own: a schedule of the same placement and the same halves."""
     orders: dict[str, tuple[str, ...]] | None = None
+    """The actions of each pipeline rank in order, such as `0F0`; None: those of `schedule`."""
     stages: tuple[Stage, ...]
     """Stage i runs on pipeline rank `rank_of(schedule, i, pp)`: i mod pp, or folded in a V."""
     settings: tuple[Setting, ...] = ()
@@ -122,7 +125,7 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append(f"tp{mesh.tp}" + ("-sp" if self.sequence_parallel else ""))
         if mesh.pp > 1:
             chunks = f"x{mesh.vpp}" if mesh.vpp > 1 else ""
-            parts.append(f"pp{mesh.pp}{chunks}-{self.schedule}")
+            parts.append(f"pp{mesh.pp}{chunks}-{self._schedule_label()}")
         if mesh.world == 1 and not parts:
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
@@ -140,6 +143,17 @@ class Phase(Value, frozen=True, kw_only=True):
         if not placed:
             return ""
         return f"-placed~{sha256(msgspec.json.encode(placed)).hexdigest()[:4]}"
+
+    def _schedule_label(self) -> str:
+        """The schedule's name; a hash where the orders are the user's or a solver's."""
+        if self.orders is None:
+            return self.schedule
+        texts = msgspec.json.encode(sorted(self.orders.items()))
+        return f"orders~{sha256(texts).hexdigest()[:4]}"
+
+    def own_orders(self) -> Orders | None:
+        """The orders that the plan itself holds, parsed."""
+        return None if self.orders is None else parse_orders(self.orders)
 
     def _activations(self) -> list[str]:
         """What layers keep for backward, in short; a hash where layers differ."""
@@ -224,8 +238,10 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
         sequence_parallel=phase.sequence_parallel,
         schedule=phase.schedule,
         num_microbatches=phase.num_microbatches,
+        own_orders=phase.orders is not None,
     ):
         raise problem
+    _check_orders(phase)
     seqs = phase.micro_batch_seqs * phase.num_microbatches * mesh.dp
     if seqs != plan.workload.global_batch_seqs:
         raise _refuse("global-batch", plan.workload.global_batch_seqs,
@@ -283,8 +299,12 @@ def layout_problems(
     sequence_parallel: bool,
     schedule: str,
     num_microbatches: int,
+    own_orders: bool = False,
 ) -> Iterator[InputError]:
-    """Every rule that a layout breaks, as errors in the user's words; none when it is legal."""
+    """Every rule that a layout breaks, as errors in the user's words; none when it is legal.
+
+    Orders of one's own need not keep to the micro-batches that their schedule asks for.
+    """
     tp = mesh.tp
     for layer in model.layers:
         for what, size in (
@@ -319,7 +339,9 @@ def layout_problems(
                       "lower pp or vpp")  # fmt: skip
     if mesh.vpp > 1 and mesh.pp == 1:
         yield _refuse("vpp", mesh.vpp, "needs pp > 1", "drop vpp or raise pp")
-    yield from _schedule_problems(mesh, schedule, num_microbatches)
+    yield from _chunk_problems(mesh, schedule)
+    if mesh.pp > 1 and not own_orders:
+        yield from _microbatch_problems(mesh, schedule, num_microbatches)
     if mesh.dp_shard > 1 and zero == 0:
         yield _refuse("zero", 0, f"dp_shard={mesh.dp_shard} shards states",
                       "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
@@ -329,8 +351,8 @@ def layout_problems(
             yield from _ulysses_problems(model, layer, mesh)
 
 
-def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iterator[InputError]:
-    """Each schedule has its number of chunks per rank and its least number of micro-batches."""
+def _chunk_problems(mesh: Mesh, schedule: str) -> Iterator[InputError]:
+    """Each schedule has its number of chunks per rank."""
     chunked = schedule in (*LOOPED_SCHEDULES, *V_SCHEDULES)
     if mesh.vpp > 1 and not chunked:
         yield _refuse("vpp", mesh.vpp, f"schedule {schedule} has one chunk per rank",
@@ -344,6 +366,10 @@ def _schedule_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iter
                       "use --vpp 2")  # fmt: skip
     if schedule in LOOPED_SCHEDULES and mesh.vpp == 1:
         yield _refuse("schedule", schedule, "needs vpp of 2 or more", "raise --vpp or use 1f1b")
+
+
+def _microbatch_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> Iterator[InputError]:
+    """Each schedule has its least number of micro-batches."""
     least = {"gpipe": 1, "dualpipev": 2 * mesh.pp}.get(schedule, mesh.pp)
     if num_microbatches < least:
         of_pp = f"2*pp={least}" if least > mesh.pp else f"pp={mesh.pp}"
@@ -370,6 +396,57 @@ def _expert_problems(model: Model, mesh: Mesh, sequence_parallel: bool) -> Itera
     if sharing % mesh.ep and mesh.ep % sharing:
         yield _refuse("ep", mesh.ep, f"neither divides nor is a multiple of the {sharing} ranks "
                       "that share states", "change ep or dp_shard")  # fmt: skip
+
+
+def _check_orders(phase: Phase) -> None:
+    """Orders of one's own are a schedule of this pipeline, placed as `schedule` places stages."""
+    orders, mesh = phase.own_orders(), phase.mesh
+    if orders is None:
+        return
+    if mesh.pp == 1:
+        raise _refuse(
+            "orders", "given", "there is one pipeline rank", "raise --pp or leave them out"
+        )
+    if len(orders) != mesh.pp:
+        raise _refuse("orders", f"{len(orders)} ranks", f"the plan has pp={mesh.pp}",
+                      f"give orders for {mesh.pp} ranks, or --pp {len(orders)}")  # fmt: skip
+    count = 1 + max((micro for order in orders for _, _, micro in order), default=-1)
+    if count != phase.num_microbatches:
+        raise _refuse("orders", f"{count} micro-batches",
+                      f"the plan has {phase.num_microbatches} of them",
+                      "change --global-batch, --micro-batch or the orders")  # fmt: skip
+    check_orders(orders, mesh.num_stages, phase.num_microbatches)
+    places = [rank_of(phase.schedule, stage, mesh.pp) for stage in range(mesh.num_stages)]
+    if owners(orders) != places:
+        raise _refuse("orders", f"stages on ranks {owners(orders)}",
+                      f"{phase.schedule} has them on {places}",
+                      "set schedule to one with the placement of the orders")  # fmt: skip
+    if splits(orders) and phase.schedule not in SPLIT_SCHEDULES:
+        raise _refuse("orders", "I and W", f"{phase.schedule} does not split the backward",
+                      f"set schedule to one of {', '.join(SPLIT_SCHEDULES)}")  # fmt: skip
+
+
+def schedule_of(orders: Orders) -> Schedule:
+    """The schedule known by name that places stages and splits backwards as these orders do.
+
+    Raises InputError for a placement that no schedule has: stages lie on the ranks in rounds, or
+    two per rank in a V.
+
+    >>> schedule_of([[("F", 0, 0), ("I", 0, 0), ("W", 0, 0)], [("F", 1, 0), ("B", 1, 0)]])
+    'zb-h1'
+    """
+    homes, pp = owners(orders), len(orders)
+    stages = range(len(homes))
+    looped = homes == [rank_of("interleaved", stage, pp) for stage in stages]
+    folded = homes == [rank_of("zb-v", stage, pp) for stage in stages] and len(homes) == 2 * pp
+    if looped and len(homes) % pp == 0:
+        if len(homes) == pp:
+            return "zb-h1" if splits(orders) else "1f1b"
+        return "interleaved-zb" if splits(orders) else "interleaved"
+    if folded:
+        return "zb-v"
+    raise _refuse("orders", f"stages on ranks {homes}", "no placement that can be run",
+                  "put stage i on rank i mod pp, or stages r and 2pp-1-r on rank r")  # fmt: skip
 
 
 def _ulysses_problems(model: Model, layer: Layer, mesh: Mesh) -> Iterator[InputError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from .document import Document
@@ -26,6 +27,9 @@ class Workload(Document, frozen=True, kw_only=True):
     optimizer: Optimizer = "adamw"
     """AdamW with fp32, 8-bit or fp8 moments, or plain SGD."""
     learning_rate: float = 3e-4
+    clip_norm: float | None = None
+    """Largest norm of all gradients together, above which they are scaled down; None: as they are.
+    """
     seed: int = 0
     data: str | None = None
     """File or folder of text or JSONL; None = the Python standard library's own source."""
@@ -45,6 +49,9 @@ class Workload(Document, frozen=True, kw_only=True):
         for field in ("seq_tokens", "global_batch_seqs", "steps"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "not positive", "give 1 or more")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise InputError("clip-norm", self.clip_norm, "not a positive number",
+                             "give one such as 1.0, or leave it out")  # fmt: skip
         for field in ("balance_loss_coef", "router_z_loss_coef"):
             weight: float = getattr(self, field)
             if not 0 <= weight < float("inf"):

@@ -27,7 +27,6 @@ from forerun.costmodel.schedule import (
 from forerun.costmodel.simulate import Simulation
 from forerun.costmodel.stages import even_load, merge, rank_load
 from forerun.costmodel.zero_bubble import not_possible, peak_live
-from forerun.errors import InputError
 from forerun.estimate import MEMORY_TERMS, TIME_TERMS
 from forerun.executors.support import check_executed
 from forerun.model import Model
@@ -276,25 +275,25 @@ def test_the_search_returns_a_zero_bubble_plan_where_it_is_best(make_plan: MakeP
         assert found.plans[0].estimate.step_s.median <= other.estimate.step_s.median
 
 
-def test_only_gpus_are_searched_for_schedules_that_are_not_executed(make_plan: MakePlan) -> None:
+def test_they_are_searched_wherever_plans_are_run(make_plan: MakePlan) -> None:
     from forerun.catalogs import load_cluster
 
     model, workload = make_plan("tiny-1m").model, Workload(seq_tokens=128, global_batch_seqs=16)
-    for gpus, expected in (("2xcpu", False), ("2xH100", True)):
-        grid = enumerate_grid(model, load_cluster(gpus), workload, Pins())
-        assert bool(np.any(grid.schedule > 2)) == expected
+    for gpus in ("2xcpu", "2xH100"):
+        for run_only in (False, True):
+            grid = enumerate_grid(model, load_cluster(gpus), workload, Pins(run_only=run_only))
+            assert np.any(grid.schedule > 2)
     pinned = enumerate_grid(model, load_cluster("2xcpu"), workload, Pins(schedule="zb-h1"))
     assert set(pinned.schedule) == {SCHEDULES.index("zb-h1")}
 
 
-def test_processes_that_share_cores_are_predicted_but_not_run(make_plan: MakePlan) -> None:
+def test_processes_that_share_cores_are_predicted_and_run(make_plan: MakePlan) -> None:
     plan = make_plan(
         "tiny-1m", "2xcpu", seq_tokens=128, global_batch_seqs=8, compute="fp32", pp=2,
         schedule="zb-h1",
     )  # fmt: skip
     assert estimate(plan).step_s.median > 0
-    with pytest.raises(InputError, match="schedule=zb-h1: cannot be run yet"):
-        check_executed(plan)
+    check_executed(plan)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ from forerun.executors.trainer import Trainer
 from forerun.experts import Experts
 from forerun.mesh import Mesh
 from forerun.model import LatentAttention, Layer, Model
-from forerun.plan import Phase, Plan, Setting, even_stages, techniques
+from forerun.plan import Phase, Plan, Setting, Stage, even_stages, techniques
 from forerun.stack import Stack
 from forerun.workload import Workload
 
 SEQ, STEPS, BATCH, VOCAB = 32, 10, 8, 256
 SPLIT_BATCH = {"micro_batch_seqs": 2}
+CLIP = 0.3
+"""Below the norm of the gradients of every step."""
 
 LLAMA = Model(
     name="tiny-llama",
@@ -104,19 +106,31 @@ def make_plan(
     *,
     recompute: str = "none",
     dtype: str = "fp32",
+    runtime: str = "eager",
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
+    cut: tuple[int, ...] = (),
     more: dict[str, dict[str, Any]] | None = None,
     workload: dict[str, Any] | None = None,
     **phase: Any,
 ) -> Plan:
-    """A plan of one phase on CPU processes; micro_batch_seqs 0 = the whole replica at once.
+    """A plan of one phase on CPU processes; micro_batch_seqs 0 = the whole replica at once, `cut`:
+    layers of every stage where they are not as equal as can be.
 
     `more` are further techniques, `workload` further settings of it.
     """
     degrees = Mesh(**(mesh or {}))
     micro = micro_batch_seqs or BATCH // degrees.dp
     last = model.num_layers - 1
+    stages = even_stages(model.num_layers, degrees.num_stages, "cpu")
+    if cut:
+        ends = [sum(cut[: i + 1]) for i in range(len(cut))]
+        firsts = [end - size for end, size in zip(ends, cut, strict=True)]
+        pairs = zip(firsts, ends, strict=True)
+        stages = tuple(Stage(pool="cpu", layers=(first, end - 1)) for first, end in pairs)
+    chosen = techniques(dtype, recompute)
+    if runtime != "eager":
+        chosen["runtime"] = {"mode": runtime}
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
@@ -129,11 +143,8 @@ def make_plan(
                 micro_batch_seqs=micro,
                 num_microbatches=BATCH // degrees.dp // micro,
                 mesh=degrees,
-                stages=even_stages(model.num_layers, degrees.num_stages, "cpu"),
-                settings=(
-                    Setting(layers=(0, last), techniques=techniques(dtype, recompute)
-                            | (more or {})),
-                ),
+                stages=stages,
+                settings=(Setting(layers=(0, last), techniques=chosen | (more or {})),),
                 **phase,
             ),
         ),
@@ -143,6 +154,14 @@ def make_plan(
 
 
 PP = {"micro_batch_seqs": 2}
+ONE = {"micro_batch_seqs": 1}
+CLIPPED = {"workload": {"clip_norm": CLIP}}
+V22 = {"pp": 2, "vpp": 2}
+ORDERS = {
+    "0": ("0F1", "0F0", "0F2", "0F3", "0B1", "0I0", "0I2", "0W2", "0W0", "0B3"),
+    "1": ("1F1", "1I1", "1F0", "1I0", "1W0", "1W1", "1F2", "1B2", "1F3", "1I3", "1W3"),
+}
+"""Micro-batches out of order, whole and split backwards of one stage."""
 FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "plain": {},
@@ -151,6 +170,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "recompute selective": {"recompute": "selective"},
         "bf16": {"dtype": "bf16"},
         "bf16 accumulation": {"dtype": "bf16"} | SPLIT_BATCH,
+        "compiled": {"runtime": "compiled"},
+        "compiled recompute full": {"runtime": "compiled", "recompute": "full"},
     },
     2: {
         "ddp": {"mesh": {"dp_replicate": 2}},
@@ -169,9 +190,25 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "interleaved": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved"} | PP,
         "1f1b full": {"mesh": {"pp": 2}, "schedule": "1f1b", "recompute": "full"} | PP,
         "bf16 ddp": {"mesh": {"dp_replicate": 2}, "dtype": "bf16"},
+        "compiled zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "runtime": "compiled"},
         "bf16 zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16"},
         "bf16 tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True, "dtype": "bf16"},
         "bf16 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b", "dtype": "bf16"} | PP,
+        "zb-h1": {"mesh": {"pp": 2}, "schedule": "zb-h1"} | PP,
+        "zb-h2": {"mesh": {"pp": 2}, "schedule": "zb-h2"} | PP,
+        "interleaved-zb": {"mesh": V22, "schedule": "interleaved-zb"} | PP,
+        "zb-v": {"mesh": V22, "schedule": "zb-v"} | PP,
+        "dualpipev": {"mesh": V22, "schedule": "dualpipev"} | PP,
+        "orders uneven": {"mesh": {"pp": 2}, "schedule": "zb-h1", "orders": ORDERS,
+                          "cut": (3, 1)} | PP,
+        "zb-h1 full": {"mesh": {"pp": 2}, "schedule": "zb-h1", "recompute": "full"} | PP,
+        "zb-v selective": {"mesh": V22, "schedule": "zb-v", "recompute": "selective"} | PP,
+        "bf16 zb-v": {"mesh": V22, "schedule": "zb-v", "dtype": "bf16"} | PP,
+        "clip ddp": {"mesh": {"dp_replicate": 2}} | CLIPPED,
+        "clip zero3": {"mesh": {"dp_shard": 2}, "zero": 3} | CLIPPED,
+        "clip tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True} | CLIPPED,
+        "clip 1f1b": {"mesh": {"pp": 2}} | PP | CLIPPED,
+        "clip zb-v": {"mesh": V22, "schedule": "zb-v"} | PP | CLIPPED,
     },
     4: {
         "tp2 x ddp2": {"mesh": {"tp": 2, "dp_replicate": 2}} | SPLIT_BATCH,
@@ -189,6 +226,27 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 x pp2": {"mesh": {"tp": 2, "pp": 2}} | PP,
         "tp2-sp x pp2": {"mesh": {"tp": 2, "pp": 2}, "sequence_parallel": True} | PP,
         "pp4": {"mesh": {"pp": 4}} | PP,
+        "pp4 zb-h2": {"mesh": {"pp": 4}, "schedule": "zb-h2"} | PP,
+        "pp2 zb-h1 x ddp2": {"mesh": {"pp": 2, "dp_replicate": 2}, "schedule": "zb-h1"} | ONE,
+        "pp2x2 zb-v x zero3": {"mesh": V22 | {"dp_shard": 2}, "zero": 3, "schedule": "zb-v"} | ONE,
+        "pp2x2 dualpipev x zero1": {"mesh": V22 | {"dp_shard": 2}, "zero": 1,
+                                    "schedule": "dualpipev"} | ONE,
+        "tp2 x pp2x2 zb-v": {"mesh": V22 | {"tp": 2}, "schedule": "zb-v"} | PP,
+        "tp2-sp x pp2x2 interleaved-zb full": {
+            "mesh": V22 | {"tp": 2}, "schedule": "interleaved-zb", "sequence_parallel": True,
+            "recompute": "full"} | PP,
+        "clip tp2-sp x pp2x2 zb-v": {"mesh": V22 | {"tp": 2}, "sequence_parallel": True,
+                                     "schedule": "zb-v"} | PP | CLIPPED,
+        "clip pp2 x zero1": {"mesh": {"pp": 2, "dp_shard": 2}, "zero": 1} | PP | CLIPPED,
+        "clip hsdp zero3": {"mesh": {"dp_replicate": 2, "dp_shard": 2}, "zero": 3,
+                            "micro_batch_seqs": 1} | CLIPPED,
+    },
+    8: {
+        "clip pp2x2 zb-v x hsdp": {"mesh": V22 | {"dp_replicate": 2, "dp_shard": 2}, "zero": 3,
+                                   "schedule": "zb-v"} | ONE | CLIPPED,
+        "tp2-sp x pp2 zb-h1 x zero3": {"mesh": {"pp": 2, "tp": 2, "dp_shard": 2}, "zero": 3,
+                                       "schedule": "zb-h1", "sequence_parallel": True} | ONE,
+        "pp4 zb-h1 x ddp2": {"mesh": {"pp": 4, "dp_replicate": 2}, "schedule": "zb-h1"} | ONE,
     },
 }  # fmt: skip
 
@@ -284,7 +342,17 @@ SLOW = (
     "gpt tp-sp selective", "gpt tp-sp full accumulation", "gpt gpipe", "gpt 1f1b full",
     "gpt bf16 ddp", "gpt bf16 zero3", "gpt bf16 1f1b", "gpt pp2 x zero3 gpipe",
     "gpt pp2x2 x zero3", "gpt pp2 x ddp2", "gpt hsdp zero1", "gpt tp2 x pp2", "gpt tp2-sp x zero3",
+    "gpt compiled", "llama compiled", "gpt compiled recompute full",
+    "llama compiled recompute full", "gpt compiled zero3", "llama compiled zero3",
     "gpt pp4", "llama hsdp zero1", "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
+    "gpt zb-h1", "gpt zb-h2", "gpt interleaved-zb", "gpt orders uneven", "gpt zb-h1 full",
+    "gpt zb-v selective", "llama zb-v selective", "llama zb-h2", "gpt bf16 zb-v", "llama clip ddp",
+    "gpt clip ddp", "gpt clip zero3", "llama clip tp-sp", "llama clip 1f1b", "llama clip zb-v",
+    "gpt pp4 zb-h2", "gpt pp2 zb-h1 x ddp2", "llama pp2x2 zb-v x zero3",
+    "gpt pp2x2 dualpipev x zero1", "gpt tp2 x pp2x2 zb-v", "llama tp2 x pp2x2 zb-v",
+    "gpt tp2-sp x pp2x2 interleaved-zb full", "llama clip tp2-sp x pp2x2 zb-v",
+    "gpt clip pp2 x zero1", "llama clip pp2 x zero1", "gpt clip hsdp zero3",
+    *(f"{model} {family}" for model in MODELS for family in FAMILIES[8]),
 )  # fmt: skip
 """Families left to the long run: each part of them is in a family of the default run."""
 
@@ -333,14 +401,21 @@ def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
             local = trainer.forward_backward(batch)
         losses.append(trainer.global_loss(local))
         if step == 0:
+            trainer.clip_gradients()
             gradients = {k: v.clone() for k, v in trainer.named_gradients().items()}
-        trainer.optimizer_step()
+        with counter if step == steps - 1 else nullcontext():
+            trainer.optimizer_step()
     calls = Counter((c.kind, c.axis, c.message_bytes) for c in counter.calls if c.kind != "recv")
-    return {"losses": losses, "gradients": gradients, "collectives": dict(calls)}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "collectives": dict(calls),
+        "bytes_on_wire": counter.bytes_on_wire(),
+    }
 
 
-def reference(model: Model, steps: int = STEPS) -> dict[str, Any]:
-    """The same training as a plain loop over one plain module."""
+def reference(model: Model, steps: int = STEPS, clip_norm: float | None = None) -> dict[str, Any]:
+    """The same training as a plain loop over one plain module; gradients as they are clipped."""
     plan = make_plan(model)
     piece = Decoder(model, 0, model.num_layers - 1)
     with torch.no_grad():
@@ -357,6 +432,9 @@ def reference(model: Model, steps: int = STEPS) -> dict[str, Any]:
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         losses.append(loss.item())
+        if clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(piece.parameters(), clip_norm)
+            assert norm > clip_norm
         if step == 0:
             gradients = {k: p.grad.clone() for k, p in piece.named_parameters()
                          if p.grad is not None}  # fmt: skip

@@ -13,6 +13,8 @@ import families
 import pytest
 from families import BATCH, LLAMA, SEQ, VOCAB
 
+from forerun.costmodel import estimate
+
 L, E = LLAMA.num_layers, LLAMA.hidden
 BLOCK = 4 * LLAMA.layers[0].num_params(E)
 REST = 4 * LLAMA.num_params - L * BLOCK
@@ -63,6 +65,14 @@ EXPECTED: list[tuple[int, str, Calls]] = [
     (2, "gpipe", {("send", "pp", HIDDEN // 4): 4}),
     (2, "1f1b", {("send", "pp", HIDDEN // 4): 4}),
     (2, "interleaved", {("send", "pp", HIDDEN // 4): 4 * 3}),
+    (2, "zb-h1", {("send", "pp", HIDDEN // 4): 4}),
+    (2, "zb-v", {("send", "pp", HIDDEN // 4): 4 * 2}),
+    (2, "dualpipev", {("send", "pp", HIDDEN // 4): 4 * 2}),
+    (
+        2,
+        "clip zero3",
+        units("all_gather", 2, 1) | units("reduce_scatter", 1, 1) | {("all_reduce", "dp", 4): 1},
+    ),
     (
         4,
         "hsdp zero3",
@@ -76,6 +86,21 @@ def test_collectives_of_a_step(
     group: Callable[[int, str], Any], world: int, family: str, expected: Calls
 ) -> None:
     assert group(world, "quick")[0]["llama", family]["collectives"] == expected
+
+
+QUICK = [(world, *name) for world in (2, 4) for name in families.names(world)]
+
+
+@pytest.mark.parametrize(("world", "model", "family"), QUICK)
+def test_predicted_bytes_are_those_counted(
+    group: Callable[[int, str], Any], world: int, model: str, family: str
+) -> None:
+    plan = families.make_plan(families.MODELS[model], **families.FAMILIES[world][family])
+    counted: dict[str, float] = {}
+    for rank in group(world, "quick"):
+        for name, size in rank[model, family]["bytes_on_wire"].items():
+            counted[name] = counted.get(name, 0.0) + size / world
+    assert estimate(plan).bytes_on_wire == pytest.approx(counted)
 
 
 def test_tied_tables_are_summed_once_between_first_and_last_stage(

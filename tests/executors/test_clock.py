@@ -17,10 +17,13 @@ STEP = Span(0, 10)
 
 
 def terms(
-    marks: list[Span], compute: list[Span], collectives: list[Span] | None = None
+    marks: list[Span],
+    compute: list[Span],
+    collectives: list[Span] | None = None,
+    message_s: float = 0.0,
 ) -> dict[str, float]:
     """The terms that are not zero; all of them sum to the step."""
-    result = attribute(StepProfile(STEP, marks, compute, collectives or []))
+    result = attribute(StepProfile(STEP, marks, compute, collectives or []), message_s)
     assert sum(result.values()) == pytest.approx(STEP.end_s)
     return {name: seconds for name, seconds in result.items() if seconds}
 
@@ -45,11 +48,12 @@ def test_first_to_end_is_the_one_waited_for() -> None:
 
 
 def test_waiting_beyond_the_message_is_bubble() -> None:
-    """A send took 1 s; two receives blocked 4 s and 0.5 s."""
-    marks = [Span(0, 10, "forward")]
-    compute = [Span(0, 1), Span(5, 7), Span(7.5, 9), Span(9, 10)]
-    flights = [Span(0, 5, "recv"), Span(6.5, 7.5, "recv"), Span(9, 10, "send")]
-    assert terms(marks, compute, flights) == {"forward": 5.5, "exposed.pp": 1.5, "bubble": 3}
+    """A message takes 1 s; the rank waited 4 s and 0.5 s, and posted receives before it did."""
+    marks = [Span(0, 10, "forward"), Span(1, 5, "receive"), Span(7, 7.5, "receive")]
+    compute = [Span(0, 1), Span(5, 6), Span(6.5, 7), Span(7.5, 10)]
+    flights = [Span(0, 5, "recv"), Span(3, 7.5, "recv"), Span(5, 10, "send")]
+    expected = {"forward": 5.5, "exposed.pp": 1.5, "bubble": 3}
+    assert terms(marks, compute, flights, message_s=1.0) == expected
 
 
 def test_overlapping_operators_and_what_lies_outside_the_step() -> None:

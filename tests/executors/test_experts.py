@@ -14,11 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from forerun.executors.experts.exchange import regroup, transposed
 from forerun.executors.experts.grouped import (
+    AtOnce,
     Gated,
     GroupedLinear,
-    GroupedMatmul,
     Groups,
-    KernelMatmul,
+    OneByOne,
+    Products,
 )
 from forerun.executors.experts.layer import Moe
 from forerun.executors.experts.routing import route
@@ -224,7 +225,7 @@ def test_grouped_matmul_is_one_matmul_per_group(sizes: list[int], widths: tuple[
     weight = torch.randn(len(sizes), width_out, width_in, dtype=torch.float64, generator=generator)
     rows.requires_grad_()
     weight.requires_grad_()
-    out: Any = GroupedMatmul.apply(rows, weight, sizes)
+    out: Any = Products.apply(rows, weight, OneByOne(sizes), None)
     parts = zip(rows.split(sizes), weight.unbind(0), strict=True)
     plain = torch.cat([part @ matrix.t() for part, matrix in parts])
     torch.testing.assert_close(out, plain)
@@ -243,8 +244,8 @@ def test_the_grouped_kernel_gives_the_same(sizes: list[int]) -> None:
     weight = torch.randn(len(sizes), 24, 16, generator=generator, requires_grad=True)
     grad = torch.randn(8, 24, generator=generator)
     groups = Groups(torch.tensor(sizes))
-    kernel: Any = KernelMatmul.apply(rows, weight, groups.ends_X)
-    loop: Any = GroupedMatmul.apply(rows, weight, groups.on_host())
+    kernel: Any = Products.apply(rows, weight, AtOnce(groups.ends_X), None)
+    loop: Any = Products.apply(rows, weight, OneByOne(groups.on_host()), None)
     torch.testing.assert_close(kernel, loop)
     found = torch.autograd.grad(kernel, (rows, weight), grad)
     expected = torch.autograd.grad(loop, (rows, weight), grad)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
         ("precision.recipe", {"precision": {"compute": "bf16", "recipe": "rowwise"}}),
         ("precision", {"precision": {"compute": "fp8"}}),
         ("settings.techniques", {"lora": {"rank": 8}}),
+        ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
     ],
 )
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:

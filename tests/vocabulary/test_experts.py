@@ -68,7 +68,7 @@ def test_placements_that_do_not_fit(setting: dict[str, Any], message: str) -> No
 
 def test_one_rank_needs_no_placement() -> None:
     check_placement({"imbalance": 1.0}, EIGHT, 1)
-    with pytest.raises(InputError, match="with ep=1 every rank holds all experts"):
+    with pytest.raises(InputError, match="at ep=1 every rank holds all experts"):
         check_placement({"slots": [[*range(8)]]}, EIGHT, 1)
 
 
