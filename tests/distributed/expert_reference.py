@@ -97,12 +97,13 @@ class RouterLosses:
 
 
 def reference(plan: Plan, steps: int = families.STEPS) -> dict[str, Any]:
-    """Losses of all steps and gradients of the first."""
+    """Losses of all steps and gradients of the first, as they are clipped."""
     logits: Logits = {}
     piece = make_piece(plan, logits)
     optimizer = torch.optim.AdamW(piece.parameters(), lr=plan.workload.learning_rate,
                                   betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)  # fmt: skip
     dp, num = plan.phase.mesh.dp, plan.phase.num_microbatches
+    clip_norm = plan.workload.clip_norm
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
@@ -119,6 +120,9 @@ def reference(plan: Plan, steps: int = families.STEPS) -> dict[str, Any]:
             total += loss.item() / num
             ((loss + routers.of_micro_batch(noted)) / num).backward()
         losses.append(total)
+        if clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(piece.parameters(), clip_norm)
+            assert norm > clip_norm
         if step == 0:
             gradients = {k: p.grad.clone() for k, p in piece.named_parameters()
                          if p.grad is not None}  # fmt: skip

@@ -314,6 +314,13 @@ SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("moe", "interleaved"): mesh(pp=2, vpp=2) | {"schedule": "interleaved"} | PP | FULL
         | GLOBAL,
         ("moe", "ep2 zero1, offload"): mesh(dp_shard=2, ep=2) | {"zero": 1} | OFFLOAD,
+        ("moe", "zb-h1, global balance"): mesh(pp=2) | {"schedule": "zb-h1"} | PP | GLOBAL,
+        ("mla", "zb-v full"): {"mesh": V22, "schedule": "zb-v"} | PP | FULL,
+        ("capacity", "dualpipev"): {"mesh": V22, "schedule": "dualpipev"} | PP,
+        ("moe", "clip ep2 ddp, replicas"): mesh(dp_replicate=2, ep=2) | TWICE | CLIPPED,
+        ("mla", "clip ep2 zero3"): mesh(dp_shard=2, ep=2) | {"zero": 3} | CLIPPED,
+        ("moe", "clip tp"): mesh(tp=2) | CLIPPED,
+        ("mla", "clip ep2 over tp"): mesh(tp=2, ep=2) | SP | CLIPPED,
         ("moe", "bf16 ep2 zero3"): mesh(dp_shard=2, ep=2) | {"zero": 3, "dtype": "bf16"},
     },
     4: {
@@ -330,6 +337,10 @@ SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("mla", "ep4 over tp2"): mesh(dp_replicate=2, tp=2, ep=4) | SP | GLOBAL,
         ("capacity", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP,
         ("capacity", "ep2 x pp2"): mesh(dp_replicate=2, pp=2, ep=2) | PP,
+        ("moe", "clip ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
+        | {"schedule": "zb-h1"} | PP | CLIPPED,
+        ("moe", "clip hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}
+        | TWICE | CLIPPED,
         ("mla", "ep2 x pp2x2 x zero3"): mesh(dp_shard=2, pp=2, vpp=2, ep=2)
         | {"zero": 3, "schedule": "interleaved"} | PP,
     },

@@ -24,8 +24,8 @@ def expected_of(world: int, model: str, family: str) -> dict[str, Any]:
 
 
 @cache
-def expected_without_losses(model: str) -> dict[str, Any]:
-    return families.reference(families.EXPERT_MODELS[model])
+def expected_without_losses(model: str, clip_norm: float | None) -> dict[str, Any]:
+    return families.reference(families.EXPERT_MODELS[model], clip_norm=clip_norm)
 
 
 def expected(world: int, model: str, family: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def expected(world: int, model: str, family: str) -> dict[str, Any]:
     workload = families.plan_of(world, model, family).workload
     plain = workload.balance_loss == "none" and not workload.router_z_loss_coef
     if plain and model in ("moe", "mla"):
-        return expected_without_losses(model)
+        return expected_without_losses(model, workload.clip_norm)
     return expected_of(world, model, family)
 
 
