@@ -282,12 +282,14 @@ EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("moe", "tp"): mesh(tp=2) | SPLIT_BATCH | LOCAL,
         ("mla", "ep2 over tp"): mesh(tp=2, ep=2) | SP | {"recompute": "selective"},
         ("capacity", "ep2 zero1"): mesh(dp_shard=2, ep=2) | {"zero": 1} | SPLIT_BATCH,
-        ("moe", "ep2 zero3, replicas"): mesh(dp_shard=2, ep=2) | {"zero": 3} | TWICE | SPLIT_BATCH,
+        ("moe", "clip ep2 zero3, replicas"): mesh(dp_shard=2, ep=2) | {"zero": 3} | TWICE
+        | SPLIT_BATCH | CLIPPED,
         ("moe", "zero3"): mesh(dp_shard=2) | {"zero": 3},
     },
     4: {
         ("mla", "ep2 x tp2-sp"): mesh(dp_replicate=2, tp=2, ep=2) | SP | GLOBAL,
-        ("moe", "ep2 x pp2"): mesh(dp_shard=2, pp=2, ep=2) | {"zero": 1} | PP | FULL | GLOBAL,
+        ("moe", "ep2 x pp2 zb-h1"): mesh(dp_shard=2, pp=2, ep=2)
+        | {"zero": 1, "schedule": "zb-h1"} | PP | FULL | GLOBAL,
         ("moe", "ep2 x fsdp2"): mesh(dp_shard=4, ep=2) | {"zero": 3},
         ("capacity", "ep4 over tp2"): mesh(dp_shard=2, tp=2, ep=4) | SP | {"zero": 2},
     },
@@ -337,6 +339,7 @@ SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("mla", "ep4 over tp2"): mesh(dp_replicate=2, tp=2, ep=4) | SP | GLOBAL,
         ("capacity", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP,
         ("capacity", "ep2 x pp2"): mesh(dp_replicate=2, pp=2, ep=2) | PP,
+        ("moe", "ep2 x pp2"): mesh(dp_shard=2, pp=2, ep=2) | {"zero": 1} | PP | FULL | GLOBAL,
         ("moe", "clip ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
         | {"schedule": "zb-h1"} | PP | CLIPPED,
         ("moe", "clip hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}

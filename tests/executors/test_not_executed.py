@@ -10,6 +10,7 @@ import torch
 from forerun.catalogs import load_cluster
 from forerun.errors import InputError
 from forerun.executors.build import build
+from forerun.experts import Experts
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages
@@ -30,7 +31,17 @@ pytestmark = pytest.mark.usefixtures("one_rank")
     ],
 )
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
-    layer = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24)
+    refused(field, techniques, None)
+
+
+def test_layers_with_experts_are_not_compiled() -> None:
+    experts = Experts(num_experts=4, top_k=2, ffn_hidden=8)
+    compiled = {"precision": {"compute": "fp32"}, "runtime": {"mode": "compiled"}}
+    refused("runtime", compiled, experts)
+
+
+def refused(field: str, techniques: dict[str, Any], experts: Experts | None) -> None:
+    layer = Layer(repeat=2, heads=4, kv_heads=2, head_dim=4, ffn_hidden=24, experts=experts)
     cluster = load_cluster("1xcpu")
     phase = Phase(
         steps=1, seq_tokens=8, micro_batch_seqs=2, num_microbatches=2, mesh=Mesh(),
