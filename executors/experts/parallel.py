@@ -216,7 +216,8 @@ class GradientSync:
     """Means of experts' gradients over the ranks that hold the same ones, without FSDP2.
 
     A gradient is complete when as many backward passes as micro-batches have added to it: its sum
-    over ranks then starts beside the rest of the backward.
+    over ranks then starts beside the rest of the backward. Under a pipeline it starts after the
+    step's last: where a backward is split, a pass may end before it has added what it owes.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class GradientSync:
         self.num_microbatches = phase.num_microbatches
         self.passes: dict[int, int] = {}
         self.pending: dict[int, Any] = {}
-        for index, parameter in enumerate(parameters):
+        for index, parameter in enumerate(parameters if phase.mesh.pp == 1 else ()):
             parameter.register_post_accumulate_grad_hook(lambda p, i=index: self._added(i))
 
     def _added(self, index: int) -> None:
