@@ -288,8 +288,8 @@ EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
     },
     4: {
         ("mla", "ep2 x tp2-sp"): mesh(dp_replicate=2, tp=2, ep=2) | SP | GLOBAL,
-        ("moe", "ep2 x pp2 zb-h1"): mesh(dp_shard=2, pp=2, ep=2)
-        | {"zero": 1, "schedule": "zb-h1"} | PP | FULL | GLOBAL,
+        ("moe", "ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
+        | {"schedule": "zb-h1"} | PP | FULL | GLOBAL,
         ("moe", "ep2 x fsdp2"): mesh(dp_shard=4, ep=2) | {"zero": 3},
         ("capacity", "ep4 over tp2"): mesh(dp_shard=2, tp=2, ep=4) | SP | {"zero": 2},
     },
@@ -340,6 +340,8 @@ SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("capacity", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP,
         ("capacity", "ep2 x pp2"): mesh(dp_replicate=2, pp=2, ep=2) | PP,
         ("moe", "ep2 x pp2"): mesh(dp_shard=2, pp=2, ep=2) | {"zero": 1} | PP | FULL | GLOBAL,
+        ("moe", "ep2 x pp2 zb-h1 x zero1"): mesh(dp_shard=2, pp=2, ep=2)
+        | {"zero": 1, "schedule": "zb-h1"} | PP | FULL | GLOBAL,
         ("moe", "clip ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
         | {"schedule": "zb-h1"} | PP | CLIPPED,
         ("moe", "clip hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}
