@@ -108,7 +108,8 @@ def apply(piece: nn.Module) -> Later:
         slot: list[Tensor] = []
         return Product.apply(Keep.apply(x, weight_NK, later, slot), bias_N, (weight_NK,), slot)
 
-    for module in piece.modules():
+    modules: list[Any] = list(piece.modules())
+    for module in modules:
         if hasattr(module, "product"):
             module.product = product
         if hasattr(module, "later"):  # products of several experts
