@@ -1,106 +1,237 @@
-"""Predicted against measured on one GPU: step time and peak memory, from constants and a profile.
+"""Predicted against measured on one GPU: step time, peak memory and the order of plans.
 
-    python benchmarks/bench_gpu.py --gpus 1xH200 [--profile]
+    forerun profile --device cuda
+    python benchmarks/bench_gpu.py [--gpus 1xH200] [--groups short,0.5b-2k,...] [--json FILE]
 
-Every plan is predicted twice: from the catalog's constants alone, and from the machine's profile
-(`--profile` measures it first, in under three minutes). The host times of the PyTorch stacks were
-set on the three short cases, nothing else was fitted to these runs. Prints a Markdown table.
+Plans of a group share model, length and batch, so that the one predicted to be the fastest can be
+held against the one that is. Every plan is predicted twice: from the catalog's constants alone and
+from the machine's profile. The host times of the PyTorch stacks were set on runs of the group
+`short`, nothing else was fitted to these runs. Prints a Markdown table and a summary.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import statistics
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from forerun import Mesh, Plan, PlanFile, Workload
 from forerun.catalogs import load_cluster, load_model
 from forerun.costmodel import diff, estimate
+from forerun.costmodel.options import Options
 from forerun.errors import ForerunError
 from forerun.executors import run
-from forerun.plan import Phase, Setting, even_stages, techniques
+from forerun.plan import Phase, Setting, even_stages
+
+STEPS = 6
+WARMUP_STEPS = 3
+PLAIN = Options(compute="bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One model and how it is run."""
+class Group:
+    """Plans that differ in their techniques alone."""
 
+    name: str
     model: str
     seq_tokens: int
     micro_batch_seqs: int
-    recompute: str = "none"
-    compute: str = "bf16"
+    num_microbatches: int = 2
+    plans: tuple[Options, ...]
 
 
-CASES = (
-    Case(model="qwen2.5-0.5b", seq_tokens=256, micro_batch_seqs=1),
-    Case(model="llama-3.2-1b", seq_tokens=256, micro_batch_seqs=1),
-    Case(model="llama-3.2-3b", seq_tokens=256, micro_batch_seqs=1),
-    Case(model="qwen2.5-0.5b", seq_tokens=2048, micro_batch_seqs=1),
-    Case(model="qwen2.5-0.5b", seq_tokens=2048, micro_batch_seqs=8),
-    Case(model="llama-3.2-1b", seq_tokens=4096, micro_batch_seqs=4),
-    Case(model="llama-3.2-1b", seq_tokens=4096, micro_batch_seqs=4, recompute="full"),
-    Case(model="llama-3.2-1b", seq_tokens=16384, micro_batch_seqs=1),
-    Case(model="llama-3.2-3b", seq_tokens=4096, micro_batch_seqs=4, recompute="full"),
-)
+def ways(*changes: dict[str, Any]) -> tuple[Options, ...]:
+    """Options that differ from plain bf16 by these."""
+    return tuple(replace(PLAIN, **change) for change in changes)
 
 
-def make_plan(case: Case, gpus: str, profiled: bool) -> PlanFile:
-    """The plan of a case, priced with the machine's profile or without any."""
-    model, cluster = load_model(case.model), load_cluster(gpus)
+COMPILED: dict[str, Any] = {"runtime": "compiled"}
+FULL: dict[str, Any] = {"recompute": "full"}
+SELECTIVE: dict[str, Any] = {"recompute": "selective"}
+
+GROUPS = (
+    Group(
+        name="short-0.5b", model="qwen2.5-0.5b", seq_tokens=256, micro_batch_seqs=1,
+        plans=ways({}, COMPILED),
+    ),
+    Group(
+        name="short-1b", model="llama-3.2-1b", seq_tokens=256, micro_batch_seqs=1,
+        plans=ways({}, COMPILED),
+    ),
+    Group(
+        name="0.5b-2k", model="qwen2.5-0.5b", seq_tokens=2048, micro_batch_seqs=8,
+        plans=ways({}, COMPILED, SELECTIVE, FULL),
+    ),
+    Group(
+        name="1b-8k", model="llama-3.2-1b", seq_tokens=8192, micro_batch_seqs=2,
+        plans=ways({}, COMPILED, SELECTIVE, FULL, FULL | COMPILED),
+    ),
+    Group(
+        name="3b-8k", model="llama-3.2-3b", seq_tokens=8192, micro_batch_seqs=1,
+        plans=ways({}, COMPILED, SELECTIVE, FULL),
+    ),
+    Group(
+        name="1b-32k", model="llama-3.2-1b", seq_tokens=32768, micro_batch_seqs=1,
+        num_microbatches=1, plans=ways(FULL, FULL | COMPILED),
+    ),
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What one plan was predicted to take and took."""
+
+    group: str
+    label: str
+    options: dict[str, Any]
+    predicted_s: float
+    """From the profile."""
+    from_constants_s: float
+    predicted_bytes: float
+    fits: str
+    measured_s: float | None = None
+    measured_bytes: float | None = None
+    error: str | None = None
+    wall_s: float = 0.0
+    terms: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def time_error(self) -> float:
+        """Relative, of the profile's prediction."""
+        assert self.measured_s is not None
+        return self.predicted_s / self.measured_s - 1
+
+    @property
+    def memory_error(self) -> float:
+        """Relative."""
+        assert self.measured_bytes is not None
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def make_plan(group: Group, options: Options, gpus: str, profiled: bool) -> PlanFile:
+    """A plan, priced with the machine's profile or without any."""
+    model, cluster = load_model(group.model), load_cluster(gpus)
     if not profiled:
         cluster = msgspec.structs.replace(cluster, profile=None)
     workload = Workload(
-        seq_tokens=case.seq_tokens, global_batch_seqs=2 * case.micro_batch_seqs, steps=8
-    )
+        seq_tokens=group.seq_tokens,
+        global_batch_seqs=group.num_microbatches * group.micro_batch_seqs,
+        steps=STEPS,
+        optimizer=options.optimizer,
+    )  # fmt: skip
+    layers = (0, model.num_layers - 1)
     phase = Phase(
-        steps=8,
-        seq_tokens=case.seq_tokens,
-        micro_batch_seqs=case.micro_batch_seqs,
-        num_microbatches=2,
+        steps=STEPS,
+        seq_tokens=group.seq_tokens,
+        micro_batch_seqs=group.micro_batch_seqs,
+        num_microbatches=group.num_microbatches,
         mesh=Mesh(),
         stages=even_stages(model.num_layers, 1, cluster.pools[0].name),
-        settings=(
-            Setting(
-                layers=(0, model.num_layers - 1),
-                techniques=techniques(case.compute, case.recompute),
-            ),
-        ),
+        settings=(Setting(layers=layers, techniques=options.techniques()),),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
     return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))
 
 
+def measure(group: Group, options: Options, gpus: str) -> Result:
+    """Run one plan."""
+    plain, profiled = (make_plan(group, options, gpus, there) for there in (False, True))
+    predicted = profiled.estimate
+    result = Result(
+        group=group.name,
+        label=profiled.label,
+        options=asdict(options),
+        predicted_s=predicted.step_s.median,
+        from_constants_s=plain.estimate.step_s.median,
+        predicted_bytes=predicted.peak_memory_bytes.median,
+        fits=predicted.fits,
+    )
+    started = time.monotonic()
+    try:
+        measured = run(profiled, steps=STEPS, warmup_steps=WARMUP_STEPS)
+    except ForerunError as error:
+        result.error = str(error)
+    else:
+        found = diff(profiled, measured)
+        result.measured_s = measured.step_s.median
+        result.measured_bytes = found["memory"]["measured_bytes"]
+        result.terms = found
+    result.wall_s = time.monotonic() - started
+    gc.collect()
+    return result
+
+
+def table_row(result: Result) -> str:
+    """A row of the table."""
+    start = f"| {result.group} | `{result.label}` "
+    if result.measured_s is None or result.measured_bytes is None:
+        return f"{start}| {result.error} |"
+    constants = result.from_constants_s / result.measured_s - 1
+    return (
+        f"{start}| {result.measured_s * 1e3:.1f} | {constants:+.1%} | {result.time_error:+.1%} "
+        f"| {result.measured_bytes / 2**30:.2f} | {result.predicted_bytes / 2**30:.2f} "
+        f"| {result.memory_error:+.1%} |"
+    )
+
+
+def summary(results: Sequence[Result]) -> list[str]:
+    """Medians, worst cases, and what choosing by prediction costs in each group."""
+    ran = [result for result in results if result.measured_s is not None]
+    if not ran:
+        return ["no plan ran"]
+    times = [abs(result.time_error) for result in ran]
+    peaks = [abs(result.memory_error) for result in ran]
+    lines = [
+        f"{len(ran)} plans: step time median {statistics.median(times):.1%}, "
+        f"worst {max(times):.1%}; peak memory median {statistics.median(peaks):.1%}, "
+        f"worst {max(peaks):.1%}"
+    ]
+    for name in dict.fromkeys(result.group for result in ran):
+        some = [result for result in ran if result.group == name]
+        if len(some) > 1:
+            first = min(some, key=lambda result: result.predicted_s)
+            best = min(result.measured_s or 0.0 for result in some)
+            lines.append(f"{name}: regret {(first.measured_s or 0.0) / best - 1:.1%}")
+    failed = [result for result in results if result.measured_s is None]
+    lines += [f"{result.group} {result.label}: {result.error}" for result in failed]
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", default="1xH200")
-    parser.add_argument("--profile", action="store_true", help="measure the GPU first")
-    options = parser.parse_args()
-    if options.profile:
-        from forerun.catalogs import save_user_profile
-        from forerun.executors.profiling import profile_machine
-
-        save_user_profile(profile_machine(device="cuda"))
-    print("| plan | measured ms | constants | profile | measured GiB | predicted | error |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        plain, profiled = (make_plan(case, options.gpus, there) for there in (False, True))
-        try:
-            measured = run(profiled, steps=8, warmup_steps=3)
-        except ForerunError as error:
-            print(f"{case.model}: {error}", file=sys.stderr)
-            continue
-        step_s = measured.step_s.median
-        memory = diff(profiled, measured)["memory"]
-        errors = [file.estimate.step_s.median / step_s - 1 for file in (plain, profiled)]
-        print(
-            f"| {case.model} {case.seq_tokens} `{profiled.label}` | {step_s * 1e3:.1f} "
-            f"| {errors[0]:+.1%} | {errors[1]:+.1%} | {memory['measured_bytes'] / 2**30:.1f} "
-            f"| {memory['predicted_bytes'] / 2**30:.1f} | {memory['error']:+.1%} |",
-            flush=True,
-        )
+    parser.add_argument("--groups", help="names with commas between; default: all")
+    parser.add_argument("--json", type=Path, help="write every result here, after each run")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
+    asked = parser.parse_args()
+    names = asked.groups.split(",") if asked.groups else [group.name for group in GROUPS]
+    unknown = set(names) - {group.name for group in GROUPS}
+    if unknown:
+        raise SystemExit(f"unknown groups: {', '.join(sorted(unknown))}")
+    print("| group | plan | measured ms | constants | profile | measured GiB | predicted | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    started = time.monotonic()
+    results: list[Result] = []
+    for group in (group for group in GROUPS if group.name in names):
+        for options in group.plans:
+            if time.monotonic() - started > asked.time_limit:
+                print(f"{group.name}: left out, out of time", file=sys.stderr)
+                continue
+            results.append(measure(group, options, asked.gpus))
+            print(table_row(results[-1]), flush=True)
+            if asked.json is not None:
+                asked.json.write_text(json.dumps([asdict(result) for result in results]))
+    print()
+    print("\n".join(f"- {line}" for line in summary(results)))
 
 
 if __name__ == "__main__":

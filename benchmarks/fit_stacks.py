@@ -2,34 +2,46 @@
 
     python benchmarks/fit_stacks.py tests/validation/published_dev.csv            # fit and report
     python benchmarks/fit_stacks.py tests/validation/published_dev.csv --write    # and store
+    python benchmarks/fit_stacks.py tests/validation/published_dev.csv --report docs/accuracy.md
 
 Which constants of which stack are free stands in `benchmarks/fit_stacks.toml`: at most six per
-stack. All others are held at what the stack's file says. Constants are fitted in the logarithm,
-with a weak prior around a physical start value and bounds, to the logarithm of predicted over
-measured step time under a soft-L1 loss, which follows most rows and not the worst one. Rows with
-empty cells keep the filling that is fastest at the start values.
+stack. All others are held at what the stack's file says. How they are fitted, each stack's near its
+family's, says `benchmarks/family_fit.py`. Rows with empty cells keep the filling that is fastest
+with the stored constants.
 
-Beside the error in sample stand two cross-validated ones: five folds over rows, and folds over
-groups (rows that share model and source), each refitted without the fold to first order around the
-fit over all rows.
+Beside the error in sample stand three that are held out: over five folds of rows; over groups (rows
+that share model and source); and as a source that nobody has seen, priced with the family's stack,
+whose constants then come from the other sources alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
-from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from family_fit import (
+    FamilyFit,
+    Floats,
+    Free,
+    Target,
+    Values,
+    fold_of_groups,
+    fold_of_rows,
+    mean_size,
+    shared,
+)
 
+from forerun.catalogs import load_stack
 from forerun.costmodel.validate import (
     Case,
+    Row,
     build_cases,
     evaluate,
     outcomes,
@@ -37,45 +49,22 @@ from forerun.costmodel.validate import (
     settled,
     validate,
 )
+from forerun.stack import Stack
 
-Floats = NDArray[np.float64]
 CONFIG = Path(__file__).with_suffix(".toml")
 STACKS = Path(__file__).parent.parent / "catalogs" / "stacks"
-SCALE = 0.05
-"""Of the soft-L1 loss: residuals beyond 5 % count linearly."""
 TIED = {
     "gemm_16bit": ("tf32", "fp16", "bf16"),
     "gemm_fp8": ("fp8", "int8"),
     "gemm_fp4": ("fp4",),
 }
 """Free constants that set several dtypes of `gemm_efficiency` at once."""
-STEPS = 6
+ROUNDS = 6
 MOST_CONSTANTS = 6
-LARGEST_STEP = 0.5
-"""In the logarithm, per iteration."""
+LEAST_SPREAD, MOST_SPREAD = 0.03, 0.3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Free:
-    """One free constant: where it starts, how firmly it is held there, and its bounds."""
-
-    name: str
-    start: float
-    spread: float
-    """Standard deviation of the prior in the logarithm."""
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Stacks that share their time constants, and which of these are free."""
-
-    stacks: tuple[str, ...]
-    free: tuple[Free, ...]
-
-
-def constants(values: Mapping[str, float]) -> dict[str, float]:
+def constants(values: Values) -> dict[str, float]:
     """Free constants as the stack's own: a tied one sets several dtypes."""
     plain = {name: value for name, value in values.items() if name not in TIED}
     tied = {
@@ -97,188 +86,185 @@ def group_of(case: Case) -> str:
     return f"{case.row.source} {case.row.model}"
 
 
+def read_config() -> list[Target]:
+    """What is fitted. `also` names stacks that differ in memory alone: their rows are fitted
+    together."""
+    raw = tomllib.loads(CONFIG.read_text())
+    common = raw.pop("constants")
+    targets: list[Target] = []
+    for stack, entry in raw.items():
+        free = tuple(Free(name=name, **common[name]) for name in entry["free"])
+        if len(free) > MOST_CONSTANTS:
+            raise SystemExit(f"{stack}: {len(free)} free constants, at most {MOST_CONSTANTS}")
+        stacks = (stack, *entry.get("also", ()))
+        targets.append(Target(stacks=stacks, family=entry["family"], free=free))
+    return targets
+
+
+def stored(target: Target) -> Floats:
+    """The logarithms of the constants in the stack's file."""
+    stack = load_stack(target.stacks[0])
+    return np.log([_value(stack, free) for free in target.free])
+
+
+def _value(stack: Stack, free: Free) -> float:
+    if free.name in TIED:
+        value = stack.gemm_efficiency.get(TIED[free.name][0])
+    else:
+        value = getattr(stack, free.name)
+    return float(np.clip(value or free.start, free.low, free.high))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """The outcome for one stack: errors are predicted / measured - 1."""
+class Outcome:
+    """Errors of one target's rows, predicted / measured - 1."""
 
     target: Target
-    values: dict[str, float]
+    cases: Sequence[Case]
+    values: Values
     in_sample: Floats
     by_rows: Floats
     by_groups: Floats
 
+    @property
+    def line(self) -> str:
+        """One stack in words."""
+        errors = (self.in_sample, self.by_rows, self.by_groups)
+        means = (float(np.mean(np.abs(e))) for e in errors)
+        in_sample, rows, groups = means
+        size = np.abs(self.in_sample)
+        values = ", ".join(f"{k} {v:.4g}" for k, v in self.values.items())
+        return (
+            f"{self.target.stacks[0]}: {len(size)} rows, {len(self.values)} constants; mean error "
+            f"in sample {in_sample:.1%}, five folds {rows:.1%}, by group {groups:.1%}; median "
+            f"{np.median(size):.1%}, bias {np.median(self.in_sample):+.1%}\n    {values}"
+        )
 
-def fit(target: Target, cases: Sequence[Case]) -> Fit:
-    """Gauss-Newton in the logarithm of the constants."""
-    free = target.free
-    start = np.log([f.start for f in free])
-    low, high = np.log([f.low for f in free]), np.log([f.high for f in free])
-    firm = SCALE / np.array([f.spread for f in free])
 
-    def residuals(x: Floats) -> Floats:
-        values = {f.name: float(np.exp(v)) for f, v in zip(free, x, strict=True)}
+def fit(targets: list[Target], cases: Sequence[Sequence[Case]]) -> tuple[FamilyFit, list[Outcome]]:
+    """All targets together."""
+    of = {target.stacks: rows for target, rows in zip(targets, cases, strict=True)}
+
+    def residuals(target: Target, values: Values) -> Floats:
         changed = constants(values)
-        return np.log1p(evaluate(cases, {stack: changed for stack in target.stacks}))
+        return np.log1p(evaluate(of[target.stacks], {s: changed for s in target.stacks}))
 
-    def solve(x: Floats, r: Floats, slope: Floats, rows: NDArray[np.bool_]) -> Floats:
-        """The best step from x of the linear model over some rows."""
-        if not len(free):
-            return x
-
-        def linear(y: Floats) -> Floats:
-            data = (r + slope @ (y - x))[rows] / SCALE
-            loss = np.sqrt(2 * (np.sqrt(1 + data**2) - 1))  # soft L1, as a residual
-            return np.concatenate([loss, (y - start) * firm / SCALE])
-
-        lower = np.maximum(low - 1e-9, x - LARGEST_STEP)
-        upper = np.minimum(high + 1e-9, x + LARGEST_STEP)
-        return least_squares(linear, np.clip(x, lower, upper), bounds=(lower, upper)).x
-
-    everything = np.ones(len(cases), dtype=bool)
-    x, r = start, residuals(start)
-    best = (_loss(r, x, start, firm), x, r)
-    slope = np.zeros((len(cases), len(free)))
-    for _ in range(STEPS if len(free) else 0):
-        slope = _slope(residuals, x, r)
-        step = solve(x, r, slope, everything)
-        if np.max(np.abs(step - x)) < 1e-3:
-            break
-        x = step
-        r = residuals(x)
-        best = min(best, (_loss(r, x, start, firm), x, r), key=lambda entry: entry[0])
-    _, x, r = best
-    if len(free):
-        slope = _slope(residuals, x, r)
-
-    def held_out(folds: Sequence[NDArray[np.bool_]]) -> Floats:
-        out = r.copy()
-        for fold in folds:
-            if np.any(~fold):
-                y = solve(x, r, slope, ~fold)
-                out[fold] = (r + slope @ (y - x))[fold]
-        return np.expm1(out)
-
-    order = np.random.default_rng(0).permutation(len(cases))
-    groups = sorted({group_of(case) for case in cases})
-    names = np.array([group_of(case) for case in cases])
-    return Fit(
-        target=target,
-        values={f.name: float(np.exp(v)) for f, v in zip(free, x, strict=True)},
-        in_sample=np.expm1(r),
-        by_rows=held_out([np.isin(np.arange(len(cases)), order[i::5]) for i in range(5)]),
-        by_groups=held_out([names == group for group in groups]),
-    )
+    found = FamilyFit(targets=targets, residuals=residuals)
+    found.run(ROUNDS, [stored(t) for t in targets], say=lambda text: print(text, flush=True))
+    done = [
+        Outcome(
+            target=target,
+            cases=rows,
+            values=found.values(i),
+            in_sample=found.in_sample(i),
+            by_rows=found.held_out(i, fold_of_rows([case.row.id for case in rows])),
+            by_groups=found.held_out(i, fold_of_groups([group_of(case) for case in rows])),
+        )
+        for i, (target, rows) in enumerate(zip(targets, cases, strict=True))
+    ]
+    return found, done
 
 
-def _loss(r: Floats, x: Floats, start: Floats, firm: Floats) -> float:
-    data = np.sum(np.sqrt(1 + (r / SCALE) ** 2) - 1)
-    return float(data + 0.5 * np.sum(((x - start) * firm / SCALE) ** 2))
+def unseen(found: FamilyFit, done: Sequence[Outcome], table: Sequence[Row]) -> dict[str, Floats]:
+    """Errors by source of stacks chosen by layout alone, with the families' values from the other
+    sources."""
+    rows = [row for row in table if row.is_time]
+    cases = settled(outcomes(build_cases(rows, named=False)))
+    errors: dict[str, Floats] = {}
+    for source in sorted({row.source for row in rows}):
+        hidden = [np.array([c.row.source == source for c in o.cases]) for o in done]
+        values: dict[str, Values] = defaultdict(dict)
+        for (family, name), value in found.family_without(hidden).items():
+            if (family, name) in shared(found.targets):
+                values[family][name] = float(np.exp(value))
+        changed = {family: constants(v) for family, v in values.items()}
+        errors[source] = np.array(
+            evaluate([case for case in cases if case.row.source == source], changed)
+        )
+    return errors
 
 
-def _slope(residuals: Callable[[Floats], Floats], x: Floats, r: Floats) -> Floats:
-    step = 0.03
-    return np.stack(
-        [(residuals(x + step * unit) - r) / step for unit in np.eye(len(x))], axis=1
-    ).reshape(len(r), len(x))
+def store(done: Sequence[Outcome], found: FamilyFit, unknown: Mapping[str, Floats]) -> None:
+    """Write the constants into the stacks' files, with what they rest on."""
+    for outcome in done:
+        if not outcome.values:
+            continue
+        rows = sorted({case.row.source for case in outcome.cases})
+        basis = (
+            f"{len(outcome.cases)} rows of {', '.join(rows)}: mean error "
+            f"{np.mean(np.abs(outcome.in_sample)):.1%} in sample, "
+            f"{np.mean(np.abs(outcome.by_rows)):.1%} over five folds"
+        )
+        for stack in outcome.target.stacks:
+            _store_one(stack, outcome.values, basis, np.log1p(outcome.by_rows))
+    families: dict[str, Values] = defaultdict(dict)
+    for family, name in sorted(shared(found.targets)):
+        families[family][name] = float(np.exp(found.centres[family, name]))
+    for family, values in families.items():
+        members = [o for o in done if o.target.family == family]
+        sources = sorted({case.row.source for o in members for case in o.cases})
+        errors = np.concatenate([np.log1p(unknown[source]) for source in sources])
+        names = ", ".join(o.target.stacks[0] for o in members)
+        _store_one(family, values, f"the family's value: {names}", errors)
 
 
-def read_config() -> list[Target]:
-    """What is fitted: a stack's own entries override the common start values.
-
-    `also` names stacks that differ in memory alone: their rows are fitted together.
-    """
-    raw = tomllib.loads(CONFIG.read_text())
-    common = raw.pop("constants")
-    targets: list[Target] = []
-    for stack, entries in raw.items():
-        also = tuple(entries.pop("also", ()))
-        free = tuple(Free(name=name, **{**common[name], **own}) for name, own in entries.items())
-        if len(free) > MOST_CONSTANTS:
-            raise SystemExit(f"{stack}: {len(free)} free constants, at most {MOST_CONSTANTS}")
-        targets.append(Target(stacks=(stack, *also), free=free))
-    return targets
-
-
-def store(result: Fit, cases: Sequence[Case]) -> None:
-    """Write the constants into the stack's file, with what they rest on."""
-    rows = sorted({case.row.source for case in cases})
-    basis = (
-        f"{len(cases)} rows of {', '.join(rows)}: mean error "
-        f"{np.mean(np.abs(result.in_sample)):.1%} in sample, "
-        f"{np.mean(np.abs(result.by_rows)):.1%} over five folds"
-    )
-    for stack in result.target.stacks:
-        _store_one(STACKS / f"{stack}.toml", result, basis)
-
-
-def _store_one(path: Path, result: Fit, basis: str) -> None:
+def _store_one(stack: str, values: Values, basis: str, errors: Floats) -> None:
+    path = STACKS / f"{stack}.toml"
     raw: dict[str, Any] = tomllib.loads(path.read_text())
-    for name, value in result.values.items():
+    for name, value in values.items():
         if name in TIED:
             for dtype in TIED[name]:
                 raw["gemm_efficiency"][dtype] = round(value, 4)
         else:
             raw[name] = float(f"{value:.4g}")
-    others = {k: v for k, v in raw.get("fitted", {}).items() if k not in result.values}
-    raw["fitted"] = {**others, **dict.fromkeys(result.values, basis)}
-    raw["spread"] = round(float(np.clip(np.std(np.log1p(result.by_rows)), 0.03, 0.3)), 3)
+    chosen = {k: v for k, v in raw.get("fitted", {}).items() if k in raw and k not in values}
+    raw["fitted"] = {**chosen, **dict.fromkeys(values, basis)}
+    raw["spread"] = round(float(np.clip(np.std(errors), LEAST_SPREAD, MOST_SPREAD)), 3)
     path.write_text(tomli_w.dumps(raw, multiline_strings=True))
-
-
-def held(target: Target, cases: Sequence[Case]) -> Fit:
-    """The stored constants as they are: nothing is fitted, nothing is held out."""
-    errors = np.array(evaluate(cases))
-    return Fit(target=target, values={}, in_sample=errors, by_rows=errors, by_groups=errors)
-
-
-def line(result: Fit) -> str:
-    """One stack's outcome in words."""
-    in_sample, rows, groups = (
-        float(np.mean(np.abs(e))) for e in (result.in_sample, result.by_rows, result.by_groups)
-    )
-    median, bias = np.median(np.abs(result.in_sample)), np.median(result.in_sample)
-    values = ", ".join(f"{k} {v:.4g}" for k, v in result.values.items())
-    return (
-        f"{result.target.stacks[0]}: {len(result.in_sample)} rows, {len(result.values)} constants; "
-        f"mean error in sample {in_sample:.1%}, five folds {rows:.1%}, by group {groups:.1%}; "
-        f"median {median:.1%}, bias {bias:+.1%}\n    {values}"
-    )
 
 
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"
 
 
-def report(done: Sequence[tuple[Fit, Sequence[Case]]], summary: dict[str, Any]) -> list[str]:
+def by_source(done: Sequence[Outcome], which: str) -> dict[str, Floats]:
+    """One kind of errors, source by source."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for outcome in done:
+        for case, error in zip(outcome.cases, getattr(outcome, which), strict=True):
+            found[case.row.source].append(error)
+    return {source: np.array(found[source]) for source in sorted(found)}
+
+
+def report(
+    done: Sequence[Outcome], unknown: Mapping[str, Floats], summary: dict[str, Any]
+) -> list[str]:
     """The tables of docs/accuracy.md: by source, and the constants by stack."""
-    rows: dict[str, list[tuple[float, float, float]]] = {}
-    for result, cases in done:
-        triples = zip(result.in_sample, result.by_rows, result.by_groups, strict=True)
-        for case, triple in zip(cases, triples, strict=True):
-            rows.setdefault(case.row.source, []).append(triple)
+    kinds = [by_source(done, which) for which in ("in_sample", "by_rows", "by_groups")]
+    in_sample, rows, groups = kinds
     lines = [
         BEGIN,
-        "| source | rows | in sample | median | bias | five folds | median | leave a group out |",
-        "|---|---|---|---|---|---|---|---|",
+        "| source | rows | in sample | median | bias | five folds | median | leave a group out "
+        "| as an unknown source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    means: list[Floats] = []
-    for source in sorted(rows):
-        errors = np.array(rows[source])
-        size = np.abs(errors)
-        mean, median = size.mean(axis=0), np.median(size, axis=0)
-        means.append(mean)
+    for source, errors in in_sample.items():
+        size, fold = np.abs(errors), np.abs(rows[source])
         lines.append(
-            f"| {source} | {len(errors)} | {mean[0]:.1%} | {median[0]:.1%} "
-            f"| {np.median(errors[:, 0]):+.1%} | {mean[1]:.1%} | {median[1]:.1%} | {mean[2]:.1%} |"
+            f"| {source} | {len(errors)} | {size.mean():.1%} | {np.median(size):.1%} "
+            f"| {np.median(errors):+.1%} | {fold.mean():.1%} | {np.median(fold):.1%} "
+            f"| {np.abs(groups[source]).mean():.1%} | {np.abs(unknown[source]).mean():.1%} |"
         )
-    macro = np.mean(means, axis=0)
+    total = sum(map(len, in_sample.values()))
+    fitted = sum(len(o.values) for o in done)
+    families = {o.target.family for o in done if o.values}
     lines += [
-        f"| **mean of the sources** | {sum(map(len, rows.values()))} | **{macro[0]:.1%}** | | "
-        f"| **{macro[1]:.1%}** | | **{macro[2]:.1%}** |",
+        f"| **mean of the sources** | {total} | **{mean_size(in_sample):.1%}** | | "
+        f"| **{mean_size(rows):.1%}** | | **{mean_size(groups):.1%}** "
+        f"| **{mean_size(unknown):.1%}** |",
         "",
-        f"{sum(len(result.values) for result, _ in done)} constants are fitted, in "
-        f"{sum(bool(result.values) for result, _ in done)} stacks. One constant efficiency per GPU "
-        f"type and precision, fitted to the same rows, has a mean error of "
-        f"{summary['baseline_macro_mean_ape']:.1%}.",
+        f"{fitted} constants are fitted, in {sum(bool(o.values) for o in done)} stacks of "
+        f"{len(families)} families. One constant efficiency per GPU type and precision, fitted to "
+        f"the same rows, has a mean error of {summary['baseline_macro_mean_ape']:.1%}.",
         "",
         "With the stored constants: "
         + ", ".join(
@@ -295,13 +281,14 @@ def report(done: Sequence[tuple[Fit, Sequence[Case]]], summary: dict[str, Any]) 
         f"{summary['ranking']['mean_regret']:.1%}, Kendall tau-b "
         f"{summary['ranking']['kendall_tau']:.2f} over {summary['ranking']['groups']} groups.",
         "",
-        "| stack | constants fitted |",
-        "|---|---|",
+        "| stack | family | constants fitted |",
+        "|---|---|---|",
     ]
-    for result, _ in done:
-        if result.values:
-            values = ", ".join(f"{k} {v:.3g}" for k, v in result.values.items())
-            lines.append(f"| {', '.join(result.target.stacks)} | {values} |")
+    for outcome in done:
+        if outcome.values:
+            values = ", ".join(f"{k} {v:.3g}" for k, v in outcome.values.items())
+            names = ", ".join(outcome.target.stacks)
+            lines.append(f"| {names} | {outcome.target.family} | {values} |")
     return [*lines, END]
 
 
@@ -315,35 +302,40 @@ def write_report(path: Path, lines: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", type=Path)
-    parser.add_argument("--only", nargs="*", help="stacks to fit")
     parser.add_argument("--write", action="store_true", help="store the constants")
     parser.add_argument("--rows", action="store_true", help="print every row's error")
     parser.add_argument("--report", type=Path, help="write the tables into this page")
     options = parser.parse_args()
-    table = read_table(options.table)
+    table = [row for row in read_table(options.table) if isinstance(row, Row)]
     times = [case for case in settled(outcomes(build_cases(table))) if case.row.is_time]
-    done: list[tuple[Fit, Sequence[Case]]] = []
-    targets = [t for t in read_config() if not options.only or t.stacks[0] in options.only]
-    for target in targets:
-        cases = [case for case in times if stack_of(case) in target.stacks]
-        if not cases:
-            print(f"{target.stacks[0]}: no rows")
-            continue
-        result = fit(target, cases)
-        done.append((result, cases))
-        print(line(result), flush=True)
+    targets = read_config()
+    fitted = {stack for target in targets for stack in target.stacks}
+    for stack in sorted({stack_of(case) for case in times} - fitted):
+        targets.append(Target(stacks=(stack,), family=stack, free=()))
+    cases = [[c for c in times if stack_of(c) in target.stacks] for target in targets]
+    found, done = fit(
+        [t for t, rows in zip(targets, cases, strict=True) if rows], [c for c in cases if c]
+    )
+    for outcome in done:
+        print(outcome.line)
         if options.rows:
-            for case, error in zip(cases, result.in_sample, strict=True):
-                print(f"      {case.row.id:24s} {error:+7.1%}  {case.ladders[0][0].plan.label}")
-        if options.write:
-            store(result, cases)
+            for case, *errors in zip(
+                outcome.cases, outcome.in_sample, outcome.by_rows, strict=True
+            ):
+                shown = " ".join(f"{error:+7.1%}" for error in errors)
+                print(f"      {case.row.id:24s} {shown}  {case.ladders[0][0].plan.label}")
+    unknown = unseen(found, done, table)
+    for name, errors in [
+        ("in sample", by_source(done, "in_sample")),
+        ("five folds", by_source(done, "by_rows")),
+        ("by group", by_source(done, "by_groups")),
+        ("unknown source", unknown),
+    ]:
+        print(f"{name}: mean of the sources {mean_size(errors):.2%}")
+    if options.write:
+        store(done, found, unknown)
     if options.report is not None:
-        fitted = {stack for target in targets for stack in target.stacks}
-        others = sorted({stack_of(case) for case in times} - fitted)
-        for stack in others:
-            cases = [case for case in times if stack_of(case) == stack]
-            done.append((held(Target(stacks=(stack,), free=()), cases), cases))
-        write_report(options.report, report(done, validate(table)["summary"]))
+        write_report(options.report, report(done, unknown, validate(table)["summary"]))
 
 
 if __name__ == "__main__":

@@ -89,8 +89,9 @@ def resolve_gpus(
     """The cluster that a spelling means, with what was decided on the way.
 
     `8xH100`, `384x8xA100-80GB` (nodes x devices per node), `H100:8`, `2xcpu` (two processes of this
-    machine), in any letter case, or the path of a cluster document. `stack` names another software
-    stack than the catalog's; `profile` takes the place of the user's stored one.
+    machine), `2x8xH100+4x8xA100` (two pools, joined by the slower of their networks), in any letter
+    case, or the path of a cluster document. `stack` names another software stack than the
+    catalog's; `profile` takes the place of the user's stored one.
 
     >>> resolve_gpus("16xh100").cluster.pools[0].num_nodes
     2
@@ -98,6 +99,8 @@ def resolve_gpus(
     spec = spec.strip()
     if spec.lower().endswith((".toml", ".json")) or os.sep in spec:
         return _from_document(spec, stack, profile)
+    if "+" in spec.lstrip("+"):
+        return _several(spec, stack, profile)
     asked = _take_apart(spec)
     if not 1 <= asked.devices <= _MAX_DEVICES:
         raise InputError("gpus", spec, f"{asked.devices} devices", f"give 1 to {_MAX_DEVICES}")
@@ -111,6 +114,25 @@ def resolve_gpus(
         pool = _pool(hardware, hardware.device, num_nodes, per_node, stack)
     profile, more = _profile_for((pool,), profile)
     return Resolved(Cluster(name=spec, pools=(pool,), profile=profile), (*notes, *more))
+
+
+def _several(spec: str, stack: str | None, profile: Profile | None) -> Resolved:
+    """The pools of a spelling with `+` between them; of one kind twice the second has a number."""
+    pools: list[Pool] = []
+    notes: list[str] = []
+    for part in spec.split("+"):
+        found = resolve_gpus(part, stack=stack)
+        (pool,) = found.cluster.pools
+        if pool.device.kind == "cpu":
+            raise InputError("gpus", spec, "CPU processes are a cluster of their own",
+                             "join pools of GPUs only")  # fmt: skip
+        alike = sum(other.device.name == pool.device.name for other in pools)
+        name = f"{pool.name}-{alike + 1}" if alike else pool.name
+        pools.append(msgspec.structs.replace(pool, name=name))
+        notes += [note for note in found.notes if note not in notes]
+    used, more = _profile_for(tuple(pools), profile)
+    notes += [note for note in more if note not in notes]
+    return Resolved(Cluster(name=spec, pools=tuple(pools), profile=used), tuple(notes))
 
 
 def _take_apart(spec: str) -> _Asked:
@@ -128,7 +150,7 @@ def _take_apart(spec: str) -> _Asked:
         name, devices = spec, 1
     else:
         raise InputError("gpus", spec or "(empty)", "not a number of devices",
-                         "write 8xH100, 384x8xA100-80GB, H100:8 or 2xcpu")  # fmt: skip
+                         "write 8xH100, 384x8xA100-80GB, 8xH100+8xA100 or 2xcpu")  # fmt: skip
     return _Asked(name, devices, None)
 
 

@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from ..stack import Stack
-from .loader import load_stack, names, resolve_name
+from .loader import load_stack, names
 
 
 class Published(NamedTuple):
@@ -45,12 +45,10 @@ def stack_for_layout(family: str, *, tp: int, pp: int, zero: int) -> Stack:
     """The stack that such a layout is usually run with, on this device family.
 
     Fully sharded parameters speak for PyTorch FSDP, model parallelism or a sharded optimiser
-    without them for Megatron, where the catalog has it for the family.
+    without them for Megatron.
     """
     megatron = zero < 3 and (tp > 1 or pp > 1 or zero == 1)
-    if megatron and resolve_name("stacks", f"megatron-{family}") is not None:
-        return load_stack_once("megatron", family)
-    return load_stack_once("pytorch-fsdp", family)
+    return load_stack_once("megatron" if megatron else "pytorch-fsdp", family)
 
 
 @functools.cache

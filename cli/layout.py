@@ -13,7 +13,17 @@ from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..orders import Orders, order_texts, owners
-from ..plan import V_SCHEDULES, Phase, Plan, Schedule, Setting, Stage, even_stages, schedule_of
+from ..plan import (
+    V_SCHEDULES,
+    Phase,
+    Plan,
+    Schedule,
+    Setting,
+    Stage,
+    even_sizes,
+    schedule_of,
+    stages_of,
+)
 from ..workload import Workload
 
 if TYPE_CHECKING:
@@ -29,25 +39,18 @@ def fixed_plan(
 ) -> Plan:
     """The plan of exactly these axes, checked.
 
-    An axis that is None is 1 or off; dp takes the ranks left; the matmuls run in bf16 (fp32 on
-    CPUs); the schedule is 1F1B, in its interleaved form when vpp > 1; one sequence per micro-batch;
-    states are sharded over all of dp when zero > 0 and dp_shard is not given. Pipeline `orders` of
-    the user's own say what pp, vpp and the schedule are.
+    An axis that is None is 1 or off, stages are even; dp takes the ranks left; the matmuls run in
+    bf16 (fp32 on CPUs); the schedule is 1F1B, in its interleaved form when vpp > 1; one sequence
+    per micro-batch; states are sharded over all of dp when zero > 0 and dp_shard is not given.
+    Pipeline `orders` of the user's own say what pp, vpp and the schedule are.
     """
     if orders is not None:
         pins = _pins_of(orders, pins)
-    pool, *others = cluster.pools
-    if others:
-        raise InputError(
-            "gpus",
-            cluster.name,
-            f"has {len(cluster.pools)} pools of unlike devices",
-            "give a cluster of one pool",
-        )
     mesh = _mesh(cluster, pins)
     micro_batch_seqs = pins.micro_batch or 1
+    on_cpu = any(pool.device.kind == "cpu" for pool in cluster.pools)
     options = Options(
-        compute=pins.precision or ("fp32" if pool.device.kind == "cpu" else "bf16"),
+        compute=pins.precision or ("fp32" if on_cpu else "bf16"),
         recompute=pins.recompute or "none",
         offload=pins.offload or 0.0,
         attention=pins.attention or "flash",
@@ -56,6 +59,7 @@ def fixed_plan(
     if mesh.ulysses == mesh.cp > 1:
         options = replace(options, cp_kind="ulysses")
     default_schedule = "interleaved" if mesh.vpp > 1 else "1f1b"
+    schedule = pins.schedule or default_schedule
     phase = Phase(
         steps=workload.steps,
         seq_tokens=workload.seq_tokens,
@@ -64,9 +68,9 @@ def fixed_plan(
         mesh=mesh,
         zero=cast("Literal[0, 1, 2, 3]", pins.zero or 0),
         sequence_parallel=bool(pins.sp),
-        schedule=cast("Schedule", pins.schedule or default_schedule),
+        schedule=cast("Schedule", schedule),
         orders=None if orders is None else order_texts(orders),
-        stages=_stages(model, mesh, pool.name),
+        stages=_stages(model, cluster, mesh, schedule, pins),
         settings=(Setting(layers=(0, model.num_layers - 1), techniques=options.techniques()),),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
@@ -87,8 +91,13 @@ def _pins_of(orders: Orders, pins: Pins) -> Pins:
     return replace_pins(pins, schedule=schedule_of(orders), **found)
 
 
-def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:
-    """Equal stages, once there is a layer for each."""
+def _stages(
+    model: Model, cluster: Cluster, mesh: Mesh, schedule: str, pins: Pins
+) -> tuple[Stage, ...]:
+    """The stages asked for, or equal ones; pipelines go through the pools in their order."""
+    from ..planner.pins import check_stages
+    from ..planner.space import pool_names
+
     if mesh.num_stages > model.num_layers:
         raise InputError(
             "pp",
@@ -97,7 +106,18 @@ def _stages(model: Model, mesh: Mesh, pool: str) -> tuple[Stage, ...]:
             f"{model.num_layers} layers of {model.name}",
             "lower --pp or --vpp",
         )
-    return even_stages(model.num_layers, mesh.num_stages, pool)
+    check_stages(pins, model)
+    sizes = even_sizes(model.num_layers, mesh.num_stages)
+    if isinstance(pins.stages, tuple):
+        sizes = pins.stages
+    if len(sizes) != mesh.num_stages:
+        raise InputError(
+            "stages",
+            ",".join(map(str, sizes)),
+            f"are {len(sizes)} stages, pp*vpp is {mesh.num_stages}",
+            f"give {mesh.num_stages} numbers, or change --pp or --vpp",
+        )
+    return stages_of(sizes, pool_names(cluster, mesh, schedule))
 
 
 def _mesh(cluster: Cluster, pins: Pins) -> Mesh:
@@ -144,7 +164,7 @@ def _ulysses(cluster: Cluster, pins: Pins, tp: int, cp: int) -> int:
         return cp
     if pins.cp_kind != "usp":
         return 1
-    inside = max(2, cluster.pools[0].devices_per_node // tp)
+    inside = max(2, min(pool.devices_per_node for pool in cluster.pools) // tp)
     parts = [n for n in range(2, cp) if cp % n == 0]
     if not parts:
         raise InputError("cp-kind", "usp", f"cp={cp} has no two parts", "use zigzag or ulysses")

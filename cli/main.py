@@ -16,19 +16,13 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import ForerunError
+from ..errors import ForerunError, Interrupted
 from .lazy import LazyGroup
 
 COMMANDS = (
     "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "solve",
     "sweep", "catalog", "demo",
 )  # fmt: skip
-
-
-class Interrupted(ForerunError):
-    """Ctrl-C."""
-
-    exit_code = 130
 
 
 class Commands(LazyGroup):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import click
 
@@ -70,7 +70,9 @@ JOB_OPTIONS = (
     click.option(
         "--model", help="Catalog name, config.json or its folder, 7b, or package.module:function."
     ),
-    click.option("--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 2xcpu, or a cluster TOML."),
+    click.option(
+        "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
+    ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
     click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
     click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimiser steps."),
@@ -129,6 +131,11 @@ AXIS_OPTIONS = (
     click.option("--pp", type=POSITIVE, help="Pipeline stages."),
     click.option("--vpp", type=POSITIVE, help="Model chunks per pipeline rank."),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Pipeline schedule."),
+    click.option(
+        "--stages",
+        metavar="LIST",
+        help="Layers of every pipeline stage, in order: 9,8,8,7; even: as even as can be.",
+    ),
     click.option("--dp", type=POSITIVE, help="Data-parallel replicas."),
     click.option("--dp-shard", type=POSITIVE, help="Ranks over which a replica group shards."),
     click.option("--zero", type=click.IntRange(0, 3), help="Sharded states: 0 none, 3 all (FSDP)."),
@@ -161,6 +168,7 @@ AXES = (
     "pp",
     "vpp",
     "schedule",
+    "stages",
     "dp",
     "dp_shard",
     "zero",
@@ -254,19 +262,21 @@ def with_capacity(model: Model, factor: float) -> Model:
 
 
 def is_traced(name: str | None) -> bool:
-    """Whether a model's name is `package.module:function`.
+    """Whether a model's name is `package.module:function`, or `hf:PATH`.
 
-    >>> is_traced("examples.mixer:build"), is_traced("llama-3.1-8b"), is_traced("C:/config.json")
-    (True, False, False)
+    >>> is_traced("examples.mixer:build"), is_traced("hf:llama/config.json")
+    (True, True)
+    >>> is_traced("llama-3.1-8b"), is_traced("C:/config.json")
+    (False, False)
     """
-    return re.fullmatch(r"[\w.]+:[\w.]+", name or "") is not None
+    return re.fullmatch(r"[\w.]+:[\w.]+|hf:.+", name or "") is not None
 
 
 def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
-    """The user's module as a Model; data parallelism is the only one that divides it."""
-    for axis in ("tp", "sp", "pp", "vpp", "cp", "ep"):
+    """The user's module as a Model; what its plans do not name cannot divide it."""
+    for axis in ("sp", "cp", "ep"):
         if (flags.get(axis) or 1) > 1 or (axis == "sp" and flags.get(axis)):
-            raise InputError(axis, flags[axis], "a module of one's own runs data-parallel only",
+            raise InputError(axis, flags[axis], "does not divide a module of one's own",
                              f"drop --{axis}")  # fmt: skip
     if flags.get("recompute") not in (None, "none", "full"):
         raise InputError("recompute", flags["recompute"], "a module of one's own recomputes "
@@ -276,7 +286,14 @@ def trace_model(flags: Mapping[str, Any], seq_tokens: int) -> Model:
     except ModuleNotFoundError as error:
         raise InputError("model", flags["model"], f"tracing needs {error.name}",
                          "pip install 'forerun[run]'") from error  # fmt: skip
-    return trace(flags["model"], seq_tokens)
+    model = trace(flags["model"], seq_tokens)
+    assert model.traced is not None
+    for axis, plan in (("tp", model.traced.divided), ("pp", model.traced.hidden)):
+        if (flags.get(axis) or 1) > 1 and not plan:
+            problem = f"{flags['model']} has no {axis}_plan that it can be divided by"
+            raise InputError(axis, flags[axis], problem,
+                             f"give it one (docs/modules.md), or drop --{axis}")  # fmt: skip
+    return model
 
 
 def job_warnings(model: Model, workload: Workload) -> tuple[str, ...]:
@@ -296,12 +313,29 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
 
     if is_traced(flags["model"]):
         given = {axis: flags[axis] for axis in AXES}
-        given |= {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
+        given |= {"cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
         return Pins(**given | {"recompute": flags["recompute"] or "none"})
     given = {axis: flags[axis] for axis in AXES}
     if given["recompute"] == "solve":
         given["recompute"] = None
-    return Pins(**given)
+    return Pins(**given | {"stages": parse_stages(given["stages"])})
+
+
+def parse_stages(text: str | None) -> tuple[int, ...] | Literal["even"] | None:
+    """Layers of every stage, or "even".
+
+    >>> parse_stages("9,8,8,7"), parse_stages("even"), parse_stages(None)
+    ((9, 8, 8, 7), 'even', None)
+    """
+    if text is None:
+        return None
+    if text.strip().lower() == "even":
+        return "even"
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError("stages", text, "not numbers of layers with commas between",
+                         "write --stages 9,8,8,7, or even") from None  # fmt: skip
 
 
 def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:

@@ -78,6 +78,7 @@ def command(
     the schedule 1F1B, the micro-batch 1 sequence, recompute none. With --orders the plan file holds
     the orders, and forerun run executes them.
     """
+    from ..costmodel import memory_report
     from . import render
     from .layout import fixed_plan
 
@@ -101,9 +102,15 @@ def command(
         document.write(output, plan_file)
     if as_json:
         render.print_json(
-            {"label": plan_file.label, "plan": plan_file.plan, "estimate": plan_file.estimate}
+            {
+                "label": plan_file.label,
+                "plan": plan_file.plan,
+                "estimate": plan_file.estimate,
+                "memory": memory_report(plan_file.plan),
+            }
         )
     else:
         render.print_job(job)
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
+        render.print_memory(memory_report(plan_file.plan))

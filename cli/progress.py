@@ -32,6 +32,11 @@ def progress(title: str) -> Iterator[Callable[[float, float, str], None]]:
 
 @contextmanager
 def step_progress(title: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A callback (step, steps, loss) that moves a bar on stderr."""
+    """A callback (step, steps, loss) that moves a bar on stderr; steps is 0 where none were set."""
     with progress(title) as move:
-        yield lambda step, steps, loss: move(step, steps, f"step {step}/{steps}  loss {loss:.3f}")
+
+        def tell(step: int, steps: int, loss: float) -> None:
+            of = f"/{steps}" if steps else ""
+            move(step, steps or step, f"step {step}{of}  loss {loss:.3f}")
+
+        yield tell

@@ -15,6 +15,7 @@ from ..units import GIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..costmodel import MemoryReport
     from ..planner import SearchResult, WhatIf
     from .options import Job
 
@@ -77,10 +78,11 @@ def parameters(count: int) -> str:
 
 def print_job(job: Job) -> None:
     """Print what is trained on what, with the batch in both units."""
-    work, pool = job.workload, job.cluster.pools[0]
+    work = job.workload
+    devices = " + ".join(f"{p.num_devices:,} x {p.device.name}" for p in job.cluster.pools)
     print_line(
-        f"{job.model.name} ({parameters(job.model.num_params)}) on "
-        f"{job.cluster.num_devices:,} x {pool.device.name}, sequences of {work.seq_tokens:,} tokens"
+        f"{job.model.name} ({parameters(job.model.num_params)}) on {devices}, sequences of "
+        f"{work.seq_tokens:,} tokens"
     )
     print_line(
         f"global batch {work.global_batch_seqs:,} sequences = {work.global_batch_tokens:,} tokens"
@@ -160,6 +162,28 @@ def print_terms(estimate: Estimate) -> None:
         f"{format_bytes(estimate.capacity_bytes)} per device, fits: {estimate.fits} "
         f"(probability {estimate.fit_probability:.2f})"
     )
+
+
+LARGEST_TENSORS = 12
+"""Of those kept for backward, in the table."""
+
+
+def print_memory(report: MemoryReport) -> None:
+    """Print the peak of every pipeline rank, and what the fullest keeps for backward."""
+    if len(report.ranks) > 1:
+        largest = sorted(report.ranks[report.fullest].terms_bytes.items(), key=lambda x: -x[1])
+        names = [name for name, value in largest if value > 0][:5]
+        rows = [
+            [str(r.rank), format_bytes(r.peak_bytes)]
+            + [format_bytes(r.terms_bytes[name]) for name in names]
+            for r in report.ranks
+        ]
+        print_table(("pipeline rank", "peak", *names), rows)
+    kept = sorted(report.kept, key=lambda x: -abs(x.times * x.bytes))
+    rows = [
+        [x.piece, x.tensor, format_bytes(x.bytes), f"{x.times:g}"] for x in kept[:LARGEST_TENSORS]
+    ]
+    print_table(("kept for backward", "tensor", "one micro-batch", "pieces"), rows)
 
 
 def _term_rows(

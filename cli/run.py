@@ -2,13 +2,77 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import document
-from .options import POSITIVE, common_options, output_option, plan_argument, read_plan_file
+from .. import document, units
+from ..errors import InputError
+from .options import POSITIVE, common_options, output_option, plan_argument, read_plan_file, say
 from .progress import step_progress
+
+if TYPE_CHECKING:
+    from ..executors.job import Training
+    from ..executors.machine import Nodes
+
+SAME_FOLDER = ""
+"""What --resume says without a folder of its own."""
+
+TRAINING_OPTIONS = (
+    click.option(
+        "--until",
+        metavar="LOSS|TIME",
+        help="Train until the mean loss of 10 steps is no higher (2.5), or for that long "
+        "(90s, 30m, 2h); --steps, where given, ends it too.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="DIR",
+        help="Train, and keep checkpoints in this folder; --steps then counts all steps.",
+    ),
+    click.option("--every", type=POSITIVE, help="Steps between checkpoints. [default: 100]"),
+    click.option("--keep", type=POSITIVE, help="Newest checkpoints that are kept. [default: 3]"),
+    click.option(
+        "--resume",
+        metavar="[DIR]",
+        is_flag=False,
+        flag_value=SAME_FOLDER,
+        help="Go on from the newest whole checkpoint of DIR, or of --checkpoint; the layout may "
+        "be another.",
+    ),
+    click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        help="Times that lost ranks start again from the last checkpoint. "
+        "[default: 3 with --checkpoint, else 0]",
+    ),
+    click.option(
+        "--grace",
+        metavar="TIME",
+        default="30s",
+        show_default=True,
+        help="What ranks get, after Ctrl-C or SIGTERM, to end a step and write a checkpoint.",
+    ),
+    click.option("--metrics", metavar="FILE", help="Write a JSONL line per step to this file."),
+    click.option(
+        "--tensorboard", metavar="DIR", help="Write event files for TensorBoard to this folder."
+    ),
+)
+
+NODE_OPTIONS = (
+    click.option("--nnodes", type=POSITIVE, help="Machines that run the plan together."),
+    click.option("--node-rank", type=click.IntRange(min=0), help="Place of this one, from 0."),
+    click.option("--rendezvous", metavar="HOST:PORT", help="Node 0's address and a free port."),
+)
+
+
+def extra_options(function: Any) -> Any:
+    """The options of a training and of a run on several machines."""
+    for option in reversed(TRAINING_OPTIONS + NODE_OPTIONS):
+        function = option(function)
+    return function
 
 
 @click.command("run")
@@ -24,6 +88,7 @@ from .progress import step_progress
 )
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
+@extra_options
 @click.option(
     "--pace",
     metavar="DEVICE",
@@ -47,12 +112,19 @@ def command(
     model: str | None,
     pace: str | None,
     pace_scale: float | None,
+    max_restarts: int | None,
+    grace: str,
+    **flags: Any,
 ) -> None:
-    """Train as PLAN says, on this machine, and measure every term of the prediction."""
+    """Train as PLAN says, on this machine, and measure every term of the prediction.
+
+    With --checkpoint, --until, --metrics or --tensorboard it is a training run: docs/runs.md.
+    """
     from ..executors import run
     from . import render
 
     plan_file = read_plan_file(plan_path)
+    training = read_training(flags)
     with step_progress(plan_file.label) as on_progress:
         measurement = run(
             plan_file,
@@ -60,7 +132,12 @@ def command(
             warmup_steps=warmup,
             data=data,
             on_progress=on_progress,
+            on_note=say,
             module=model,
+            training=training,
+            max_restarts=max_restarts,
+            grace_s=units.parse_duration(grace, "grace"),
+            nodes=read_nodes(flags),
             pace=pace,
             pace_scale=pace_scale,
         )
@@ -70,3 +147,66 @@ def command(
         render.print_json(measurement)
     else:
         render.print_measurement(measurement)
+
+
+def read_training(flags: dict[str, Any]) -> Training | None:
+    """What a training run was asked to keep and when it ends; None for a measuring run."""
+    from ..executors.job import Training
+
+    checkpoint, resume = flags["checkpoint"], flags["resume"]
+    if resume == SAME_FOLDER and checkpoint is None:
+        raise InputError("resume", "(no folder)", "nothing says where checkpoints are",
+                         "write --resume DIR, or --checkpoint DIR --resume")  # fmt: skip
+    resume = checkpoint if resume == SAME_FOLDER else resume
+    checkpoint = checkpoint or resume
+    if checkpoint is None:
+        for name in ("every", "keep"):
+            if flags[name] is not None:
+                raise InputError(name, flags[name], "is about checkpoints",
+                                 "add --checkpoint DIR")  # fmt: skip
+    until_loss, until_s = read_until(flags["until"])
+    given = (checkpoint, flags["until"], flags["metrics"], flags["tensorboard"])
+    if all(value is None for value in given):
+        return None
+    defaults = Training()
+    return Training(
+        checkpoint=checkpoint,
+        every=flags["every"] or defaults.every,
+        keep=flags["keep"] or defaults.keep,
+        resume=resume,
+        until_loss=until_loss,
+        until_s=until_s,
+        metrics=flags["metrics"],
+        tensorboard=flags["tensorboard"],
+    )
+
+
+def read_until(text: str | None) -> tuple[float | None, float | None]:
+    """A loss, or a time in seconds.
+
+    >>> read_until("2.5"), read_until("30m"), read_until(None)
+    ((2.5, None), (None, 1800.0), (None, None))
+    """
+    if text is None:
+        return None, None
+    if re.fullmatch(r"\d+(\.\d+)?", text.strip()):
+        return float(text), None
+    try:
+        return None, units.parse_duration(text, "until")
+    except InputError as error:
+        raise InputError("until", text, "neither a loss nor a time",
+                         "write 2.5, or 90s, 30m, 2h") from error  # fmt: skip
+
+
+def read_nodes(flags: dict[str, Any]) -> Nodes | None:
+    """This machine's place among several; None where it is alone."""
+    from ..executors.machine import Nodes
+
+    num, node, rendezvous = flags["nnodes"], flags["node_rank"], flags["rendezvous"]
+    if num is None and node is None and rendezvous is None:
+        return None
+    for name, value in (("nnodes", num), ("node-rank", node), ("rendezvous", rendezvous)):
+        if value is None:
+            raise InputError(name, "(missing)", "several machines need all three",
+                             "write --nnodes N --node-rank I --rendezvous HOST:PORT")  # fmt: skip
+    return Nodes(num=num, node=node, rendezvous=rendezvous)

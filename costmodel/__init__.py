@@ -9,13 +9,16 @@ from .bounds import Bounds, bound_layouts
 from .calibrate import calibrate
 from .diff import diff
 from .layout import Layouts
+from .memory_report import MemoryReport, memory_report
 from .simulate import estimate
 
 __all__ = [
     "Bounds",
     "Layouts",
+    "MemoryReport",
     "bound_layouts",
     "calibrate",
     "diff",
     "estimate",
+    "memory_report",
 ]

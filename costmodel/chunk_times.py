@@ -56,7 +56,7 @@ def chunk_times(plan: Plan) -> ChunkTimes:
                     chunks[f"{kind}{stage}"] = _scaled({**terms, "host": rest}, drift)
         ranks.append(chunks)
     return ChunkTimes(
-        by_rank=tuple(ranks), hop_s=sim.hop_s() * drift, step_s=sim.step_s(sim.played())
+        by_rank=tuple(ranks), hop_s=max(sim.hops_s()) * drift, step_s=sim.step_s(sim.played())
     )
 
 

@@ -32,12 +32,14 @@ from . import distributed_optimizer
 from .graph import Array
 from .layout import Layouts
 from .options import Options
+from .overlap import Moved, felt_s, moved
 from .pieces import Piece, Pieces
 from .prices import Prices
 from .sharing import SharingGroup
 from .stages import Load
 from .state_bytes import in_units
 from .techniques.expert_placement import replica_bytes
+from .unit_stream import streaming_share, units_felt_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def _whole(
         forward_s=zero,
         backward_s=zero,
         wire_bytes=distributed_optimizer.wire_bytes(
-            load, costs, layouts, options, prices.pool.stack.reduce_bytes
+            load, costs, layouts, options, prices.pool.stack
         ),
         shard=np.where(layouts.zero > 0, layouts.shards, 1).astype(float),
     )
@@ -111,19 +113,6 @@ def _units(
     scatters = np.where((zero >= 2) & alone, m, 1.0)
     rest_params = load.rest_params(costs)
     all_params = load.params(costs)
-
-    def unit(params: Array, trained: Array, group: SharingGroup) -> tuple[Array, Array, Array]:
-        return (
-            _gather_s(params, group, layouts, prices, options),
-            _scatter_s(trained, group, layouts, prices),
-            _across_s(trained, group, layouts, prices),
-        )
-
-    dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
-    rest_trained = np.where(load.trainable_params(costs) >= all_params, rest_params, 0.0)
-    gather, scatter, across = unit(rest_params, rest_trained, dense)
-    gather_s, scatter_s = rest_gathers * gather, scatters * scatter + across
-    first_s, last_s = gather, scatter + across / np.maximum(scatters, 1.0)
     copies = rest_gathers * _copy_s(rest_params, prices, options)
     copies_back = scatters * _copy_s(rest_params, prices, options)
     replicas_s = np.zeros(1)
@@ -132,33 +121,20 @@ def _units(
         one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
-        for params, trained, group in (
-            (piece.params, piece.trainable_params, dense),
-            (piece.expert_params, piece.trainable_expert_params, experts),
-        ):
-            gather, scatter, across = unit(params, trained, group)
-            gather_s = gather_s + count * layer_gathers * gather
-            scatter_s = scatter_s + count * (scatters * scatter + across)
-    forward_s = load.total(costs, "forward_s")
-    backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
-    hidden_forward = np.where(zero == 3, m, 1.0) * forward_s
-    gather_forward = np.where((zero == 3) & alone, 0.5, 1.0) * gather_s
-    sharded_exposed = _exposed(gather_forward, hidden_forward, prices) + _exposed(
-        gather_s - gather_forward + scatter_s, scatters * backward_s, prices
-    )
-    if prices.pool.stack.can_overlap:
-        sharded_exposed = np.maximum(sharded_exposed, first_s + last_s)
-    reduce_s = _reduce_s(all_params, dense.ranks, dense.stride, layouts, prices)
+    sharded = units_felt_s(load, costs, layouts, prices, options)
     held = load.total(costs, "expert_params")
-    reduce_s = reduce_s + _reduce_s(held, experts.ranks, experts.stride, layouts, prices)
-    replicated = np.where(alone, _exposed(reduce_s, backward_s, prices), reduce_s)
+    reduce = _reduce(all_params, SharingGroup.dense(layouts), layouts, prices)
+    reduce = reduce + _reduce(held, SharingGroup.experts(layouts), layouts, prices)
+    backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
+    beside = felt_s(reduce, backward_s, streaming_share(load, costs), prices)
+    replicated = np.where(alone, beside, reduce.seconds)
     num_units = load.num_layers + _expert_units(load, costs, layouts)
     gathers = num_units * layer_gathers + rest_gathers
     unit_scatters = (num_units + 1) * scatters
     host_s = load.total(costs, "host_forward_s") + load.total(costs, "host_backward_s")
-    compute_s = m * (forward_s + backward_s + host_s)
+    compute_s = m * (load.total(costs, "forward_s") + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
-    exposed = np.where(units, sharded_exposed, replicated) + waiting + replicas_s
+    exposed = np.where(units, sharded, replicated) + waiting + replicas_s
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
@@ -189,42 +165,6 @@ def _copy_s(params: Array, prices: Prices, options: Options) -> Array:
     return np.where(params > 0, seconds, 0.0)
 
 
-def _moved(
-    kind: str,
-    num_bytes: Array,
-    ranks: Array,
-    stride: Array,
-    layouts: Layouts,
-    prices: Prices,
-) -> Array:
-    """Seconds of one collective, with the stack's latency per doubling of the ranks."""
-    seconds = prices.collective(kind, num_bytes, ranks, stride, layouts.world / ranks)
-    latency = prices.pool.stack.collective_latency_s * np.log2(np.maximum(ranks, 1.0))
-    return np.where(num_bytes > 0, seconds + latency, 0.0)
-
-
-def _gather_s(
-    params: Array, group: SharingGroup, layouts: Layouts, prices: Prices, options: Options
-) -> Array:
-    """All-gather of one unit."""
-    dtype = "fp8" if options.gathers_low(prices.pool.stack) else options.tensor_dtype
-    num_bytes = params * DTYPE_BYTES[dtype]
-    return _moved("all_gather", num_bytes, group.shard, group.stride, layouts, prices)
-
-
-def _scatter_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
-    """Reduce-scatter of one unit's gradients."""
-    num_bytes = params * prices.pool.stack.reduce_bytes
-    return _moved("reduce_scatter", num_bytes, group.shard, group.stride, layouts, prices)
-
-
-def _across_s(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Array:
-    """All-reduce of one unit's scattered gradients over the replicas."""
-    num_bytes = params * prices.pool.stack.reduce_bytes / group.shard
-    stride = group.stride * group.shard
-    return _moved("all_reduce", num_bytes, group.replicate, stride, layouts, prices)
-
-
 def _expert_units(load: Load, costs: Pieces, layouts: Layouts) -> Array:
     """Experts that ep divides are units of their own, shared by fewer ranks than their layer."""
     apart = np.zeros(1)
@@ -233,39 +173,25 @@ def _expert_units(load: Load, costs: Pieces, layouts: Layouts) -> Array:
     return np.where(layouts.ep > 1, apart, 0.0)
 
 
-def _reduce_s(
-    params: Array, ranks: Array, stride: Array, layouts: Layouts, prices: Prices
-) -> Array:
+def _reduce(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Moved:
     """All-reduce of gradients that are whole on every rank (ZeRO 0)."""
     num_bytes = params * prices.pool.stack.reduce_bytes
-    return _moved("all_reduce", num_bytes, ranks, stride, layouts, prices)
+    groups = layouts.world / group.ranks
+    return moved("all_reduce", num_bytes, group.ranks, group.stride, groups, prices)
 
 
 def _replicas_s(piece: Piece, layouts: Layouts, prices: Prices) -> Array:
     """The two all-to-alls in which a layer's replicas of experts add their gradients up."""
     shard = _expert_shard(layouts, prices, piece.options)
-    ep = layouts.ep.astype(float)
+    ep, stride = layouts.ep.astype(float), layouts.expert_tp.astype(float)
     num_bytes = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard) / 2
-    one = _moved("all_to_all", num_bytes, ep, layouts.expert_tp.astype(float), layouts, prices)
-    return 2 * one
+    return 2 * moved("all_to_all", num_bytes, ep, stride, layouts.world / ep, prices).seconds
 
 
 def _expert_shard(layouts: Layouts, prices: Prices, options: Options) -> Array:
     """Ranks over which an expert's gradient at rest is divided."""
     units = in_units(layouts, options, prices.pool.stack)
     return np.where(units, SharingGroup.experts(layouts).shard, 1.0)
-
-
-def _exposed(communication: Array, compute: Array, prices: Prices) -> Array:
-    """Time a step grows by communication that may run beside `compute`.
-
-    What does not fit is exposed; what does still slows compute by the stack's contention.
-    """
-    stack = prices.pool.stack
-    if not stack.can_overlap:
-        return communication
-    hidden = np.minimum(communication, compute)
-    return communication - hidden + stack.overlap_contention * hidden
 
 
 def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Options) -> Array:
@@ -310,6 +236,6 @@ def _wire(
     ep = layouts.ep.astype(float)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         shard = _expert_shard(layouts, prices, piece.options)
-        moved = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard)
-        total["all_to_all@ep"] = total.get("all_to_all@ep", 0.0) + count * moved
+        exchanged = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard)
+        total["all_to_all@ep"] = total.get("all_to_all@ep", 0.0) + count * exchanged
     return total

@@ -8,13 +8,14 @@ activations beside everything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .graph import Array, Axes, Collective, Graph, Sizes
 from .layout import Layouts
 from .options import Options
+from .overlap import kept_share
 from .prices import Prices
 
 HIDDEN_SHARE = 0.5
@@ -84,6 +85,17 @@ def wire_bytes(group: Sequence[Collective], sizes: Sizes, layouts: Layouts) -> d
     return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What communication of one direction may run beside: seconds by name."""
+
+    operators: Mapping[str, Array]
+    matmuls: Mapping[str, Array]
+    """Next to an edge."""
+    weights: Mapping[str, Array]
+    """Gradients of weights next to an edge; empty in forward."""
+
+
 def exposed_s(
     group: Sequence[Collective],
     sizes: Sizes,
@@ -91,13 +103,13 @@ def exposed_s(
     prices: Prices,
     options: Options,
     compute_s: Array,
-    beside: Mapping[str, Array],
+    beside: Beside,
 ) -> dict[str, Array]:
     """Exposed seconds by mesh axis.
 
     At each collective that stands between operators the ranks, which computed for `compute_s` in
     all, wait for the slowest. Those beside one operator are hidden together, up to a part of its
-    time (`beside`).
+    time.
     """
     stack = prices.pool.stack
     seconds: dict[str, Array] = {}
@@ -115,8 +127,8 @@ def exposed_s(
         stride, groups = stride_of(c.axis, layouts), layouts.world / ranks
         key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype)
         if key not in known:
-            moved = c.buffer.num_bytes(sizes)
-            known[key] = prices.collective(c.kind, moved, ranks, stride, groups)
+            bytes_ = c.buffer.num_bytes(sizes)
+            known[key] = prices.collective(c.kind, bytes_, ranks, stride, groups)
         one, axis = known[key], mesh_axis(c.axis)
         if c.overlaps is not None:
             place = (axis, c.overlaps)
@@ -124,18 +136,38 @@ def exposed_s(
             continue
         lost = prices.wait(compute_s / np.maximum(meetings, 1.0), ranks, groups)
         if axis == "tp":
-            one = one * stack.tensor_parallel_exposed
-            if options.async_tp:
-                one = one * stack.async_tp_exposed
+            one = _tensor_parallel_s(c, one, ranks, prices, options, beside)
         if axis == "ep":
             one = one * stack.expert_parallel_exposed * (options.expert_imbalance or 1.0)
         here = np.where(ranks > 1, (one + lost) * prices.scale(f"exposed.{axis}"), 0.0)
         seconds[axis] = seconds.get(axis, 0.0) + here
     share = HIDDEN_SHARE if stack.can_overlap else 0.0
     for (axis, name), total in hidden.items():
-        left = np.maximum(0.0, total - share * beside[name])
+        left = np.maximum(0.0, total - share * beside.operators[name])
         seconds[axis] = seconds.get(axis, 0.0) + left * prices.scale(f"exposed.{axis}")
     return seconds
+
+
+def _tensor_parallel_s(
+    c: Collective, whole_s: Array, ranks: Array, prices: Prices, options: Options, beside: Beside
+) -> Array:
+    """What is felt of a collective of tensor parallelism.
+
+    Between p ranks one that is cut up runs beside the matmul that makes or reads its parts, but for
+    the first or last of p. One that sums gradients of inputs may run beside those of weights.
+    Either way it slows these matmuls down.
+    """
+    stack = prices.pool.stack
+    if c.edge is None or not stack.can_overlap:
+        return whole_s * stack.tensor_parallel_exposed
+    window_s, last = np.zeros(1), np.zeros(1)
+    if c.kind != "all_reduce" and (stack.pipelines_tensor_parallel or options.async_tp):
+        window_s, last = beside.matmuls[c.edge], 1.0 / ranks
+    elif c.sums_gradients and stack.overlaps_weight_gradients:
+        window_s = beside.weights[c.edge]
+    hidden_s = np.minimum(whole_s, window_s)
+    felt_s = whole_s - hidden_s * np.maximum(1.0 - kept_share(prices) - last, 0.0)
+    return felt_s * stack.tensor_parallel_exposed
 
 
 def copies_s(saved_bytes: Array, options: Options, prices: Prices, compute_s: Array) -> Array:

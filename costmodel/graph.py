@@ -67,6 +67,10 @@ class Collective:
     """Name of the operator that it runs beside; None = between dependent operators."""
     once: bool = False
     """Whether it is left out when its operator runs again in backward."""
+    edge: str | None = None
+    """Of tensor parallelism: name of the edge that it stands on."""
+    sums_gradients: bool = False
+    """Whether it adds up gradients of inputs, for which those of the weights do not wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from ..model import Model
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
-from ..stack import Stack
 from .graph import Array
-from .in_flight import Shares, least_in_flight
+from .in_flight import Shares, least_in_flight, least_moment
+from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
 from .pieces import Pieces
-from .stages import Load, rank_load, stage_load
+from .stages import Load
 
 GPIPE, INTERLEAVED = SCHEDULES.index("gpipe"), SCHEDULES.index("interleaved")
 ZB_H2 = SCHEDULES.index("zb-h2")
@@ -23,27 +23,23 @@ SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
 Index = NDArray[np.intp]
 
 
-RANKS = ("first", "second", "beyond", "last")
-
-
-def ranks_looked_at(model: Model, layouts: Layouts) -> list[Array]:
+def ranks_looked_at(
+    model: Model,
+    layouts: Layouts,
+    sizes: Sequence[int] | None = None,
+    until: Sequence[Array] = (),
+) -> list[Array]:
     """The pipeline ranks that are looked at: the first, the second, the first one beyond the first
-    group of layers (the fullest, where a few lighter layers come first), and the last."""
+    group of layers (the fullest, where a few lighter layers come first), the first of each further
+    pool, and the last; of stages of given sizes all."""
     last = (layouts.pp - 1).astype(float)
-    largest = np.ceil(model.num_layers / (layouts.pp * layouts.vpp))
-    beyond = np.ceil(model.layers[0].repeat / largest) if len(model.layers) > 1 else 0.0 * last
-    return [np.zeros(len(layouts)), np.minimum(1.0, last), np.minimum(beyond, last), last]
-
-
-def load_of(model: Model, layouts: Layouts, rank: Array) -> Load:
-    """All chunks of a rank, worked out once per kind of pipeline."""
-    first, inverse = alike([layouts.pp, layouts.vpp, layouts.schedule])
-    load = rank_load(model, layouts.take(first), rank[first])
-    return Load(
-        layers=tuple(count[inverse] for count in load.layers),
-        embedding=load.embedding[inverse],
-        head=load.head[inverse],
-    )
+    if sizes is not None:
+        return [np.minimum(float(r), last) for r in range(int(layouts.pp.max(initial=1)))]
+    ranks = [np.zeros(len(layouts)), np.minimum(1.0, last)]
+    if len(model.layers) > 1:
+        largest = np.ceil(model.num_layers / (layouts.pp * layouts.vpp))
+        ranks.append(np.minimum(np.ceil(model.layers[0].repeat / largest), last))
+    return [*ranks, *until[:-1], last]
 
 
 def cuts_of_a_layer(
@@ -73,26 +69,33 @@ def alike(columns: Sequence[NDArray[np.int64]]) -> tuple[Index, Index]:
     return first, inverse
 
 
-def layers_before(model: Model, layouts: Layouts, rank: Array) -> Load:
-    """The layers of the stages 0 .. rank-1."""
-    stages = (layouts.pp * layouts.vpp).astype(float)
-    size = np.floor(model.num_layers / stages)
-    extra = model.num_layers - size * stages
-    return stage_load(model, np.zeros(1), rank * size + np.minimum(rank, extra) - 1)
-
-
-def in_flight_of(
-    layouts: Layouts, rank: Array, load: Load, costs: Pieces, stack: Stack
-) -> InFlight:
+def in_flight_of(layouts: Layouts, rank: Array, load: Load, costs: Pieces, kept: Kept) -> InFlight:
     """Live chunk activations of a rank."""
+    first, later = _whole_in_flight(layouts, rank)
+    split = np.isin(layouts.schedule, SPLIT)
+    if split.any():
+        held = least_in_flight(layouts, rank, Shares.of(load, costs, layouts, kept))
+        first, later = np.where(split, 0.0, first), np.where(split, held, later)
+    return InFlight(first=first, later=later)
+
+
+def least_live(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
+    """Chunks of a rank in flight at one of its backwards, and chunks whose weights' gradients wait
+    then: the fewer of the moments that `in_flight_of` tells apart."""
+    first, later = _whole_in_flight(layouts, rank)
+    whole, waiting = InFlight(first=first, later=later).least, np.zeros(len(layouts))
+    split = np.isin(layouts.schedule, SPLIT)
+    if split.any():
+        some, others = least_moment(layouts, rank)
+        whole, waiting = np.where(split, some, whole), np.where(split, others, waiting)
+    return whole, waiting
+
+
+def _whole_in_flight(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
+    """At the first backward and at later ones, where the backward is one action."""
     m = layouts.num_microbatches.astype(float)
     p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
     warm = np.where(layouts.schedule == GPIPE, m, np.minimum(m, p - rank))
     chunked = np.minimum((v - 1) * p + 2 * (p - 1 - rank) + 1, m * v)
     first = np.where((layouts.schedule == INTERLEAVED) & (v > 1), chunked, warm)
-    later = np.where(first < m * v, first, first - 1)
-    split = np.isin(layouts.schedule, SPLIT)
-    if split.any():
-        held = least_in_flight(layouts, rank, Shares.of(load, costs, layouts, stack))
-        first, later = np.where(split, 0.0, first), np.where(split, held, later)
-    return InFlight(first=first, later=later)
+    return first, np.where(first < m * v, first, first - 1)

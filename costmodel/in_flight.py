@@ -48,9 +48,8 @@ class Shares:
     waiting: Array
 
     @staticmethod
-    def of(load: Load, costs: Pieces, layouts: Layouts, stack: Stack) -> Shares:
+    def of(load: Load, costs: Pieces, layouts: Layouts, kept: Kept) -> Shares:
         """Of the ranks that hold `load`."""
-        kept = Kept.of(costs, layouts, stack)
         head = load.head * kept.head.saved
         rest = load.embedding * kept.embedding.saved
         for count, live in zip(load.layers, kept.layers, strict=True):
@@ -94,7 +93,7 @@ def in_flight(
             here = ranks == rank
             first[here], later[here] = live_chunks(schedule, *shape, int(rank))
         return InFlight(first=first, later=later)
-    shares = Shares.of(load, costs, layouts, stack)
+    shares = Shares.of(load, costs, layouts, Kept.of(costs, layouts, stack))
     for rank in np.unique(ranks):
         here = ranks == rank
         own = shares.take(here)
@@ -139,11 +138,15 @@ def moments_of(actions: Sequence[Action]) -> tuple[int, tuple[Moment, ...]]:
 
 
 def least_in_flight(layouts: Layouts, rank: Array, shares: Shares) -> Array:
-    """At most `in_flight.later`, in closed form, of rows whose schedule is split.
+    """At most `in_flight.later`, in closed form, of rows whose schedule is split."""
+    return shares.live(least_moment(layouts, rank))
 
-    The count at one moment, the same under all policies, so that what a mixture of policies keeps
-    is the mixture of what each keeps: where most waits, in a V of few ranks or at its outer ones
-    where nothing does.
+
+def least_moment(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
+    """Chunks before their I, and between I and W, at one moment of rows with a split schedule.
+
+    The same under all policies, so that what a mixture of policies keeps is the mixture of what
+    each keeps: where most waits, in a V of few ranks or at its outer ones where nothing does.
     """
     m, p, v = (x.astype(float) for x in (layouts.num_microbatches, layouts.pp, layouts.vpp))
     zb_v, dual, zb_h2 = (
@@ -159,4 +162,4 @@ def least_in_flight(layouts: Layouts, rank: Array, shares: Shares) -> Array:
     folded = zb_v | dual
     whole = np.where(folded, np.where(end, p - rank, steady), whole)
     waiting = np.where(folded, np.where(end, 2 * rank, 0.0), waiting)
-    return shares.live((whole, waiting))
+    return whole, waiting

@@ -15,13 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import DTYPE_BYTES
+from ..plan import TENSORS
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .liveness import Liveness
-from .pieces import Piece, Pieces
+from .pieces import Piece, Pieces, taken
 
 NORMS = 2
 """Of one layer; as many as it has entries into column-parallel matmuls."""
@@ -54,6 +56,16 @@ class Kept:
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
         )
 
+    def take(self, rows: NDArray[np.intp]) -> Kept:
+        """The live bytes under the layouts at these positions."""
+        return Kept(
+            embedding=taken(self.embedding, rows),
+            layers=tuple(taken(live, rows) for live in self.layers),
+            head=taken(self.head, rows),
+            loss_peak=taken(self.loss_peak, rows),
+            sequence_buffers=taken(self.sequence_buffers, rows),
+        )
+
 
 def _whole_sequence(piece: Piece, layouts: Layouts) -> Array:
     """A layer's input with the sequence gathered over tp; zero where it is not split."""
@@ -76,6 +88,9 @@ def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     saved = live.saved
     if options.recompute in ("none", "selective"):
         saved = (saved + norms - NORMS * whole) * stack.activation_multiplier
+    elif options.recompute == TENSORS:
+        more = (saved - piece.boundary_bytes) * stack.activation_multiplier
+        saved = piece.boundary_bytes + more
     grown = norms - whole  # one of the gathered inputs is back while its matmuls run
     return replace(
         live,

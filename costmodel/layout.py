@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -102,6 +103,17 @@ class Layouts:
     def take(self, index: NDArray[np.intp] | slice) -> Layouts:
         """The layouts at the given positions."""
         return Layouts(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def first(self, count: int) -> Layouts:
+        """The first rows."""
+        return self if count == len(self) else self.take(slice(0, count))
+
+    @staticmethod
+    def joined(parts: Sequence[Layouts]) -> Layouts:
+        """Several blocks of layouts as one."""
+        return Layouts(
+            **{f.name: np.concatenate([getattr(x, f.name) for x in parts]) for f in fields(Layouts)}
+        )
 
     @staticmethod
     def of(phase: Phase) -> Layouts:

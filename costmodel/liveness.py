@@ -47,8 +47,8 @@ class Liveness:
 
 def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     """The allocation curve of a graph under its recompute setting."""
-    saved_names = {t.name for op in graph.operators for t in op.saves}
-    forward_kept, saved = _forward(graph, sizes, saved_names)
+    forward_kept, kept = _forward(graph, sizes, _saved_names(graph))
+    saved = sum(kept.values(), np.zeros(1))
     backward, fresh = _backward(graph, sizes)
     loss = np.zeros(1)
     for op in graph.operators:
@@ -74,8 +74,20 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     )
 
 
-def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
-    """Peak and final saved bytes of the forward walk."""
+def saved_tensors(graph: Graph, sizes: Sizes) -> dict[str, Array]:
+    """What a graph keeps from forward to backward: bytes by tensor, the largest first."""
+    if graph.checkpointed:
+        return {graph.boundary.name: graph.boundary.num_bytes(sizes)}
+    _, kept = _forward(graph, sizes, _saved_names(graph))
+    return dict(sorted(kept.items(), key=lambda item: -float(np.max(item[1]))))
+
+
+def _saved_names(graph: Graph) -> set[str]:
+    return {t.name for op in graph.operators for t in op.saves}
+
+
+def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[str, Array]]:
+    """Peak of the forward walk, and the bytes of what is left of `keep` by tensor."""
     last_use: dict[str, int] = {}
     for index, op in enumerate(graph.operators):
         for tensor in op.inputs:
@@ -99,8 +111,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, Array]:
         before = before + added
         for name in [n for n in gone if n not in made or n in read]:
             before = before - live.pop(name)
-    saved = sum((size for name, size in live.items() if name in keep), np.zeros(1))
-    return peak, saved
+    return peak, {name: size for name, size in live.items() if name in keep}
 
 
 def _ranks(op: Operator, sizes: Sizes) -> Array:

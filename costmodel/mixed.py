@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster import Cluster
-from ..model import Model
 from ..plan import SCHEDULES, rank_of
-from ..workload import Workload
 from .graph import Array
 from .in_flight import in_flight
+from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
+from .moments import RankMoments
 from .options import Options
-from .pieces import Pieces, pieces_of_each
+from .pieces import Pieces
+from .priced_grid import PricedGrid
 from .prices import Prices
 from .ranks import rank_bytes, stage_times
 from .stages import Load
@@ -36,25 +35,16 @@ class Mixed:
     """With the layer groups of the model once per policy: those of the first, of the second, ..."""
 
     @staticmethod
-    def of(
-        model: Model,
-        cluster: Cluster,
-        workload: Workload,
-        layouts: Layouts,
-        policies: Sequence[Options],
-    ) -> Mixed:
-        """The costs of a model's layers under each policy."""
-        pool = cluster.pools[0]
-        prices = Prices(pool, cluster.profile, min(cluster.num_devices, pool.devices_per_node))
-        each = pieces_of_each(model, layouts, workload.seq_tokens, prices, policies)
-        first = each[0]
+    def of(grid: PricedGrid) -> Mixed:
+        """The costs of a model's layers under each policy, of a grid of one layout."""
+        first = grid.costs[0]
         return Mixed(
-            layouts=layouts,
-            prices=prices,
-            policies=tuple(policies),
+            layouts=grid.layouts,
+            prices=grid.prices,
+            policies=tuple(grid.policies),
             costs=Pieces(
                 embedding=first.embedding,
-                layers=tuple(layer for costs in each for layer in costs.layers),
+                layers=tuple(layer for costs in grid.costs for layer in costs.layers),
                 head=first.head,
                 tied_params=first.tied_params,
             ),
@@ -78,8 +68,10 @@ class Mixed:
         rows = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         load = self._load(counts, ranks)
         flight = self.in_flight(load, ranks)
-        base = self.policies[0]
-        peaks = rank_bytes(load, self.costs, rows, self.prices, base, flight)
+        stack = self.prices.pool.stack
+        moments = RankMoments.of(load, self.costs, rows, self.policies[0], stack)
+        kept = Kept.of(self.costs, rows, stack)
+        peaks = rank_bytes(moments, kept, self.prices, flight)
         return peaks.total + 0.0 * flight.first
 
     def seconds(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
+from .layers.attention import CORE
 from .layout import Layouts
 from .operators import KINDS
 from .options import Options
 from .prices import Prices
-from .rates import is_matmul
+from .rates import is_compute, is_matmul
 
 FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
 """Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
@@ -41,11 +42,19 @@ class OperatorTimes:
     weight_s: Array
     """Part of `backward_s` for which no other operator waits: gradients of weights."""
     recompute_s: Array
+    streaming_s: Array
+    """Part of forward and backward that is bound by memory."""
     forward_launches: int
     backward_launches: int
     beside_forward: dict[str, Array]
     """Of each operator by name: what communication beside it can hide behind."""
     beside_backward: dict[str, Array]
+    near_forward: dict[str, Array]
+    """Of each edge by name: the matmuls that read its output or make its input."""
+    near_backward: dict[str, Array]
+    """The same of their input gradients."""
+    near_weights: dict[str, Array]
+    """The gradients of the weights of those that read its output, for which nothing waits."""
     again: frozenset[str]
     """Operators that run again in backward."""
 
@@ -56,17 +65,25 @@ def operator_times(
     """The sums over a graph's operators."""
     zero = np.zeros(len(layouts))
     forward, backward, recompute = zero.copy(), zero.copy(), zero.copy()
-    weight = zero.copy()
+    weight, streaming = zero.copy(), zero.copy()
+    near = _Near.of(graph)
     forward_launches = backward_launches = 0
     beside_forward: dict[str, Array] = {}
     beside_backward: dict[str, Array] = {}
     again = runs_again(graph, prices.pool.stack.recompute_stops_early)
+    merged, merged_back = _merges(graph, sizes, prices)
     for op in graph.operators:
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back, of_weights = _operator(op, sizes, layouts, prices, options)
+            there, back, of_weights = _operator(op, sizes, prices, options)
             weight = weight + of_weights
+            if op.name == CORE:
+                there, back = there + merged, back + merged_back
+            if not is_compute(op.kind):
+                streaming = streaming + there + back
+            if is_matmul(op.kind):
+                near.add(op, there, back, of_weights)
             forward_launches += KINDS[op.kind].launches
             backward_launches += 2 * KINDS[op.kind].launches
         forward, backward = forward + there, backward + back
@@ -81,10 +98,14 @@ def operator_times(
         backward_s=backward + _joins(graph, sizes, prices),
         weight_s=weight,
         recompute_s=recompute,
+        streaming_s=streaming,
         forward_launches=forward_launches,
         backward_launches=backward_launches,
         beside_forward=beside_forward,
         beside_backward=beside_backward,
+        near_forward=near.forward,
+        near_backward=near.backward,
+        near_weights=near.weights,
         again=again,
     )
 
@@ -117,8 +138,39 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
     return frozenset(op.name for op in graph.operators[:last])
 
 
+class _Near:
+    """Seconds of the matmuls next to each edge."""
+
+    def __init__(self, into: dict[str, str], out_of: dict[str, str]) -> None:
+        self._into, self._out_of = into, out_of
+        names = [*into.values(), *out_of.values()]
+        self.forward = dict.fromkeys(names, np.zeros(1))
+        self.backward = dict.fromkeys(names, np.zeros(1))
+        self.weights = dict.fromkeys(names, np.zeros(1))
+
+    @staticmethod
+    def of(graph: Graph) -> _Near:
+        """Edges by the tensor that they make and by the one that they take."""
+        edges = [op for op in graph.operators if op.kind == "edge"]
+        return _Near(
+            into={op.outputs[0].name: op.name for op in edges},
+            out_of={op.inputs[0].name: op.name for op in edges},
+        )
+
+    def add(self, op: Operator, there: Array, back: Array, of_weights: Array) -> None:
+        """A matmul."""
+        reads = self._into.get(op.inputs[0].name) if op.inputs else None
+        makes = self._out_of.get(op.outputs[0].name) if op.outputs else None
+        for edge in (reads, makes):
+            if edge is not None:
+                self.forward[edge] = self.forward[edge] + there
+                self.backward[edge] = self.backward[edge] + back - of_weights
+        if reads is not None:
+            self.weights[reads] = self.weights[reads] + of_weights
+
+
 def _operator(
-    op: Operator, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options
+    op: Operator, sizes: Sizes, prices: Prices, options: Options
 ) -> tuple[Array, Array, Array]:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
@@ -126,6 +178,8 @@ def _operator(
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
+    if op.kind == "attention" and options.document_tokens is not None:
+        shape = _inside_documents(op, sizes, options.document_tokens)
     forward, backward = prices.operator(op.kind, shape, dtype, options.runtime)
     weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
@@ -135,13 +189,18 @@ def _operator(
         weight = backward / 2
     if not op.grad_inputs and np.any(weight):
         weight = backward
-    factor = _factor(op.kind, dtype, layouts, prices, options)
+    factor = _factor(op.kind, dtype, prices, options)
     return forward * factor, backward * factor, weight * factor
 
 
-def _factor(
-    kind: str, dtype: str, layouts: Layouts, prices: Prices, options: Options
-) -> Array | float:
+def _inside_documents(op: Operator, sizes: Sizes, document_tokens: int) -> list[Array]:
+    """Sizes of causal attention inside documents, of a rank's tokens, however these are cut."""
+    heads, head_size = volume(("batch", "heads_core"), sizes), volume(op.price_axes[2], sizes)
+    length = np.minimum(float(document_tokens), sizes["seq_core"])
+    return [heads * sizes["seq_core"] / length, length, head_size]
+
+
+def _factor(kind: str, dtype: str, prices: Prices, options: Options) -> float:
     """Time relative to the operator's price."""
     stack = prices.pool.stack
     if kind.startswith("grouped"):  # a plan's own imbalance is in the rows already
@@ -150,8 +209,7 @@ def _factor(
         rowwise = dtype == "fp8" and options.recipe == "rowwise"
         return 1.0 / stack.rowwise_fraction if rowwise else 1.0
     if kind.startswith("attention"):
-        ring = np.where(layouts.ring > 1, stack.ring_attention_fraction, 1.0)
-        return 1.0 / (ring * FLASH_VERSIONS.get(options.attention, 1.0))
+        return 1.0 / FLASH_VERSIONS.get(options.attention, 1.0)
     return 1.0
 
 
@@ -171,6 +229,29 @@ def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
             shape = [volume(tensors[name].axes, sizes)]
             seconds = seconds + (count - 1) * prices.operator("add", shape, tensors[name].dtype)[0]
     return seconds
+
+
+MERGED_BYTES = 10.0
+"""Of adding a partial result to its sum: fp32 sum read and written, 16-bit part read."""
+
+
+def _merges(graph: Graph, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
+    """What a ring of context-parallel ranks adds to the attention core, forward and backward.
+
+    Each block of keys and values after the first gives a partial output, which is rescaled and
+    added, and in backward partial gradients of the queries and of that block.
+    """
+    core = next((op for op in graph.operators if op.name == CORE), None)
+    if core is None or np.all(sizes["ring"] == 1):
+        return np.zeros(1), np.zeros(1)
+    query, key, value = (volume(x.axes, sizes) for x in core.inputs)
+    byte_s = MERGED_BYTES * (sizes["ring"] - 1) / prices.memory_bytes_per_s
+    byte_s = byte_s * prices.pool.stack.elementwise_multiplier
+    waiting_s = prices.pool.stack.ring_step_s * (sizes["ring"] - 1)
+    return (
+        waiting_s + byte_s * volume(core.outputs[0].axes, sizes),
+        waiting_s + byte_s * (query + key + value),
+    )
 
 
 def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:

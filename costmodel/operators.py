@@ -215,24 +215,25 @@ KINDS: dict[str, Kind] = {
         backward_transient=0.0,
     ),
     # (batch x heads, seq, head size), scores in memory: the whole square, masked afterwards; per
-    # score 8 B and 12 B of 16-bit scores, probabilities and dropout
+    # score the product written, softmax and dropout read and written with the mask, and read by the
+    # second product: 6.5 elements; backward 9.5, each product and each kernel between reading what
+    # it differentiates as well
     "attention_unfused": Kind(
         work=lambda s: s[0] * s[1] * s[1] * s[2],
         forward_flops=lambda s: 4 * s[0] * s[1] * s[1] * s[2],
         backward_flops=lambda s: 8 * s[0] * s[1] * s[1] * s[2],
-        forward_bytes=lambda s, x: 4 * s[0] * s[1] * s[1] * x,
-        backward_bytes=lambda s, x: 6 * s[0] * s[1] * s[1] * x,
+        forward_bytes=lambda s, x: 6.5 * s[0] * s[1] * s[1] * x,
+        backward_bytes=lambda s, x: 9.5 * s[0] * s[1] * s[1] * x,
         launches=5,
         backward_transient=0.0,
     ),
-    # the same with scale, mask, fp32 softmax and dropout in kernels of their own: about twice the
-    # passes over the scores
+    # the same with the mask in a kernel of its own: two more elements each way
     "attention_unfused_eager": Kind(
         work=lambda s: s[0] * s[1] * s[1] * s[2],
         forward_flops=lambda s: 4 * s[0] * s[1] * s[1] * s[2],
         backward_flops=lambda s: 8 * s[0] * s[1] * s[1] * s[2],
-        forward_bytes=lambda s, x: 8 * s[0] * s[1] * s[1] * x,
-        backward_bytes=lambda s, x: 12 * s[0] * s[1] * s[1] * x,
+        forward_bytes=lambda s, x: 8.5 * s[0] * s[1] * s[1] * x,
+        backward_bytes=lambda s, x: 11.5 * s[0] * s[1] * s[1] * x,
         launches=9,
         backward_transient=0.0,
     ),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import Phase
+from ..plan import TENSORS, Phase
 from ..stack import Stack
 from ..workload import Workload
 
@@ -24,10 +24,16 @@ class Options:
     recipe: str = "tensorwise"
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
-    """none, selective (attention core), full, per_op (every second matmul, as torchtitan)."""
+    """none, selective (attention core), full, per_op (every second matmul, as torchtitan), or
+    tensors: what `keep` names."""
+    keep: tuple[str, ...] = ()
+    """Tensors that a layer keeps from forward to backward under recompute mode tensors; names that
+    a layer does not have say nothing there."""
     attention: str = "flash"
     """flash (the stack's version), flash1, flash2, flash3; unfused (scores in memory, masked and
     normalised by one kernel), eager (by several)."""
+    document_tokens: int | None = None
+    """Mean length of the documents packed into a sequence, where attention stays inside each."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
     ulysses."""
@@ -74,7 +80,9 @@ class Options:
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
             recompute=str(setting("recompute").get("mode", "none")),
+            keep=tuple(setting("recompute").get("keep", ())),
             attention=str(setting("attention").get("kernel", "flash")),
+            document_tokens=setting("attention").get("documents"),
             cp_kind=str(setting("context-parallel").get("kind", "zigzag")),
             activations=precision.get("activations"),
             lora_rank=lora.get("rank"),
@@ -104,6 +112,8 @@ class Options:
             value = getattr(self, field)
             if value != getattr(plain, field):
                 chosen.setdefault(technique, {})[setting] = value
+        if self.recompute == TENSORS:
+            chosen["recompute"]["keep"] = list(self.keep)
         return chosen
 
     def gathers_low(self, stack: Stack) -> bool:
@@ -119,6 +129,7 @@ class Options:
 _SETTINGS = (
     ("recompute", "mode", "recompute"),
     ("attention", "kernel", "attention"),
+    ("attention", "documents", "document_tokens"),
     ("context-parallel", "kind", "cp_kind"),
     ("lora", "rank", "lora_rank"),
     ("lora", "targets", "lora_targets"),

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Layer, Model
-from ..traced import TracedOperator
+from ..traced import TracedOperator, TracedWeight
 from . import traced
 from .exposed import (
+    Beside,
     backward_collectives,
     copies_s,
     exposed_s,
@@ -31,7 +32,7 @@ from .graph import Array, Collective, Graph, Sizes, volume
 from .layers import decoder_layer, embedding, head
 from .layers.profiles import stack_graph
 from .layout import Layouts, local_sizes
-from .liveness import Liveness, liveness
+from .liveness import Liveness, liveness, saved_tensors
 from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
 from .prices import Prices
@@ -53,6 +54,8 @@ class Piece:
     waiting_bytes: Array
     """What that part needs where it is put off: inputs and output gradients of matmuls."""
     recompute_s: Array
+    streaming_s: Array
+    """Part of `forward_s` and `backward_s` that is bound by memory."""
     comm_forward_s: dict[str, Array]
     """Exposed communication by mesh axis (tp, cp, ep)."""
     comm_backward_s: dict[str, Array]
@@ -148,18 +151,10 @@ def pieces(
     here: dict[tuple[str, Layer, Options], Piece] = {}
 
     def one(build: str, layer: Layer, options: Options) -> Piece:
-        near, layer = _nearby(model, layer)
-        place = (build, layer, options)
-        if place in here:
-            return here[place]
-        if known is None or prices.profile is not None:  # curves depend on the whole mesh
-            here[place] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-            return here[place]
-        key = _key(build, near, layer, layouts, seq_tokens, prices, options)
-        if key not in known:
-            known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
-        here[place] = known[key]
-        return known[key]
+        place = (build, _nearby(model, layer)[1], options)
+        if place not in here:
+            here[place] = _priced(build, layer, model, layouts, seq_tokens, prices, options, known)
+        return here[place]
 
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
@@ -177,20 +172,41 @@ def pieces_of_each(
     seq_tokens: int,
     prices: Prices,
     policies: Sequence[Options],
+    known: Known | None = None,
 ) -> list[Pieces]:
     """`pieces` under each of several options that differ in what layers keep for backward: the ends
     of the model, which keep all, are the same."""
-    first = pieces(model, layouts, seq_tokens, prices, policies[0])
+    first = pieces(model, layouts, seq_tokens, prices, policies[0], None, known)
     others = [
-        pieces(model, layouts, seq_tokens, prices, own).layers
+        pieces(model, layouts, seq_tokens, prices, own, None, known).layers
         if model.traced is not None
         else tuple(
-            _both("layer", *_nearby(model, layer), layouts, seq_tokens, prices, own)
+            _priced("layer", layer, model, layouts, seq_tokens, prices, own, known)
             for layer in model.layers
         )
         for own in policies[1:]
     ]
     return [first, *(replace(first, layers=layers) for layers in others)]
+
+
+def _priced(
+    build: str,
+    layer: Layer,
+    model: Model,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+    known: Known | None,
+) -> Piece:
+    """A piece, out of those that are known."""
+    near, layer = _nearby(model, layer)
+    if known is None or prices.profile is not None:  # curves depend on the whole mesh
+        return _both(build, near, layer, layouts, seq_tokens, prices, options)
+    key = _key(build, near, layer, layouts, seq_tokens, prices, options)
+    if key not in known:
+        known[key] = _both(build, near, layer, layouts, seq_tokens, prices, options)
+    return known[key]
 
 
 def _both(
@@ -214,6 +230,30 @@ def _both(
     if len(variants) == 1:
         return variants[0]
     return _choose(layouts.sequence_parallel > 0, variants[1], variants[0])
+
+
+def kept_by_tensor(
+    build: str,
+    model: Model,
+    layer: Layer,
+    layouts: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> dict[str, Array]:
+    """What a micro-batch keeps of one piece under one layout: bytes by tensor."""
+    if model.traced is not None:
+        prefix, *layers, suffix = traced.parts(model)
+        ends = {"embedding": prefix, "head": suffix}
+        operators = layers[model.layers.index(layer)] if build == "layer" else ends[build]
+        graph = apply(traced.graph(build, operators), options)
+        return saved_tensors(graph, traced.sizes(operators, layouts))
+    near, layer = _nearby(model, layer)
+    fused = prices.pool.device.kind == "gpu"
+    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
+    sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
+    sp, counted = bool(layouts.sequence_parallel[0]), prices.pool.stack.exchanges_counts
+    return saved_tensors(_graph(build, near, layer, sp, fused, options, keeps, counted), sizes)
 
 
 def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
@@ -249,28 +289,45 @@ def _key(
 def _traced_pieces(
     model: Model, layouts: Layouts, prices: Prices, options: Options, by_layer: Sequence[Options]
 ) -> Pieces:
-    """The pieces of a traced module: prefix, layers, suffix."""
+    """The pieces of a traced module: prefix, layers, suffix; cut ones where tp divides it."""
+    assert model.traced is not None
 
-    def piece(name: str, operators: Sequence[TracedOperator], options: Options) -> Piece:
-        sizes = traced.sizes(operators, layouts)
-        there = apply(traced.graph(name, operators), options)
+    def piece(
+        name: str,
+        operators: Sequence[TracedOperator],
+        options: Options,
+        more: Sequence[TracedWeight],
+    ) -> Piece:
+        sizes = {**traced.sizes(operators, layouts), **traced.weight_table(more, layouts)}
+        there = apply(traced.graph(name, operators, more), options)
         back = apply(traced.backward_graph(operators), options)
         costs = _piece(there, sizes, layouts, prices, options, False)
-        more = _piece(back, sizes, layouts, prices, options, False)
+        again = _piece(back, sizes, layouts, prices, options, False)
         return replace(
             costs,
-            backward_s=costs.backward_s + more.forward_s,
-            host_backward_s=costs.host_backward_s + more.host_forward_s,
+            backward_s=costs.backward_s + again.forward_s,
+            host_backward_s=costs.host_backward_s + again.host_forward_s,
         )
 
-    prefix, *layers, suffix = traced.parts(model)
+    def all_pieces(divided: bool) -> list[Piece]:
+        prefix, *layers, suffix = traced.parts(model, divided)
+        shared = traced.shared_weights(model, divided)
+        return [
+            piece("embedding", prefix, options, ()),
+            *(piece("layer", x, own, ()) for x, own in zip(layers, by_layer, strict=True)),
+            piece("head", suffix, options, shared),
+        ]
+
+    made = all_pieces(divided=False)
+    if model.traced.divided is not None and np.any(layouts.tp > 1):
+        cut = all_pieces(divided=True)
+        made = [_choose(layouts.tp > 1, c, m) for c, m in zip(cut, made, strict=True)]
+    embedding, *layers, head = made
     return Pieces(
-        embedding=piece("embedding", prefix, options),
-        layers=tuple(
-            piece("layer", layer, own) for layer, own in zip(layers, by_layer, strict=True)
-        ),
-        head=piece("head", suffix, options),
-        tied_params=np.zeros(len(layouts)),
+        embedding=embedding,
+        layers=tuple(layers),
+        head=head,
+        tied_params=traced.shared_params(model, layouts),
     )
 
 
@@ -288,6 +345,12 @@ def _graph(
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
     graph = apply(_plain_graph(build, model, layer, sp, fused, options, counted), options)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
+
+
+def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
+    """The rewritten graph of a layer of a model."""
+    near, layer = _nearby(model, layer)
+    return _graph("layer", near, layer, sp, fused, options, False, False)
 
 
 def _plain_graph(
@@ -327,11 +390,14 @@ def _piece(
     busy_backward = times.backward_s + times.recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
-        times.beside_forward,
+        Beside(operators=times.beside_forward, matmuls=times.near_forward, weights={}),
     )  # fmt: skip
     comm_backward = exposed_s(
         back, sizes, layouts, prices, options, busy_backward + host_backward,
-        times.beside_backward,
+        Beside(
+            operators=times.beside_backward, matmuls=times.near_backward,
+            weights=times.near_weights,
+        ),
     )  # fmt: skip
     if options.offload and graph.name == "layer":
         comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
@@ -350,6 +416,7 @@ def _piece(
         weight_s=times.weight_s * prices.scale("backward"),
         waiting_bytes=waiting_bytes(graph, sizes) + zero,
         recompute_s=times.recompute_s * prices.scale("recompute"),
+        streaming_s=times.streaming_s,
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
@@ -490,6 +557,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         weight_s=pick(yes.weight_s, no.weight_s),
         waiting_bytes=pick(yes.waiting_bytes, no.waiting_bytes),
         recompute_s=pick(yes.recompute_s, no.recompute_s),
+        streaming_s=pick(yes.streaming_s, no.streaming_s),
         comm_forward_s=pick_each(yes.comm_forward_s, no.comm_forward_s),
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),
         host_forward_s=pick(yes.host_forward_s, no.host_forward_s),

@@ -87,6 +87,11 @@ class Prices:
         return self.beside("launch", self.pool.stack.host_s_per_op)
 
     @property
+    def memory_bytes_per_s(self) -> float:
+        """Bandwidth of device memory that operators reach."""
+        return self.pool.device.memory_bytes_per_s * self.pool.stack.memory_efficiency
+
+    @property
     def drift(self) -> float:
         """Slow-down of a step by jitter and slow nodes, which grows with the devices."""
         doublings = max(0.0, math.log2(self.pool.num_devices / 8))
@@ -174,7 +179,7 @@ class Prices:
         """Forward and backward seconds from the stack's constants: FLOPs over rate, bytes over
         bandwidth, and the larger of the two, smoothed where they are close."""
         entry = KINDS[kind]
-        bandwidth = self.pool.device.memory_bytes_per_s * self.pool.stack.memory_efficiency
+        bandwidth = self.memory_bytes_per_s
         x = DTYPE_BYTES[dtype]
         factor = self._traffic(kind)
         if not is_compute(kind):

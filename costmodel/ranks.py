@@ -11,8 +11,10 @@ import numpy as np
 
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
+from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight, Peak, Peaks, peak_bytes, peak_memory
+from .moments import RankMoments
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -137,19 +139,10 @@ def rank_memory(
     )
 
 
-def rank_bytes(
-    load: Load,
-    costs: Pieces,
-    layouts: Layouts,
-    prices: Prices,
-    options: Options,
-    in_flight: InFlight,
-) -> Peaks:
-    """The total of `rank_memory`, and what it consists of."""
-    stack = prices.pool.stack
-    peaks = peak_bytes(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
-    grown = 1.0 + stack.fragmentation
-    fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
+def rank_bytes(rank: RankMoments, kept: Kept, prices: Prices, in_flight: InFlight) -> Peaks:
+    """The total of `rank_memory` under a policy of what layers keep, and what it consists of."""
+    peaks = peak_bytes(rank, kept, in_flight)
+    grown, fixed = allocated(prices)
     return Peaks(
         total=peaks.total * grown + fixed,
         kept=peaks.kept * grown,
@@ -157,3 +150,10 @@ def rank_bytes(
         closing=peaks.closing * grown + fixed,
         others=peaks.others,
     )
+
+
+def allocated(prices: Prices) -> tuple[float, float]:
+    """What a device has in use for n bytes of live tensors: a n + b."""
+    stack = prices.pool.stack
+    fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
+    return 1.0 + stack.fragmentation, fixed

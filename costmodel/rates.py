@@ -2,12 +2,13 @@
 
 A GEMM of (M, N, K) runs at
 
-    peak * sustained * efficiency * K / (K + K0) * fill(M, N)^w
+    peak * sustained * clock * efficiency * K / (K + K0) * fill(M, N)^w
 
-with the efficiency of its dtype, K0 the inner dimension of half the rate, and `fill` the part of
-the device that its tiles occupy: output tiles are padded to whole tiles and come in waves of one
-tile per streaming multiprocessor, so that a last wave that is nearly empty takes as long as a full
-one. The library picks the tile, hence the best of a few.
+with what the device sustains, its clock under a power limit, the efficiency of the dtype, K0 the
+inner dimension of half the rate, and `fill` the part of the device that its tiles occupy: output
+tiles are padded to whole tiles and come in waves of one tile per streaming multiprocessor, so that
+a last wave that is nearly empty takes as long as a full one. The library picks the tile, hence the
+best of a few.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def is_compute(kind: str) -> bool:
 def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Array, Array]:
     """FLOP/s of a matmul's or an attention's forward and backward; `sizes` as in `KINDS`."""
     device, stack = pool.device, pool.stack
-    peak = peak_flops_per_s(device, dtype)
+    peak = peak_flops_per_s(device, dtype) * device.sustained_fraction * device.clock_fraction
     if is_matmul(kind):
-        rate = peak * _efficiency(stack, dtype) * device.sustained_fraction
+        rate = peak * _efficiency(stack, dtype)
         if kind.startswith("grouped"):
             rate = rate * stack.expert_efficiency
         half = _half_k(stack, dtype)
@@ -57,10 +58,10 @@ def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Ar
         return rate * forward, rate * backward
     if kind.startswith("attention_unfused"):
         shape = np.minimum(1.0, sizes[-1] / HEAD_REFERENCE) ** 0.3
-        rate = peak * device.sustained_fraction * stack.unfused_attention_efficiency * shape
+        rate = peak * stack.unfused_attention_efficiency * shape
         return rate, rate
     shape = np.minimum(1.0, sizes[2] / HEAD_REFERENCE) ** stack.attention_head_exponent
-    rate = peak * device.sustained_fraction * shape
+    rate = peak * shape
     return rate * stack.attention_forward_efficiency, rate * stack.attention_backward_efficiency
 
 

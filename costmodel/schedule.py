@@ -46,6 +46,12 @@ def orders(schedule: str, p: int, v: int, m: int) -> Orders:
     return [order_of(schedule, p, v, m, rank) for rank in range(p)]
 
 
+@functools.lru_cache(maxsize=32)
+def _known_orders(schedule: str, p: int, v: int, m: int) -> Orders:
+    """`orders`, which plans of one search share; not to be changed."""
+    return orders(schedule, p, v, m)
+
+
 def order_of(schedule: str, p: int, v: int, m: int, rank: int) -> list[Action]:
     """The actions of one rank in order."""
     if schedule in SPLIT_SCHEDULES:
@@ -98,7 +104,11 @@ def _needs(action: Action, last_stage: int) -> list[Action]:
     return own if stage == last_stage else [*own, ("B", stage + 1, micro)]
 
 
-def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Played:
+Hops = float | Sequence[float]
+"""Seconds of a transfer between ranks: one for all, or one from every stage to the next."""
+
+
+def play(order: Orders, duration: Callable[[Action], float], p2p_s: Hops) -> Played:
     """Longest path through the actions; every rank is a resource of its own.
 
     Durations depend on kind and stage alone.
@@ -112,7 +122,8 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
     last_stage = len(owner) - 1
     num_micro = 1 + max(micro for _, _, micro in order[0])
     # neighbours on one rank, and the ends of the model, wait for no transfer
-    hops = [0.0 if a == b else p2p_s for a, b in pairwise(owner)]
+    each = [p2p_s] * last_stage if isinstance(p2p_s, float) else list(p2p_s)[:last_stage]
+    hops = [0.0 if a == b else hop for (a, b), hop in zip(pairwise(owner), each, strict=True)]
     into_forward, into_backward = [0.0, *hops], [*hops, 0.0]
     kinds = {kind for actions in order for kind, _, _ in actions}
     stages = range(last_stage + 1)
@@ -167,7 +178,7 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: float) -> Pl
 
 
 def play_long(
-    schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float], p2p_s: float
+    schedule: str, p: int, v: int, m: int, duration: Callable[[Action], float], p2p_s: Hops
 ) -> Played:
     """`play` of a schedule with any number of micro-batches, in time that does not grow with it.
 
@@ -178,17 +189,18 @@ def play_long(
     fill = 2 * p + m % p
     fill += FILL_OF_SPLIT * p if schedule in SPLIT_SCHEDULES else 0
     if m <= fill + p or _must_play(schedule, p, v, m, duration):
-        return play(orders(schedule, p, v, m), duration, p2p_s)
-    short = play(orders(schedule, p, v, fill), duration, p2p_s)
-    longer = play(orders(schedule, p, v, fill + p), duration, p2p_s)
+        return play(_known_orders(schedule, p, v, m), duration, p2p_s)
+    short = play(_known_orders(schedule, p, v, fill), duration, p2p_s)
+    longer = play(_known_orders(schedule, p, v, fill + p), duration, p2p_s)
     rounds = (m - fill) // p
 
     def extend(a: float, b: float) -> float:
         return a + rounds * (b - a)
 
     makespan_s = extend(short.makespan_s, longer.makespan_s)
+    hop_s = p2p_s if isinstance(p2p_s, float) else min(p2p_s)
     return Played(
-        makespan_s=max(makespan_s, slowest_chain_s(schedule, p, v, m, duration, p2p_s)),
+        makespan_s=max(makespan_s, slowest_chain_s(schedule, p, v, m, duration, hop_s)),
         busy_s=tuple(map(extend, short.busy_s, longer.busy_s)),
     )
 
@@ -219,9 +231,12 @@ def slowest_chain_s(
     forward = np.array([duration(("F", stage, 0)) for stage in stages])
     backward = np.array([duration(("B", stage, 0)) for stage in stages])
     both = forward + backward
-    if schedule == "interleaved" and v > 1:
-        return float(both[: p - 1].sum() + 2 * (p - 1) * p2p_s + m * both[p - 1 :: p].sum())
     ranks = np.arange(p)
+    if schedule == "gpipe":  # the slowest rank of either phase, and the way through the others
+        return float(both.sum() + (m - 1) * (forward.max() + backward.max()) + 2 * (p - 1) * p2p_s)
+    if schedule == "interleaved" and v > 1:
+        before = np.cumsum(both[:p]) - both[:p] + 2 * ranks * p2p_s
+        return float(np.max(before + m * both.reshape(v, p).sum(axis=0)))
     chains = chain_s(
         forward_s=forward,
         backward_s=backward,

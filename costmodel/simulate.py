@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,14 +14,16 @@ from ..errors import InputError
 from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
 from ..orders import Action
-from ..plan import SPLIT_SCHEDULES, Phase, Plan, rank_of
+from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
+from .layer_tensors import check_names
 from .layout import Layouts
 from .memory import Peak
 from .options import Options
 from .pieces import Known, Pieces, pieces
+from .pipeline_pools import between_s, drift
 from .prices import Prices
 from .ranks import (
     IN_LAYER_AXES,
@@ -62,20 +64,30 @@ class Simulation:
         check_covered(plan.model)
         self._known = known
         self.plan, self.phase, self.mesh = plan, phase, phase.mesh
-        self.pool: Pool = plan.cluster.pool(phase.stages[0].pool)
+        names = list(dict.fromkeys(stage.pool for stage in phase.stages))
+        self.pools: list[Pool] = [plan.cluster.pool(name) for name in names]
+        """Pools in the order of the pipeline."""
         self.layouts = Layouts.of(phase)
         self.options = Options.of(phase, plan.workload)
         self.grouped = Grouped.of(plan.model, phase, plan.workload)
+        check_names(
+            self.grouped.model, self.grouped.options, self.pools[0],
+            sequence_parallel=phase.sequence_parallel,
+        )  # fmt: skip
         mesh = self.mesh
         self.replicas = mesh.dp * mesh.cp * mesh.tp
         """Ranks that do the same work as one pipeline rank."""
-        self.node_ranks = min(mesh.world, self.pool.devices_per_node)
-        self.prices = Prices(self.pool, plan.cluster.profile, self.node_ranks)
-        self.costs = self._pieces(self.prices)
+        self.prices_of = [
+            Prices(pool, plan.cluster.profile, min(mesh.world, pool.devices_per_node))
+            for pool in self.pools
+        ]
+        self.costs_of = [self._pieces(prices) for prices in self.prices_of]
         self.stage_loads = self.grouped.loads(phase.stages)
         self.own_orders = phase.own_orders()
         self.owners = [rank_of(phase.schedule, i, mesh.pp) for i in range(mesh.num_stages)]
         """The rank of each stage."""
+        self.pool_of_stage = [names.index(stage.pool) for stage in phase.stages]
+        self.pool_of_rank = [self.pool_of_stage[self.owners.index(r)] for r in range(mesh.pp)]
         self.rank_loads = [
             merge(
                 [load for load, own in zip(self.stage_loads, self.owners, strict=True) if own == r]
@@ -84,8 +96,36 @@ class Simulation:
         ]
         self.updates: list[Update] = for_each(
             self.rank_loads,
-            lambda load: update(load, self.costs, self.layouts, self.prices, self.options),
+            lambda load, k: update(
+                load, self.costs_of[k], self.layouts, self.prices_of[k], self.options
+            ),
+            self.pool_of_rank,
         )
+
+    @property
+    def pool(self) -> Pool:
+        """The first stage's pool; in most clusters there is no other."""
+        return self.pools[0]
+
+    @property
+    def prices(self) -> Prices:
+        """What things cost there."""
+        return self.prices_of[0]
+
+    @property
+    def costs(self) -> Pieces:
+        """The pieces there."""
+        return self.costs_of[0]
+
+    @property
+    def drift(self) -> float:
+        """Slow-down of a step by jitter and slow nodes."""
+        return drift(self.plan.cluster.pools)
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether transfers between stages run beside compute."""
+        return all(pool.stack.can_overlap for pool in self.pools)
 
     def _pieces(self, prices: Prices) -> Pieces:
         return pieces(
@@ -98,8 +138,12 @@ class Simulation:
             self._known,
         )
 
-    def _times(self, prices: Prices, costs: Pieces) -> list[StageTimes]:
-        return for_each(self.stage_loads, lambda load: stage_times(load, costs, prices))
+    def _times(self, prices: Sequence[Prices], costs: Sequence[Pieces]) -> list[StageTimes]:
+        return for_each(
+            self.stage_loads,
+            lambda load, k: stage_times(load, costs[k], prices[k]),
+            self.pool_of_stage,
+        )
 
     @property
     def split(self) -> bool:
@@ -113,33 +157,30 @@ class Simulation:
 
     def played(self) -> Played:
         """The schedule played with this phase's stage times."""
-        prices = self.prices
-        hop = self.hop_s()
-        action_s = prices.host("pp_action") if self.mesh.pp > 1 else 0.0
+        hops = self.hops_s()
         shape = (self.phase.schedule, self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         if not self.shares_cores:
             durations = self.durations()
-            overlaps = self.pool.stack.can_overlap
+            hop = 0.0 if self.can_overlap else hops
             if self.own_orders is not None:
-                played = play(self.own_orders, durations, 0.0 if overlaps else hop)
+                played = play(self.own_orders, durations, hop)
             else:
-                played = play_long(*shape, durations, 0.0 if overlaps else hop)
-            fill_s = self.fill_hops_s() if overlaps else 0.0
+                played = play_long(*shape, durations, hop)
+            fill_s = self.fill_hops_s() if self.can_overlap else 0.0
             return replace(played, makespan_s=played.makespan_s + fill_s)
         alone = Prices(self.pool, self.plan.cluster.profile, self.replicas)
         costs = self._pieces(alone)
-        base = self._times(alone, costs)
+        base = self._times([alone], [costs])
         speeds = self.speeds(base)
         order = self.own_orders or orders(*shape)
-        return play_shared(order, self._durations(base, costs, action_s), hop, speeds)
+        return play_shared(order, self._durations(base, [costs]), hops[0], speeds)
 
     def durations(self) -> Callable[[Action], float]:
         """Seconds of each action on a rank with cores of its own."""
-        action_s = self.prices.host("pp_action") if self.mesh.pp > 1 else 0.0
-        return self._durations(self._times(self.prices, self.costs), self.costs, action_s)
+        return self._durations(self._times(self.prices_of, self.costs_of), self.costs_of)
 
     def _durations(
-        self, times: list[StageTimes], costs: Pieces, action_s: float
+        self, times: list[StageTimes], costs: Sequence[Pieces]
     ) -> Callable[[Action], float]:
         """Seconds of each action, with what neighbours lose when they meet after it.
 
@@ -147,27 +188,39 @@ class Simulation:
         inputs and of weights come from kernels of their own either way.
         """
 
-        def whole(compute_s: Array) -> float:
+        where = self.pool_of_stage
+        actions_s = [self._action_s(k) for k in where]
+
+        def whole(compute_s: Array, stage: int) -> float:
             if self.mesh.pp == 1:
                 return float(compute_s[0])
             replicas = np.array([float(self.replicas)])
-            lost = self.prices.wait(compute_s, np.array([2.0]), replicas)
-            return float(compute_s[0] + lost[0]) + action_s
+            lost = self.prices_of[where[stage]].wait(compute_s, np.array([2.0]), replicas)
+            return float(compute_s[0] + lost[0]) + actions_s[stage]
 
         seconds = {
-            "F": [whole(t.forward_s) for t in times],
-            "B": [whole(t.backward_s) for t in times],
+            "F": [whole(t.forward_s, i) for i, t in enumerate(times)],
+            "B": [whole(t.backward_s, i) for i, t in enumerate(times)],
         }
         if self.split:
-            weights = for_each(self.stage_loads, lambda load: load.total(costs, "weight_s"))
-            pairs = zip(times, weights, strict=True)
-            seconds["I"] = [whole(t.backward_s - weight) for t, weight in pairs]
-            seconds["W"] = [float(weight[0]) + action_s for weight in weights]
+            weights = for_each(
+                self.stage_loads, lambda load, k: load.total(costs[k], "weight_s"), where
+            )
+            pairs = enumerate(zip(times, weights, strict=True))
+            seconds["I"] = [whole(t.backward_s - weight, i) for i, (t, weight) in pairs]
+            seconds["W"] = [
+                float(weight[0]) + action_s
+                for weight, action_s in zip(weights, actions_s, strict=True)
+            ]
 
         def duration(action: Action) -> float:
             return seconds[action[0]][action[1]]
 
         return duration
+
+    def _action_s(self, pool: int) -> float:
+        """Host time of a pipeline action."""
+        return self.prices_of[pool].host("pp_action") if self.mesh.pp > 1 else 0.0
 
     def speeds(self, base: list[StageTimes]) -> list[float]:
         """Speed of a pipeline rank when 1, 2, ... pp of them are busy; the first is 1."""
@@ -175,34 +228,62 @@ class Simulation:
         result = [1.0]
         for busy_ranks in range(2, self.mesh.pp + 1):
             prices = Prices(self.pool, self.plan.cluster.profile, busy_ranks * self.replicas)
-            result.append(total / _sum(self._times(prices, self._pieces(prices))))
+            result.append(total / _sum(self._times([prices], [self._pieces(prices)])))
         return result
 
-    def hop_s(self) -> float:
-        """Transfer of one micro-batch's activations between neighbouring pipeline ranks."""
-        return float(hop_s(self.costs, self.layouts, self.prices)[0])
+    def hops_s(self) -> list[float]:
+        """Transfer of one micro-batch's activations from every stage to the next."""
+        own = [
+            float(hop_s(costs, self.layouts, prices)[0])
+            for costs, prices in zip(self.costs_of, self.prices_of, strict=True)
+        ]
+        if len(own) == 1:
+            return own * max(1, self.mesh.num_stages - 1)
+        sent = sent_bytes(self.costs.layers[0].boundary_bytes, self.layouts, self.prices)
+        between = float(between_s(self.plan.cluster, sent)[0])
+        return [own[a] if a == b else between for a, b in pairwise(self.pool_of_stage)]
 
     def fill_hops_s(self) -> float:
         """Transfers of fill and drain; where transfers run beside compute the others are hidden."""
-        return 2 * (self.mesh.pp - 1) * self.hop_s()
+        return 2 * sum(self.hops_s()[: self.mesh.pp - 1])
 
-    def memory(self) -> Peak:
-        """Peak memory of the fullest rank."""
-        ranks = list(range(self.mesh.pp))
-        if len(self.phase.settings) <= 1 and not self.split and self.own_orders is None:
+    def memory(self) -> tuple[Peak, Pool]:
+        """Peak memory of the rank that fills most of its device, and its pool."""
+        found = [(self._memory(k), pool) for k, pool in enumerate(self.pools)]
+        return max(found, key=lambda x: float(x[0].total[0]) / x[1].device.memory_bytes)
+
+    def _memory(self, pool: int) -> Peak:
+        """Peak memory of the fullest rank on a pool."""
+        ranks = [r for r in range(self.mesh.pp) if self.pool_of_rank[r] == pool]
+        simple = len(self.phase.settings) <= 1 and not self.split and self.own_orders is None
+        if self._evenly_cut and simple:
             # those between hold less of the same than the second
             ranks = sorted({0, min(1, self.mesh.pp - 1), self.mesh.pp - 1})
+        peak = self.memory_of(ranks)
+        fullest = int(np.argmax(peak.total))
+        terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
+        return Peak(total=peak.total[fullest : fullest + 1], terms=terms)
+
+    def memory_of(self, ranks: Sequence[int]) -> Peak:
+        """Peak memory of some pipeline ranks of one pool, each at its own peak."""
+        pool = self.pool_of_rank[ranks[0]]
+        costs, prices = self.costs_of[pool], self.prices_of[pool]
         load = stacked([self.rank_loads[rank] for rank in ranks])
         layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
         flight = in_flight(
-            self.phase.schedule, shape, np.array(ranks), load, self.costs, layouts, self.pool.stack,
+            self.phase.schedule, shape, np.array(ranks), load, costs, layouts, prices.pool.stack,
             self.own_orders,
         )  # fmt: skip
-        peak = rank_memory(load, self.costs, layouts, self.prices, self.options, flight)
-        fullest = int(np.argmax(peak.total))
-        terms = {name: value[fullest : fullest + 1] for name, value in peak.terms.items()}
-        return Peak(total=peak.total[fullest : fullest + 1], terms=terms)
+        peak = rank_memory(load, costs, layouts, prices, self.options, flight)
+        one = np.zeros(len(ranks))
+        return Peak(total=peak.total + one, terms={n: v + one for n, v in peak.terms.items()})
+
+    @property
+    def _evenly_cut(self) -> bool:
+        """Whether stages are as even as can be, all on one pool."""
+        sizes = tuple(stage.num_layers for stage in self.phase.stages)
+        return len(self.pools) == 1 and sizes == even_sizes(sum(sizes), len(sizes))
 
     def wire_bytes(self) -> dict[str, float]:
         """Bytes handed to each collective, per rank and step, mean over ranks."""
@@ -214,13 +295,15 @@ class Simulation:
             if number > 0:
                 total[name] = total.get(name, 0.0) + number / self.mesh.pp
 
-        for load, step in zip(self.rank_loads, self.updates, strict=True):
-            for count, piece in load.each(self.costs):
+        each = zip(self.rank_loads, self.updates, self.pool_of_rank, strict=True)
+        for load, step, pool in each:
+            for count, piece in load.each(self.costs_of[pool]):
                 for name, value in piece.wire_bytes.items():
                     add(name, count * value * m)
             for name, value in step.dp.wire_bytes.items():
                 add(name, value)
-            add("all_reduce@tp", load.total(self.costs, "uncut_gradient_bytes") / step.dp.shard)
+            uncut = load.total(self.costs_of[pool], "uncut_gradient_bytes")
+            add("all_reduce@tp", uncut / step.dp.shard)
         if self.options.clips and self.mesh.world > 1:
             add(f"all_reduce@{self.mesh.wire_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
@@ -228,8 +311,8 @@ class Simulation:
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
             add("send@pp", sent_bytes(boundary, self.layouts, self.prices) * m * crossings)
             if self.plan.model.tied_embeddings and self.owners[-1] != self.owners[0]:
-                table = self.plan.model.vocab * self.plan.model.hidden / self.mesh.tp
-                add("all_reduce@pp", 2 * 4.0 * table / self.updates[0].dp.shard)
+                table_bytes = 4.0 * self.costs.tied_params / self.updates[0].dp.shard
+                add("all_reduce@pp", 2 * table_bytes)
         return dict(sorted(total.items()))
 
     def time_terms(self, played: Played) -> dict[str, float]:
@@ -242,13 +325,13 @@ class Simulation:
         terms = dict.fromkeys(TIME_TERMS, 0.0)
         step = self.step_s(played)
         shared = self._busy_stretch(played)
-        known: dict[bytes, dict[str, float]] = {}
-        for load, once in zip(self.rank_loads, self.updates, strict=True):
-            rank = known.setdefault(load.key, {})
+        known: dict[tuple[bytes, int], dict[str, float]] = {}
+        for load, once, pool in zip(self.rank_loads, self.updates, self.pool_of_rank, strict=True):
+            rank = known.setdefault((load.key, pool), {})
             if not rank:
-                rank.update(self._rank_terms(load, once, shared))
+                rank.update(self._rank_terms(load, once, pool, shared))
             for name, value in rank.items():
-                terms[name] += value / p * self.prices.drift
+                terms[name] += value / p * self.drift
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
         hops = min(idle, self.fill_hops_s())
@@ -257,15 +340,15 @@ class Simulation:
         excess = sum(terms.values()) / step
         return {name: value / excess for name, value in terms.items()}
 
-    def _rank_terms(self, load: Load, once: Update, shared: float) -> dict[str, float]:
+    def _rank_terms(self, load: Load, once: Update, pool: int, shared: float) -> dict[str, float]:
         """Busy terms of one pipeline rank per step; `shared` stretches its micro-batches."""
-        m = self.phase.num_microbatches
+        m, costs = self.phase.num_microbatches, self.costs_of[pool]
 
         def micro(name: str) -> float:
-            return m * float(load.total(self.costs, name)[0]) * shared
+            return m * float(load.total(costs, name)[0]) * shared
 
         def exposed(axis: str) -> float:
-            return m * shared * float(sum(load.communication(self.costs, axis))[0])
+            return m * shared * float(sum(load.communication(costs, axis))[0])
 
         actions = self._actions_per_rank()
         terms = {
@@ -279,7 +362,7 @@ class Simulation:
             "exposed.dp": float(once.dp.exposed_s[0]),
             "optimizer": float(once.optimizer_s[0]),
             "host": float(once.host_s[0] + once.dp.host_s[0])
-            + actions * self.prices.host("pp_action"),
+            + actions * self.prices_of[pool].host("pp_action"),
         }
         if self.mesh.world > 1:
             axis = f"exposed.{self.mesh.wire_name().partition('+')[0]}"
@@ -301,18 +384,25 @@ class Simulation:
         m = self.phase.num_microbatches
         full = sum(
             m * float(t.forward_s[0] + t.backward_s[0])
-            for t in self._times(self.prices, self.costs)
+            for t in self._times(self.prices_of, self.costs_of)
         )
         return sum(played.busy_s) / full if full > 0 else 1.0
 
     def step_s(self, played: Played) -> float:
         """Makespan, then the longest exchange and update of any rank."""
         once = max(float(u.total_s[0]) for u in self.updates)
-        return (played.makespan_s + once) * self.prices.drift
+        return (played.makespan_s + once) * self.drift
 
 
 def _sum(times: list[StageTimes]) -> float:
     return sum(float(t.forward_s[0] + t.backward_s[0]) for t in times)
+
+
+def step_seconds(plan: Plan, known: Known | None = None) -> float:
+    """The median of the estimate's step time, and nothing else."""
+    plan.check()
+    sim = Simulation(plan, plan.phase, known)
+    return sim.step_s(sim.played())
 
 
 def estimate(plan: Plan, known: Known | None = None) -> Estimate:
@@ -326,18 +416,18 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)
-    peak = sim.memory()
+    peak, fullest = sim.memory()
     memory_terms = {name: float(value[0]) for name, value in peak.terms.items()}
     total = float(sum(memory_terms.values()))
-    capacity = sim.pool.device.memory_bytes
-    memory_spread = sim.pool.stack.memory_spread
+    capacity = fullest.device.memory_bytes
+    memory_spread = fullest.stack.memory_spread
     probability = _normal_cdf((capacity - total) / (memory_spread * total))
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
     flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
     per_device = flops / step / sim.mesh.world
-    peak_flops = sim.pool.device.peak_flops_per_s.get(sim.options.compute) or max(
-        sim.pool.device.peak_flops_per_s.values()
-    )
+    peak_flops = sum(
+        share.num_devices * _peak_flops(share, sim.options.compute) for share in sim.pools
+    ) / sum(share.num_devices for share in sim.pools)
     spread = _step_spread(sim, terms, step)
     return Estimate(
         step_s=_interval(step, spread),
@@ -355,6 +445,11 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     )
 
 
+def _peak_flops(pool: Pool, compute: str) -> float:
+    peaks = pool.device.peak_flops_per_s
+    return peaks.get(compute) or max(peaks.values())
+
+
 def _interval(median: float, spread: float) -> Interval:
     factor = math.exp(Z90 * spread)
     return Interval(median=median, low=median / factor, high=median * factor)
@@ -370,10 +465,13 @@ def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float
     The stack's (or profile's) spread is that of device work; links and the host's launches are less
     certain by `UNCERTAIN`, and runs of one plan differ by `RUN_TO_RUN`.
     """
-    profile = sim.prices.profile
-    compute_spread = profile.spread if profile is not None else sim.pool.stack.spread
-    measured_links = sim.prices.link_evidence == "measured"
-    link_spread = LINK_SPREAD if measured_links else UNCERTAIN * sim.pool.stack.spread
+    compute_spread = max(
+        prices.pool.stack.spread if prices.profile is None else prices.profile.spread
+        for prices in sim.prices_of
+    )
+    measured_links = all(prices.link_evidence == "measured" for prices in sim.prices_of)
+    widest = max(pool.stack.spread for pool in sim.pools)
+    link_spread = LINK_SPREAD if measured_links else UNCERTAIN * widest
     links = sum(value for name, value in terms.items() if name.startswith("exposed."))
     host = terms["host"]
     classes = (
@@ -384,12 +482,16 @@ def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float
     return math.sqrt(sum((part / step) ** 2 for part in classes) + RUN_TO_RUN**2)
 
 
+WEAKEST_FIRST: tuple[Evidence, ...] = ("assumed", "catalog", "measured")
+
+
 def _evidence(sim: Simulation, terms: dict[str, float]) -> dict[str, Evidence]:
+    """What every term rests on; of several pools the weakest."""
+    links = min((p.link_evidence for p in sim.prices_of), key=WEAKEST_FIRST.index)
+    compute = min((p.evidence for p in sim.prices_of), key=WEAKEST_FIRST.index)
     result: dict[str, Evidence] = {}
     for name in terms:
-        if name.startswith("exposed."):
-            result[name] = sim.prices.link_evidence
-        else:
-            result[name] = sim.prices.evidence
-    result["memory"] = "measured" if sim.prices.profile is not None else "assumed"
+        result[name] = links if name.startswith("exposed.") else compute
+    measured = all(prices.profile is not None for prices in sim.prices_of)
+    result["memory"] = "measured" if measured else "assumed"
     return result

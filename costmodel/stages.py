@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..model import Model
 from ..plan import SCHEDULES, V_SCHEDULES
@@ -35,6 +36,23 @@ class Load:
     def num_layers(self) -> Array:
         """Layers of all groups."""
         return sum(self.layers, np.zeros(1))
+
+    def take(self, rows: NDArray[np.intp]) -> Load:
+        """The loads at these positions."""
+        return Load(
+            layers=tuple(count[rows] for count in self.layers),
+            embedding=self.embedding[rows],
+            head=self.head[rows],
+        )
+
+    def plus(self, other: Load) -> Load:
+        """Both together."""
+        return merge([self, other])
+
+    @property
+    def counts(self) -> Array:
+        """Embedding, layers by group and head, one row each."""
+        return np.stack(np.broadcast_arrays(self.embedding, *self.layers, self.head))
 
     def times(self, share: Array) -> Load:
         """The same, each piece as often as `share` says."""
@@ -80,13 +98,15 @@ class Load:
         return [(self.embedding, costs.embedding), *layers, (self.head, costs.head)]
 
 
-def for_each(loads: Sequence[Load], compute: Callable[[Load], Result]) -> list[Result]:
-    """`compute` of every load, done once for equal ones: most stages of a pipeline are alike."""
-    done: dict[bytes, Result] = {}
-    for load in loads:
-        if load.key not in done:
-            done[load.key] = compute(load)
-    return [done[load.key] for load in loads]
+def for_each(
+    loads: Sequence[Load], compute: Callable[[Load, int], Result], pools: Sequence[int]
+) -> list[Result]:
+    """`compute` of every load on its pool, done once for equal ones: most stages are alike."""
+    done: dict[tuple[bytes, int], Result] = {}
+    for load, pool in zip(loads, pools, strict=True):
+        if (load.key, pool) not in done:
+            done[load.key, pool] = compute(load, pool)
+    return [done[load.key, pool] for load, pool in zip(loads, pools, strict=True)]
 
 
 def _group_counts(model: Model, first: Array, last: Array) -> tuple[Array, ...]:
@@ -130,25 +150,56 @@ def merge(loads: list[Load]) -> Load:
     )
 
 
-def even_load(model: Model, layouts: Layouts, stage: Array) -> Load:
-    """The load of stage number `stage` when layers are cut evenly (first stages take the rest)."""
+def stage_start(
+    model: Model, layouts: Layouts, stage: Array, sizes: Sequence[int] | None = None
+) -> Array:
+    """The first layer of stage number `stage`; of the number of stages, the layers of the model.
+
+    `sizes` are the layers of every stage, the same under all layouts; None = cut evenly, the first
+    stages take the rest.
+    """
+    if sizes is not None:
+        starts = np.concatenate([[0.0], np.cumsum(np.asarray(sizes, dtype=float))])
+        return starts[np.asarray(stage, dtype=np.intp)]
     stages = (layouts.pp * layouts.vpp).astype(float)
     base = np.floor(model.num_layers / stages)
-    extra = model.num_layers - base * stages
-    first = stage * base + np.minimum(stage, extra)
-    size = base + (stage < extra)
-    return stage_load(model, first, first + size - 1)
+    return stage * base + np.minimum(stage, model.num_layers - base * stages)
 
 
-def rank_load(model: Model, layouts: Layouts, rank: Array) -> Load:
-    """All chunks of pipeline rank number `rank` under an even cut, placed as `rank_of` says."""
+def load_between(
+    model: Model,
+    layouts: Layouts,
+    first: Array,
+    stop: Array,
+    sizes: Sequence[int] | None = None,
+) -> Load:
+    """The load of the stages first .. stop - 1; nothing where there are none."""
+    start = stage_start(model, layouts, first, sizes)
+    end = stage_start(model, layouts, stop, sizes)
+    load = stage_load(model, start, end - 1)
+    return load.times((stop > first).astype(float))
+
+
+def even_load(model: Model, layouts: Layouts, stage: Array) -> Load:
+    """The load of stage number `stage` when layers are cut evenly (first stages take the rest)."""
+    return load_between(model, layouts, stage, stage + 1)
+
+
+def rank_load(
+    model: Model, layouts: Layouts, rank: Array, sizes: Sequence[int] | None = None
+) -> Load:
+    """All chunks of pipeline rank number `rank`, placed as `rank_of` says; `sizes` as in
+    `stage_start`."""
     p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
     folded = np.isin(layouts.schedule, V_SHAPED)
-    if len(model.layers) > 1:
-        stages = [rank + c * p for c in range(int(v.max(initial=1)))]
-        stages[1:2] = [np.where(folded, 2 * p - 1 - rank, stage) for stage in stages[1:2]]
-        here = [even_load(model, layouts, stage) for stage in stages]
-        return merge([load.times((c < v).astype(float)) for c, load in enumerate(here)])
+    if len(model.layers) > 1 or sizes is not None:
+        here: list[Load] = []
+        for chunk in range(int(v.max(initial=1))):
+            back = 2 * p - 1 - rank if chunk == 1 else rank + chunk * p
+            stage = np.minimum(np.where(folded, back, rank + chunk * p), p * v - 1)
+            load = load_between(model, layouts, stage, stage + 1, sizes)
+            here.append(load.times((chunk < v).astype(float)))
+        return merge(here)
     base = np.floor(model.num_layers / (p * v))
     extra = model.num_layers - base * p * v
     more = np.clip(np.ceil((extra - rank) / p), 0.0, v)

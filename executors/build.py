@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
-from ..plan import Plan, rank_of
+from ..plan import Plan
 from . import data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
@@ -24,7 +24,7 @@ from .pipeline import Pipeline, local_stages
 from .support import check_executed
 from .techniques import expert_offload, recompute, runtime
 from .torch_compat import DeviceMesh
-from .trainer import Trainer
+from .trainer import Trainer, tied_groups
 
 
 def check_supported(plan: Plan) -> None:
@@ -39,26 +39,6 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
     """The device mesh with the axes and rank order of `Mesh`."""
     shape = mesh.shape()
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-
-
-def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
-    """The group of the first and last stage's ranks at this rank's place, when tables are tied and
-    they are two.
-
-    Every rank makes every group, in the same order, as torch demands.
-    """
-    phase, mesh = plan.phase, plan.phase.mesh
-    together = rank_of(phase.schedule, mesh.num_stages - 1, mesh.pp) == 0
-    if together or not plan.model.tied_embeddings:
-        return None
-    mine: dist.ProcessGroup | None = None
-    stride = mesh.stride("pp")
-    for first in range(stride):
-        pair = [first, first + (mesh.pp - 1) * stride]
-        group = dist.new_group(pair)
-        if isinstance(group, dist.ProcessGroup) and dist.get_rank() in pair:
-            mine = group
-    return mine
 
 
 def make_optimizer(

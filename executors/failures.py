@@ -38,16 +38,26 @@ def num_oom_kills() -> int:
 
 
 def explain(
-    folder: Path, plan_file: PlanFile, last_step: int, killed_for_memory: bool
+    folder: Path,
+    plan_file: PlanFile,
+    last_step: int,
+    killed_for_memory: bool,
+    remedy: str = "run again",
+    logs: Path | None = None,
 ) -> ForerunError:
-    """The error to raise for a run whose agent failed."""
-    said = sorted(_failures(folder), key=lambda failure: failure.time_s)
-    own = [failure for failure in said if failure.kind != "peer"]
+    """The error to raise for a run whose agent failed.
+
+    `remedy` is what to do about a lost rank; `logs` is the folder that the agent wrote into, where
+    that is another.
+    """
+    said = sorted(job.failures(folder), key=lambda failure: failure.time_s)
+    final = [failure for failure in said if failure.is_final]
+    own = final or [failure for failure in said if failure.kind != "peer"]
     if own:
         return _from_failure(own[0], plan_file)
     lost = [end for end in _exits(folder) if end.exit_code < 0 and end.exit_code != -signal.SIGTERM]
     if lost:
-        return _from_signal(lost[0], plan_file, last_step, killed_for_memory)
+        return _from_signal(lost[0], plan_file, last_step, killed_for_memory, remedy)
     if killed_for_memory:
         return _out_of_memory(f"the run was killed for want of memory after step {last_step}",
                               plan_file)  # fmt: skip
@@ -56,9 +66,9 @@ def explain(
                          "free some space or set TMPDIR")  # fmt: skip
     if said:
         return RunFailed(f"rank {said[0].rank} lost its connection after step {last_step}: "
-                         f"{said[0].message}; run again")  # fmt: skip
+                         f"{said[0].message}; {remedy}")  # fmt: skip
     return RunFailed(f"the ranks ended without a word after step {last_step}: "
-                     f"{last_words(folder)}; run again")  # fmt: skip
+                     f"{last_words(logs or folder)}; {remedy}")  # fmt: skip
 
 
 def _from_failure(failure: job.Failure, plan_file: PlanFile) -> ForerunError:
@@ -71,17 +81,20 @@ def _from_failure(failure: job.Failure, plan_file: PlanFile) -> ForerunError:
         return _out_of_memory(f"{where} ran out of memory", plan_file)
     if failure.kind == "disk":
         return RunFailed(f"{where}: the disk is full ({failure.message}); free some space")
+    if failure.kind == "shared memory":
+        return RunFailed(f"{where}: shared memory is exhausted ({failure.message}); "
+                         "free /dev/shm, or start the container with a larger one")  # fmt: skip
     return RunFailed(f"{where} failed: {failure.message}; other ranks were ended")
 
 
 def _from_signal(
-    end: job.Exit, plan_file: PlanFile, last_step: int, killed_for_memory: bool
+    end: job.Exit, plan_file: PlanFile, last_step: int, killed_for_memory: bool, remedy: str
 ) -> RunFailed:
     name = signal.Signals(-end.exit_code).name
     what = f"rank {end.rank} was killed by {name} after step {last_step}"
     if killed_for_memory:
         return _out_of_memory(f"{what} (the kernel ran out of memory)", plan_file)
-    return RunFailed(f"{what}; other ranks were ended, run again")
+    return RunFailed(f"{what}; other ranks were ended, {remedy}")
 
 
 def _out_of_memory(what: str, plan_file: PlanFile) -> RunFailed:
@@ -92,10 +105,6 @@ def _out_of_memory(what: str, plan_file: PlanFile) -> RunFailed:
         f"{available_bytes()} bytes available now that they ended; "
         "lower --micro-batch or use --recompute full"
     )
-
-
-def _failures(folder: Path) -> list[job.Failure]:
-    return [document.read(job.Failure, path) for path in sorted(folder.glob("failure-*.json"))]
 
 
 def _exits(folder: Path) -> list[job.Exit]:

@@ -8,6 +8,7 @@ no temporary file behind.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import shutil
 import subprocess
@@ -18,22 +19,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+
+import msgspec
 
 from .. import document
-from ..errors import InputError, RunFailed
+from ..errors import InputError, Interrupted, RunFailed
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
-from ..units import format_bytes
-from . import corpus, emulation, failures, job
+from . import corpus, emulation, failures, job, machine
+from .checkpoints import folder as checkpoints
+from .interrupts import Stop, stopping_gently
+from .machine import Nodes
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
 from .support import check_executed
 
 OnProgress = Callable[[int, int, float], None]
-"""Hears (step, steps, loss) after every step, warm-up included."""
+"""Hears (step, steps, loss) after every step, warm-up included; steps is 0 where none were set."""
+OnNote = Callable[[str], None]
+"""Hears what a run has to say besides: a restart, a checkpoint that was not written."""
 
 POLL_S = 0.05
+GRACE_S = 30.0
+"""What ranks get, after Ctrl-C or SIGTERM, to end their step and write a checkpoint."""
+RESTARTS = 3
+"""Default of a run with checkpoints; without them a lost rank ends the run."""
 NO_TEXT = b"\n"
 """The corpus of a module that makes its own batches: an empty file cannot be mapped."""
 
@@ -56,8 +66,13 @@ def run(
     output: Path | None = None,
     data: str | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
     log_dir: Path | None = None,
     module: str | None = None,
+    training: job.Training | None = None,
+    max_restarts: int | None = None,
+    grace_s: float = GRACE_S,
+    nodes: Nodes | None = None,
     pace: str | None = None,
     pace_scale: float | None = None,
 ) -> Measurement:
@@ -68,42 +83,71 @@ def run(
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
 
+    With `training`, training goes to step `steps` (default: the phase's, or no end where `training`
+    has one), the first `warmup_steps` of which are not timed; lost ranks are started again from the
+    last checkpoint, `max_restarts` times. With `nodes`, this machine runs its part of the plan.
     With `pace` (see `emulation.emulated`) CPU processes run the plan and hold every chunk to the
     time predicted for that device, times `pace_scale`; the Measurement is in the device's seconds
     and marked as emulated.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
-    memory or disk runs out or the loss diverges; Ctrl-C and SIGTERM end all ranks and pass on.
+    memory or disk runs out or the loss diverges. Ctrl-C and SIGTERM end all ranks and pass on; with
+    checkpoints they end the step first, write one and raise Interrupted.
     """
     plan = plan_file.plan
     plan.check()
-    check_module(plan, module)
+    machine.check_nodes(nodes)
+    device = "cpu" if pace is not None else machine.check_machine(plan, nodes)
+    machine.check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
+    per_node = machine.ranks_per_node(plan, nodes)
+    num_ranks = per_node[nodes.node if nodes is not None else 0]
     paced = None
     if pace is None:
-        device = check_machine(plan)
-        check_memory(plan_file, device)
+        machine.check_memory(plan_file, device, num_ranks)
     else:
-        device, paced = "cpu", emulation.prepare(plan, pace, pace_scale)
-    data = data or plan.workload.data
-    text = NO_TEXT
-    if plan.model.traced is None or plan.model.traced.tokens:
-        text = corpus.load(data)
-        corpus.check_fits(text, plan.model, plan.phase.seq_tokens, data)
+        _check_paced(pace, training, nodes)
+        paced = emulation.prepare(plan, pace, pace_scale)
+    if training is not None:
+        training = _absolute(training)
+        if training.until_loss is None and training.until_s is None:
+            steps = steps or plan.phase.steps
+        machine.check_training(plan, steps, training)
+    else:
+        steps = plan.phase.steps if steps is None else steps
+    text = text_of(plan, data)
     work = job.Job(
         plan=plan,
         device=device,
         warmup_steps=warmup_steps,
-        steps=plan.phase.steps if steps is None else steps,
+        steps=steps,
         pace=paced,
+        training=training,
+        started_s=time.time(),
+        data_digest=hashlib.sha256(text).hexdigest() if text is not NO_TEXT else "",
+        ranks_per_node=per_node if nodes is not None else (),
     )
+    if max_restarts is None:
+        max_restarts = RESTARTS if training is not None and training.checkpoint else 0
+    launch = job.Launch(num_ranks=num_ranks, module=module, max_restarts=max_restarts)
+    if nodes is not None:
+        launch = msgspec.structs.replace(
+            launch, num_nodes=nodes.num, node=nodes.node, rendezvous=nodes.rendezvous,
+            address=machine.own_address(nodes),
+        )  # fmt: skip
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with terminated_like_an_exit(), _folder() as folder:
+    with terminated_like_an_exit(), _lock(training, nodes), _folder() as folder:
+        stop = None
+        if training is not None and training.checkpoint is not None:
+            stop = Stop(folder / job.STOP, grace_s)
         document.write_bytes(folder / job.CORPUS, text)
         document.write(folder / job.JOB, work)
+        document.write(folder / job.LAUNCH, launch)
         try:
-            run_ranks(folder, plan_file, device, on_progress, module)
+            with stopping_gently(stop):
+                run_ranks(folder, plan_file, launch, device, stop, on_progress, on_note)
+            _check_end(folder, training)
             results = [
                 document.read(report.RankResult, folder / job.result_name(rank))
                 for rank in range(plan.phase.mesh.world)
@@ -117,6 +161,16 @@ def run(
     return measured
 
 
+def text_of(plan: Plan, data: str | None) -> bytes:
+    """What a plan is trained on: `data`, or what its workload names."""
+    if plan.model.traced is not None and not plan.model.traced.tokens:
+        return NO_TEXT
+    data = data or plan.workload.data
+    text = corpus.load(data)
+    corpus.check_fits(text, plan.model, plan.phase.seq_tokens, data)
+    return text
+
+
 def _check_counts(steps: int | None, warmup_steps: int) -> None:
     if steps is not None and steps < 1:
         raise InputError("steps", steps, "not positive", "give 1 or more")
@@ -124,108 +178,111 @@ def _check_counts(steps: int | None, warmup_steps: int) -> None:
         raise InputError("warmup", warmup_steps, "negative", "give 0 or more")
 
 
-def check_module(plan: Plan, module: str | None) -> None:
-    """Raise InputError unless `module` is what a traced plan was made from, unchanged."""
-    traced = plan.model.traced
-    if traced is None and module is not None:
-        raise InputError("model", module, f"the plan trains {plan.model.name}, no module of yours",
-                         "drop --model")  # fmt: skip
-    if traced is None:
+def _check_paced(pace: str, training: job.Training | None, nodes: Nodes | None) -> None:
+    """Raise InputError for what a paced run, which only measures, on one machine, does not do."""
+    for field, value in (("training", training), ("nnodes", nodes and nodes.num)):
+        if value is not None:
+            raise InputError("pace", pace, f"a paced run takes no {field}: it emulates, here, and "
+                             "keeps nothing", "leave out --checkpoint, --until, --metrics, "
+                             "--tensorboard and --nnodes")  # fmt: skip
+
+
+def _absolute(training: job.Training) -> job.Training:
+    """The same with paths that hold in any folder."""
+    names = ("checkpoint", "resume", "metrics", "tensorboard")
+    given = {name: getattr(training, name) for name in names}
+    return msgspec.structs.replace(
+        training, **{name: os.path.abspath(path) for name, path in given.items() if path}
+    )
+
+
+@contextmanager
+def _lock(training: job.Training | None, nodes: Nodes | None) -> Iterator[None]:
+    """Keep other runs out of the folder of checkpoints; node 0 does so for all."""
+    mine = nodes is None or nodes.node == 0
+    if training is None or training.checkpoint is None or not mine:
+        yield
         return
-    if module is None:
-        raise InputError("model", "(missing)",
-                         f"the plan trains {traced.target}, and a plan never runs code by itself",
-                         f"add --model {traced.target}")  # fmt: skip
-    from .trace_module import trace
-
-    if trace(module, traced.seq_tokens) != plan.model:
-        raise InputError("model", module, f"is not {traced.target} as it was when it was planned",
-                         f"give --model {traced.target}, or plan again")  # fmt: skip
+    with checkpoints.locked(Path(training.checkpoint)):
+        yield
 
 
-def check_machine(plan: Plan) -> Literal["cpu", "cuda"]:
-    """The kind of device to run on; raises InputError when this machine lacks what is planned."""
-    needed = plan.cluster.num_devices
-    names = ", ".join(dict.fromkeys(pool.device.name for pool in plan.cluster.pools))
-    if sum(pool.num_nodes for pool in plan.cluster.pools) > 1:
-        raise InputError("gpus", f"{needed} x {names}", "several nodes, and this machine is one",
-                         "plan again for one node, such as --gpus 2xcpu")  # fmt: skip
-    if plan.cluster.pools[0].device.kind == "cpu":
-        return "cpu"
-    found = num_cuda_devices()
-    if found < needed:
-        raise InputError("gpus", f"{needed} x {names}", f"this machine has {found} CUDA devices",
-                         "run there, or plan again with --gpus 2xcpu")  # fmt: skip
-    return "cuda"
-
-
-def num_cuda_devices() -> int:
-    """CUDA devices of this machine."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def check_memory(plan_file: PlanFile, device: str) -> None:
-    """Raise RunFailed when the predicted peaks of all ranks exceed the memory that is free."""
-    if device != "cpu":
+def _check_end(folder: Path, training: job.Training | None) -> None:
+    """Raise Interrupted when training was told to stop."""
+    if training is None:
         return
-    num_ranks = plan_file.plan.phase.mesh.world
-    predicted_bytes = plan_file.estimate.peak_memory_bytes.median
-    available_bytes = failures.available_bytes()
-    if predicted_bytes * num_ranks > available_bytes:
-        raise RunFailed(
-            f"memory={format_bytes(predicted_bytes * num_ranks)}: predicted for {num_ranks} ranks, "
-            f"but {format_bytes(available_bytes)} are free "
-            f"({predicted_bytes * num_ranks:.0f} against {available_bytes} bytes); "
-            "lower --micro-batch, use --recompute full, or free memory"
-        )
+    end = document.read(job.End, folder / job.END)
+    if end.reason == "interrupted":
+        raise Interrupted(f"interrupted after step {end.step}: {end.checkpoint} is written; "
+                          "add --resume to go on")  # fmt: skip
 
 
 def run_ranks(
     folder: Path,
     plan_file: PlanFile,
+    launch: job.Launch,
     device: str,
+    stop: Stop | None,
     on_progress: OnProgress | None,
-    module: str | None = None,
+    on_note: OnNote | None,
 ) -> None:
-    """Run all ranks to their end; raises what ended them when that was not well."""
-    num_ranks = plan_file.plan.phase.mesh.world
-    command = [sys.executable, "-m", "forerun.executors.agent", str(folder), str(num_ranks)]
-    command += [module] if module is not None else []
+    """Run this machine's ranks to their end; raises what ended them when that was not well."""
     oom_kills = failures.num_oom_kills()
+    process = start_agent(folder, launch, device)
+    try:
+        progress = follow(process, folder / job.PROGRESS, stop, on_progress, on_note)
+    finally:
+        kill_tree(process)
+    final = any(failure.is_final for failure in job.failures(folder))
+    if process.returncode != 0 or final:
+        killed_for_memory = failures.num_oom_kills() > oom_kills
+        remedy = "run again" if stop is None else "add --resume to go on from the last checkpoint"
+        raise failures.explain(folder, plan_file, progress, killed_for_memory, remedy)
+
+
+def start_agent(folder: Path, launch: job.Launch, device: str) -> subprocess.Popen[bytes]:
+    """The agent of a run, which starts its ranks; `kill_tree` ends them all."""
     with (folder / "agent.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            [sys.executable, "-m", "forerun.executors.agent", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=_environment(device, folder),
+            env=_environment(device, folder, launch),
             start_new_session=True,  # Ctrl-C comes to the parent alone, which ends the others
         )
-        try:
-            progress = _follow(process, folder / job.PROGRESS, on_progress)
-        finally:
-            kill_tree(process)
-    if process.returncode != 0:
-        killed_for_memory = failures.num_oom_kills() > oom_kills
-        raise failures.explain(folder, plan_file, progress, killed_for_memory)
 
 
-def _follow(process: subprocess.Popen[bytes], path: Path, on_progress: OnProgress | None) -> int:
-    """Pass on progress until the process ends; returns the last step that was done."""
+def follow(
+    process: subprocess.Popen[bytes],
+    path: Path,
+    stop: Stop | None,
+    on_progress: OnProgress | None,
+    on_note: OnNote | None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> int:
+    """Pass on progress until the process ends or `is_over`; returns the last step that was done."""
     position, last = 0, 0
     while True:
-        ended = process.poll() is not None
+        ended = process.poll() is not None or is_over()
         new = _whole_lines(path, position)
         position += len(new)
         for line in new.splitlines():
-            step, steps, loss = document.parse_json(line, str(path))
+            said = document.parse_json(line, str(path))
+            if isinstance(said, dict):
+                if on_note is not None:
+                    on_note(said["note"])
+                continue
+            step, steps, loss = said
             last = step
             if on_progress is not None:
                 on_progress(step, steps, loss)
         if ended:
             return last
+        if stop is not None and stop.is_overdue:
+            raise Interrupted(f"interrupted after step {last}: the ranks did not end within "
+                              f"{stop.grace_s:g} s and were killed; add --resume to go on from the "
+                              "last checkpoint")  # fmt: skip
         time.sleep(POLL_S)
 
 
@@ -239,15 +296,18 @@ def _whole_lines(path: Path, position: int) -> bytes:
     return new[: new.rfind(b"\n") + 1]
 
 
-def _environment(device: str, folder: Path) -> dict[str, str]:
+def _environment(device: str, folder: Path, launch: job.Launch) -> dict[str, str]:
     """The ranks' environment: forerun importable, threads settled, temporary files in `folder`."""
     environment = dict(os.environ, TMPDIR=str(folder))
     if device == "cuda":
         environment = CUDA_ENVIRONMENT | environment
     else:
         environment |= CPU_ENVIRONMENT
-        if sys.platform.startswith("linux"):
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform.startswith("linux"):
+        alone = launch.num_nodes == 1
+        interface = "lo" if alone else machine.interface_of(launch.address)
+        if interface is not None:
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     root = str(Path(document.__file__).resolve().parent.parent)
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         known = environment.get("PYTHONPATH")
@@ -255,14 +315,19 @@ def _environment(device: str, folder: Path) -> dict[str, str]:
     return environment
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """A temporary folder for one run, removed at its end."""
+def make_folder() -> Path:
+    """A temporary folder for the files of a run."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="forerun-run-"))
+        return Path(tempfile.mkdtemp(prefix="forerun-run-"))
     except OSError as error:
         raise RunFailed(f"folder={tempfile.gettempdir()}: cannot write ({error.strerror}); "
                         "set TMPDIR to a writable place") from error  # fmt: skip
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A temporary folder for one run, removed at its end."""
+    folder = make_folder()
     try:
         yield folder
     finally:

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+from .measure import environment
 from .measure.report import RankResult
 from .pacing import Board, Pace, Pacer, Stopwatch
-from .worker import Run, environment, leave, process_peak_bytes
+from .worker import Run, leave
 
 MARGIN = 2.0
 """How much longer paced chunks last than the real ones did in the median, or more."""
@@ -30,7 +31,7 @@ MOST_STEP_S = 60.0
 class PacedRun(Run):
     """A run whose chunks last as long as predicted for another device."""
 
-    def measure(self) -> RankResult:
+    def measure(self) -> list[RankResult]:
         """Train some steps for real and some paced, then count one."""
         pace, marks = self.work.pace, self.trainer.marks
         assert pace is not None
@@ -54,8 +55,8 @@ class PacedRun(Run):
             return forward_backward(tokens)
 
         self.trainer.forward_backward = paced
-        for _ in range(self.work.steps):
-            _, mean_loss = self.train_step()
+        for _ in range(self.work.steps or 0):
+            _, mean_loss, _ = self.train_step()
             begun_s = min(board.read(f"begin.{rank}") for rank in range(self.trainer.mesh.pp))
             steps_s.append((pacer.ended_s - begun_s) / scale)
             loss.append(mean_loss)
@@ -73,12 +74,12 @@ class PacedRun(Run):
             steps_s=tuple(steps_s),
             loss=tuple(loss),
             peak_memory_bytes=sum(live_bytes.values()),
-            process_peak_bytes=process_peak_bytes(self.device, self.context_bytes),
+            process_peak_bytes=environment.process_peak_bytes(self.device, self.context_bytes),
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s={n: statistics.fmean(row.get(n, 0.0) for row in terms) for n in names},
             bytes_on_wire=counter.bytes_on_wire(),
-            environment=environment(load_at_start, self.device)
+            environment=environment.environment(load_at_start, self.device)
             | {
                 "emulated_device": pace.device,
                 "pace_scale": f"{scale:.6g}",
@@ -87,7 +88,7 @@ class PacedRun(Run):
             },
         )
         leave()
-        return result
+        return [result]
 
     def _board(self) -> Board:
         """What the ranks of this rank's pipeline show each other."""

@@ -38,7 +38,9 @@ def phase_orders(phase: Phase) -> Orders:
 def hidden_example(phase: Phase, model: Model) -> Tensor:
     """The form of what stages send: hidden states of one micro-batch, on the meta device."""
     parts = phase.mesh.tp if phase.sequence_parallel else 1
-    shape = (phase.micro_batch_seqs, phase.seq_tokens // parts, model.hidden)
+    shape: tuple[int, ...] = (phase.micro_batch_seqs, phase.seq_tokens // parts, model.hidden)
+    if model.traced is not None:
+        shape = (phase.micro_batch_seqs, *model.traced.hidden)
     dtype = precision.compute_dtype(phase)
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
@@ -55,13 +57,16 @@ class Pipeline:
         device: torch.device,
         marks: Marks,
         experts: ExpertParallel | None = None,
+        first: tuple[Tensor, ...] = (),
     ) -> None:
+        """`first` is the form of what the first stage takes, where that is not tokens."""
         indices = local_stages(phase, mesh.get_local_rank("pp"))
         last = phase.mesh.num_stages - 1
         self.has_first, self.has_last = 0 in indices, last in indices
         hidden = hidden_example(phase, model)
         self.group, self.hidden, self.device = mesh.get_group("pp"), hidden, device
         tokens = torch.empty(hidden.shape[0], phase.seq_tokens, dtype=torch.int64, device="meta")
+        taken = first or (tokens,)
         loss = torch.empty((), device="meta", requires_grad=True)
         self.stages: list[ObservedStage] = []
         for piece, index in zip(pieces, indices, strict=True):
@@ -71,7 +76,7 @@ class Pipeline:
                 index,
                 phase.mesh.num_stages,
                 device,
-                input_args=tokens if index == 0 else hidden,
+                input_args=taken if index == 0 else hidden,
                 output_args=loss if index == last else hidden,
                 group=self.group,
                 dw_builder=later.take if later is not None else None,
@@ -113,16 +118,21 @@ class Pipeline:
         return statistics.median(taken_s)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN.
+        """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN."""
+        return self.run((inputs,), {"targets": targets}, targets)
+
+    def run(self, inputs: tuple[Tensor, ...], behind: dict[str, Tensor], target: Tensor) -> Tensor:
+        """The same with what the first stage takes and what the last one takes by name.
 
         The last stage computes its loss inside the module, where the logits die; the schedule's
         loss function only scales it, but wants a target of its own to cut into micro-batches.
         """
-        arguments = (inputs.contiguous(),) if self.has_first else ()  # torch 2.11 checks strides
+        # torch 2.11 checks strides
+        arguments = tuple(x.contiguous() for x in inputs) if self.has_first else ()
         losses: list[Tensor] = []
         if self.has_last:
             self.schedule.step(
-                *arguments, targets=targets, target=targets, losses=losses, return_outputs=False
+                *arguments, **behind, target=target, losses=losses, return_outputs=False
             )
         else:
             self.schedule.step(*arguments, return_outputs=False)
@@ -130,5 +140,5 @@ class Pipeline:
             if stage.replicas is not None:
                 stage.replicas.wait()
         if not self.has_last:
-            return torch.full((), float("nan"), device=inputs.device)
+            return torch.full((), float("nan"), device=target.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class Call:
     weights: list[str]
     backward: list[aten.Priced] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
+    collectives: list[Exchange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A collective of the tensor-parallel group at this place."""
+
+    kind: Literal["all_reduce", "all_gather"]
+    elements: int
+    """Of the full logical buffer."""
+    backward: bool = False
+    dtype: Literal["compute", "fp32"] = "compute"
 
 
 @dataclass(slots=True)
@@ -155,6 +167,22 @@ class Recorder(TorchDispatchMode):
         call = self._call_at(node._sequence_nr())
         if call is not None and name not in SUMS:
             call.backward.extend(aten.backward(name, args, out))
+
+    def exchange(self, *exchanges: Exchange) -> None:
+        """Note collectives between the operators before and after."""
+        self.calls.append(
+            Call(
+                name="edge",
+                module=self._stack[-1] if self._stack else None,
+                kind="edge",
+                sizes=(),
+                sequence=sequence_number() - 1,
+                inputs=[],
+                outputs=[],
+                weights=[],
+                collectives=list(exchanges),
+            )
+        )
 
     def _call_at(self, sequence: int) -> Call | None:
         """The forward operator of an autograd node; of a view's node the one before it."""

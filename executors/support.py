@@ -19,6 +19,9 @@ def check_executed(plan: Plan) -> None:
     if len(plan.phases) != 1:
         raise InputError("phases", len(plan.phases), "runs have one phase for now",
                          "give a plan with one phase")  # fmt: skip
+    if len(plan.cluster.pools) > 1:
+        raise InputError("cluster.pools", len(plan.cluster.pools), "runs have one pool for now",
+                         "plan for one kind of node")  # fmt: skip
     _check_phase(plan.phase)
     expert_offload.check(plan)
     if plan.model.traced is None:

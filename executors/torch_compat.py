@@ -40,6 +40,7 @@ __all__ = [
     "Runtime",
     "adamw_update",
     "all_gather_single",
+    "destroy_process_groups",
     "fully_shard",
     "grouped_matmul",
     "ignore_in_ddp",
@@ -344,3 +345,27 @@ def fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def local_box(tensor: DTensor) -> tuple[int, ...]:
+    """Where this rank's part of a distributed tensor begins, in every dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(offsets)
+
+
+def destroy_process_groups() -> None:
+    """End all process groups, and forget the meshes that DTensor knows over them.
+
+    A mesh that is made anew equals the old one, and results that DTensor keeps by mesh would bring
+    back names of groups that are gone.
+    """
+    dist.destroy_process_group()
+    kept: Any = DTensor
+    kept._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear is not None:
+        clear()

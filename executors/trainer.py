@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import RunFailed
-from ..plan import Plan
+from ..plan import Plan, rank_of
 from . import clipping, data_parallel
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
@@ -42,6 +43,8 @@ class Trainer:
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
         self.experts = experts
+        self.shared: tuple[str, ...] = ("embedding.weight",)
+        """Parameters that `tied_group` sums the gradients of: those of both ends of the model."""
 
     @property
     def observer(self) -> Observer:
@@ -65,7 +68,7 @@ class Trainer:
             loss = self.pipeline.step(inputs, targets)
         else:
             loss = self._accumulate(inputs, targets)
-        self._reduce_shared_gradients()
+        self.reduce_shared_gradients()
         return loss
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _reduce_shared_gradients(self) -> None:
+    def reduce_shared_gradients(self) -> None:
         """Sum gradients that ranks hold in part.
 
         Under sequence parallelism those of parameters that tp did not cut (one all-reduce of all of
@@ -94,9 +97,11 @@ class Trainer:
         if self.experts is not None:
             self.experts.finish_step()
         if self.tied_group is not None:
-            for piece in self.pieces:
-                if hasattr(piece, "embedding") and piece.embedding.weight.grad is not None:
-                    dist.all_reduce(local(piece.embedding.weight.grad), group=self.tied_group)
+            parameters = self._named_parameters()
+            for name in self.shared:
+                gradient = parameters[name].grad if name in parameters else None
+                if gradient is not None:
+                    dist.all_reduce(local(gradient), group=self.tied_group)
 
     def _partial_over_tp(self) -> list[Tensor]:
         """Gradients of which each tp rank holds a part."""
@@ -105,7 +110,7 @@ class Trainer:
             local(p.grad)
             for name, p in self._named_parameters().items()
             if p.grad is not None
-            and (name.endswith("router.weight") or (split and name not in self.tp_dims))
+            and ((split and name not in self.tp_dims) or (experts and experts.routes(name)))
             and not (experts is not None and experts.owns(name))
         ]
 
@@ -137,17 +142,38 @@ class Trainer:
         copies = data_parallel.copies(self.phase)
         if name not in self.tp_dims:
             copies *= self.mesh.tp
-        if self.tied_group is not None and name == "embedding.weight":
+        if self.tied_group is not None and name in self.shared:
             copies *= 2
         return copies
 
     def global_loss(self, local_loss: Tensor) -> float:
-        """Mean loss over all replicas, the same on every rank: one small all-reduce."""
-        pair = torch.zeros(2, device=self.device)
-        if any(piece.is_last for piece in self.pieces):
-            pair[0], pair[1] = local_loss, 1.0
-        dist.all_reduce(pair)
-        return float(pair[0] / pair[1])
+        """Mean loss over all replicas, the same on every rank."""
+        return self.agree(local_loss)[0]
+
+    def agree(self, local_loss: Tensor, *wishes: bool) -> tuple[float, tuple[bool, ...]]:
+        """Mean loss over all replicas, and which wishes any rank has: one small all-reduce."""
+        values = torch.zeros(2 + len(wishes), device=self.device)
+        if self.has_loss:
+            values[0], values[1] = local_loss, 1.0
+        for index, wish in enumerate(wishes, start=2):
+            if wish:
+                values[index] = 1.0
+        dist.all_reduce(values)
+        total, count, *counts = values.tolist()
+        return float(np.float32(total) / np.float32(count)), tuple(n > 0 for n in counts)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether this rank holds the last piece, which computes the loss."""
+        return any(piece.is_last for piece in self.pieces)
+
+    def diverged_ranks(self, local_loss: Tensor) -> list[int]:
+        """Ranks whose own loss is not finite; one small all-reduce."""
+        flags = torch.zeros(dist.get_world_size(), device=self.device)
+        if self.has_loss and not torch.isfinite(local_loss):
+            flags[dist.get_rank()] = 1.0
+        dist.all_reduce(flags)
+        return [rank for rank, flag in enumerate(flags.tolist()) if flag]
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -184,6 +210,26 @@ class Trainer:
         if self.experts is not None and self.experts.owns(name):
             return self.experts.whole(name, whole)
         return whole
+
+
+def tied_groups(plan: Plan) -> dist.ProcessGroup | None:
+    """The group of the first and last stage's ranks at this rank's place, when tables are tied and
+    they are two.
+
+    Every rank makes every group, in the same order, as torch demands.
+    """
+    phase, mesh = plan.phase, plan.phase.mesh
+    together = rank_of(phase.schedule, mesh.num_stages - 1, mesh.pp) == 0
+    if together or not plan.model.tied_embeddings:
+        return None
+    mine: dist.ProcessGroup | None = None
+    stride = mesh.stride("pp")
+    for first in range(stride):
+        pair = [first, first + (mesh.pp - 1) * stride]
+        group = dist.new_group(pair)
+        if isinstance(group, dist.ProcessGroup) and dist.get_rank() in pair:
+            mine = group
+    return mine
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from . import huggingface
+
+if TYPE_CHECKING:
+    from .module_cuts import Links
 
 Inputs = tuple[Tensor, ...]
 MakeBatch = Callable[[int, int], Inputs]
@@ -49,7 +53,20 @@ class UserModule:
         if not isinstance(made, tuple) or not all(isinstance(x, Tensor) for x in made):
             raise InputError("model", self.target, "make_batch returns no tuple of tensors",
                              "return (input, ...), as module(*inputs) takes them")  # fmt: skip
+        for x in made:
+            if x.dim() == 0 or x.shape[0] != batch:
+                raise InputError("model", self.target,
+                                 f"make_batch({batch}, ...) returns a tensor {list(x.shape)}",
+                                 "give every tensor the batch as its first axis")  # fmt: skip
         return made
+
+    def samples(self, seeds: list[int], seq_tokens: int) -> Inputs:
+        """A batch of samples, each made by itself after seeding: none depends on its neighbours."""
+        made: list[Inputs] = []
+        for seed in seeds:
+            seed_everything(seed)
+            made.append(self.inputs(1, seq_tokens))
+        return tuple(torch.cat(column) for column in zip(*made, strict=True))
 
 
 class Trainable(nn.Module):
@@ -63,16 +80,24 @@ class Trainable(nn.Module):
         self.blocks = {path: user.module.get_submodule(path) for path in blocks}
         """The layers by path, in order; they stay where they are in `module`."""
 
+        self.links: Links | None = None
+        """The tensor-parallel group, where the module returns divided logits."""
+
     def forward(self, *inputs: Tensor) -> Tensor:
         if not self.tokens:
-            return self._scalar(self.module(*inputs))
-        x_BS, targets_BS = inputs
-        out = self.module(x_BS)
-        if isinstance(out, Tensor) and out.dim() == 3 and out.shape[:2] == x_BS.shape:
-            return F.cross_entropy(out.flatten(0, 1).float(), targets_BS.flatten())
-        return self._scalar(out)
+            return self.scalar(self.module(*inputs))
+        return self.loss_of(self.module(inputs[0]), *inputs)
 
-    def _scalar(self, out: Any) -> Tensor:
+    def loss_of(self, out: Any, x_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """The loss of what a module that takes tokens returned for (B, S) of them."""
+        if isinstance(out, Tensor) and out.dim() == 3 and out.shape[:2] == x_BS.shape:
+            if self.links is not None:
+                return self.links.loss(out, targets_BS)
+            return F.cross_entropy(out.flatten(0, 1).float(), targets_BS.flatten())
+        return self.scalar(out)
+
+    def scalar(self, out: Any) -> Tensor:
+        """`out`, if it is a loss."""
         if isinstance(out, Tensor) and out.dim() == 0:
             return out
         shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -115,7 +140,9 @@ def load(target: str) -> UserModule:
 
 
 def find(target: str) -> Callable[[], Any]:
-    """Import the function that `target` names."""
+    """The function that `target` names, imported; of `hf:PATH` one that builds that model."""
+    if huggingface.is_huggingface(target):
+        return huggingface.maker(target)
     name, _, attribute = target.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:

@@ -1,16 +1,17 @@
 """One rank of a run: `python -m forerun.executors.worker FOLDER [MODULE]`, started by the agent.
 
 Order: warm-up steps, timed steps with nothing attached, one counted step (memory and collectives),
-profiled steps. The rank writes its result, or why it failed, into the folder.
+profiled steps. The rank writes its result, or why it failed, into the folder. In a training run
+(`job.Training`) the steps before the counted one are the training, with its checkpoints; what is
+counted and profiled afterwards changes nothing that was kept.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
-import platform
-import resource
 import statistics
 import sys
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,32 +31,57 @@ from . import data, job
 from .build import build
 from .decoder import Decoder
 from .experts.loads import rank_loads
-from .measure import pace
+from .measure import environment, pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
 from .measure.memory import LiveTensors
 from .measure.report import RankResult
 from .processes import die_with_parent
+from .ranks import check_device, check_nodes, of_all_nodes, own_rank, start_process_group
+from .torch_compat import destroy_process_groups
 from .traced import TracedTrainer
 from .trainer import Trainer
+from .training import Keeper
 
-PROFILED_STEPS = 3
-"""Their mean is less at the mercy of a busy machine than one."""
+THROWAWAY_STEPS = 3
+"""Timed where a run goes on from the end of its training."""
 
 
 def main(folder: Path, module: str | None = None) -> int:
     """Run this rank; 0, or 1 with the reason written into the folder."""
     die_with_parent()
-    rank = int(os.environ["RANK"])
+    launch = document.read(job.Launch, folder / job.LAUNCH)
+    corpus = data.open_corpus(folder / job.CORPUS)
+    if not launch.session:
+        return run_plan(folder, corpus, module)
+    device = torch.device("cpu")
+    for number in itertools.count():
+        item = job.next_item(folder, number)
+        if item is None:
+            return 0
+        environment.start_afresh(device)
+        code = run_plan(item, corpus, module, item.name)
+        if code != 0:
+            return code
+        device = torch.device(document.read(job.Job, item / job.JOB).device)
+    raise AssertionError
+
+
+def run_plan(folder: Path, corpus: np.ndarray, module: str | None, name: str = "") -> int:
+    """Run this rank's part of the plan in a folder, the `name`-th of these processes."""
+    work = document.read(job.Job, folder / job.JOB)
+    if any(failure.is_final for failure in job.failures(folder)):
+        return 0  # restarted in vain: the parent reads what failed before
+    rank = own_rank(work.ranks_per_node)
     progress = job.Progress(folder, rank)
     try:
-        work = document.read(job.Job, folder / job.JOB)
-        corpus = data.open_corpus(folder / job.CORPUS)
-        result = _kind_of_run(work)(work, corpus, progress, module).measure()
-        document.write(folder / job.result_name(rank), result)
+        run = _kind_of_run(work)(work, corpus, progress, folder, module, name)
+        for result in run.measure():
+            document.write(folder / job.result_name(result.rank), result)
     except Exception as error:
         traceback.print_exc()
-        document.write(folder / job.failure_name(rank), job.describe(error, rank, progress.step))
+        failure = job.describe(error, rank, progress.step)
+        document.write(folder / job.failure_name(rank), failure)
         return 1
     return 0
 
@@ -69,44 +94,53 @@ class Run:
         work: job.Job,
         corpus: np.ndarray,
         progress: job.Progress,
+        folder: Path,
         module: str | None = None,
+        name: str = "",
     ) -> None:
-        self.work, self.corpus, self.progress = work, corpus, progress
-        self.device = _start_process_group(work.device)
-        self.context_bytes = _context_bytes(self.device)
+        self.work, self.corpus, self.progress, self.folder = work, corpus, progress, folder
+        self.device = start_process_group(work, name)
+        check_nodes(work)
+        check_device(work.plan, self.device)
+        self.context_bytes = environment.context_bytes(self.device)
         self.trainer: Trainer = build(work.plan, device=self.device, module=module)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
         self.next_step = 0
+        self.keeper: Keeper | None = None
+        if work.training is not None:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self.keeper = Keeper(work, self.trainer, progress, group)
         self.pace_s: list[float] = []
         """The machine's speed before every step."""
 
-    def measure(self) -> RankResult:
-        """Train, then count one step and profile some."""
+    def measure(self) -> list[RankResult]:
+        """Train, then count one step and profile some; the results this rank is to write.
+
+        None when training was interrupted. On several nodes the first rank of each writes all.
+        """
         load_at_start = os.getloadavg()[0]
-        loss: list[float] = []
-        steps_s: list[float] = []
-        for index in range(self.work.warmup_steps + self.work.steps):
-            if index == self.work.warmup_steps:
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.device)
-                if self.trainer.experts is not None:
-                    self.trainer.experts.forget()
-            seconds, mean_loss = self.train_step()
-            loss.append(mean_loss)
-            if index >= self.work.warmup_steps:
-                steps_s.append(seconds)
-        pace_s = statistics.median(self.pace_s)
-        peak_bytes = process_peak_bytes(self.device, self.context_bytes)
-        allocated_bytes = _allocated_bytes(self.device)
+        loss, steps_s = self.train()
+        if self.keeper is not None:
+            end = self.keeper.finish()
+            if dist.get_rank() == 0 or self.work.ranks_per_node:
+                document.write(self.folder / job.END, end)
+            if end.reason == "interrupted":
+                leave()
+                return []
+        if not self.work.counted:
+            result = self.result(loss, steps_s)
+            leave()
+            return [result]
+        peak_bytes = environment.process_peak_bytes(self.device, self.context_bytes)
+        allocated_bytes = environment.allocated_bytes(self.device)
         experts = rank_loads(self.trainer.experts)
         live_bytes, counter = self.count_step()
         profiled_s, matched = self.profile_steps(counter.calls)
-        result = RankResult(
-            rank=dist.get_rank(),
-            coordinates=self.trainer.coordinates,
-            steps_s=tuple(steps_s),
-            loss=tuple(loss),
+        result = self.result(
+            loss,
+            steps_s,
             peak_memory_bytes=allocated_bytes or sum(live_bytes.values()),
             process_peak_bytes=peak_bytes,
             context_bytes=self.context_bytes,
@@ -114,37 +148,91 @@ class Run:
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
             experts=experts,
-            environment=environment(load_at_start, self.device)
+            environment=environment.environment(load_at_start, self.device)
             | {
                 "collectives_matched": "yes" if matched else "no",
-                REFERENCE_MATMUL: f"{pace_s:.6g}",
+                REFERENCE_MATMUL: f"{statistics.median(self.pace_s or [pace.matmul_s()]):.6g}",
             },
         )
+        results = [result]
+        if self.work.ranks_per_node:
+            results = of_all_nodes(result)
         leave()
-        return result
+        return results
+
+    def result(self, loss: list[float], steps_s: list[float], **counted: Any) -> RankResult:
+        """What this rank hands to the parent."""
+        return RankResult(
+            rank=dist.get_rank(),
+            coordinates=self.trainer.coordinates,
+            steps_s=tuple(steps_s),
+            loss=tuple(loss),
+            **counted,
+        )
+
+    def train(self) -> tuple[list[float], list[float]]:
+        """Losses of all steps so far, and seconds of the timed ones."""
+        losses: list[float] = []
+        seconds: list[float] = []
+        if self.keeper is not None:
+            self.next_step = self.keeper.resume(self.backward)
+        if self.keeper is not None and self.keeper.is_over:
+            # restarted while it was being measured: steps that are not kept
+            return self.keeper.losses, [self.train_step()[0] for _ in range(THROWAWAY_STEPS)]
+        while self.keeper is not None or len(seconds) < self.last_step:
+            if len(seconds) == self.work.warmup_steps:
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                if self.trainer.experts is not None:
+                    self.trainer.experts.forget()
+            step_s, loss, wishes = self.train_step()
+            seconds.append(step_s)
+            losses.append(loss)
+            if self.keeper is not None:
+                reason = self.keeper.after_step(self.next_step, loss, step_s, wishes)
+                if reason is not None:
+                    losses = self.keeper.losses
+                    break
+        return losses, seconds[self.work.warmup_steps :] or seconds[-1:]
+
+    @property
+    def last_step(self) -> int:
+        """The step at which training ends by itself; 0 where nobody knows."""
+        if self.keeper is not None:
+            return self.work.steps or 0
+        return self.work.warmup_steps + (self.work.steps or 0)
+
+    def backward(self) -> None:
+        """The forward and backward of a step that is not trained on."""
+        self.trainer.forward_backward(self.tokens())
+        self.next_step -= 1
 
     def tokens(self) -> Any:
         """This replica's sequences of the next step, or the batches that a user's module takes."""
-        self.progress.step = self.next_step
-        work = self.work
-        if isinstance(self.trainer, TracedTrainer):
-            own = self.trainer.own_batch(self.next_step, self.dp_rank)
-            if own is not None:
-                self.next_step += 1
-                return own
-        batch = data.batch(
-            self.corpus, work.plan.workload.seed, self.next_step, work.plan.phase, self.dp_rank
-        )
+        self.progress.step = step = self.next_step
         self.next_step += 1
-        return batch.to(self.device)
+        plan = self.work.plan
+        made: Any = None
+        if isinstance(self.trainer, TracedTrainer):
+            made = self.trainer.own_batch(step, self.dp_rank)
+            self.trainer.seed_step(step, self.dp_rank)
+        if made is not None:
+            return made
+        tokens = data.batch(self.corpus, plan.workload.seed, step, plan.phase, self.dp_rank)
+        return tokens.to(self.device)
 
-    def train_step(self) -> tuple[float, float]:
-        """Seconds and mean loss of one step, all ranks starting together."""
+    def train_step(self) -> tuple[float, float, tuple[bool, bool]]:
+        """Seconds and mean loss of one step, and whether any rank wishes to stop or has no time.
+
+        All ranks start together; those of a training run do so after the sum of the losses, and
+        do not sample the machine's speed.
+        """
         tokens = self.tokens()
-        dist.barrier()
-        self.pace_s.append(pace.matmul_s(calls=3))
-        self.synchronize()
-        dist.barrier()
+        if self.keeper is None:
+            dist.barrier()
+            self.pace_s.append(pace.matmul_s(calls=3))
+            self.synchronize()
+            dist.barrier()
         start_s = time.perf_counter()
         local_loss = self.trainer.forward_backward(tokens)
         if self.next_step == 1:
@@ -154,15 +242,31 @@ class Run:
         self.trainer.optimizer_step()
         self.synchronize()
         seconds = time.perf_counter() - start_s
-        mean_loss = self.trainer.global_loss(local_loss)
-        if not math.isfinite(mean_loss):
-            self.check_routers()
-            raise RunFailed(f"loss={mean_loss} at step {self.next_step}: training diverged; "
-                            "lower the learning rate or use fp32")  # fmt: skip
-        self.progress.report(self.next_step, self.work.warmup_steps + self.work.steps, mean_loss)
-        return seconds, mean_loss
+        loss, (stop, late) = self.trainer.agree(local_loss, *self.wishes())
+        if not math.isfinite(loss):
+            self.fail_diverged(loss, local_loss)
+        if self.keeper is None or not self.keeper.is_over:
+            self.progress.report(self.next_step, self.last_step, loss)
+        return seconds, loss, (stop, late)
 
-    def check_routers(self) -> None:
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether this rank's parent asks to stop, and whether the time that was given is up."""
+        ask = self.work.training
+        if ask is None:
+            return False, False
+        passed_s = time.time() - self.work.started_s
+        late = dist.get_rank() == 0 and ask.until_s is not None and passed_s >= ask.until_s
+        return (self.folder / job.STOP).exists(), late
+
+    def fail_diverged(self, loss: float, local_loss: Tensor) -> None:
+        """Raise RunFailed that names the step and the ranks, or the router that gave no numbers."""
+        kept = self.keeper.last_words() if self.keeper is not None else ""
+        self.check_routers(kept)
+        ranks = ", ".join(map(str, self.trainer.diverged_ranks(local_loss)))
+        raise RunFailed(f"loss={loss} at step {self.next_step} on rank {ranks}: training diverged"
+                        f"{kept}; lower the learning rate or use fp32")  # fmt: skip
+
+    def check_routers(self, kept: str) -> None:
         """Raise RunFailed on every rank when a router of any gave no numbers."""
         experts = self.trainer.experts
         if experts is None:
@@ -172,8 +276,8 @@ class Run:
         for rank, layers in enumerate(broken):
             if layers:
                 raise RunFailed(f"router=nan: that of layer {layers[0]} on rank {rank} at step "
-                                f"{self.next_step}: training diverged; lower the learning rate, or "
-                                "raise router_z_loss_coef")  # fmt: skip
+                                f"{self.next_step}: training diverged{kept}; lower the learning "
+                                "rate, or raise router_z_loss_coef")  # fmt: skip
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -221,7 +325,7 @@ class Run:
         matched = True
         pipeline = self.trainer.pipeline
         message_s = pipeline.message_s() if pipeline is not None else 0.0
-        for _ in range(PROFILED_STEPS):
+        for _ in range(self.work.profiled_steps):
             seen = self.profile_step(calls)
             matched = matched and seen.matched
             rows.append(attribute(seen, message_s))
@@ -256,64 +360,7 @@ def _kind_of_run(work: job.Job) -> type[Run]:
 def leave() -> None:
     """End the process group, all ranks together."""
     dist.barrier()
-    dist.destroy_process_group()
-
-
-def _start_process_group(kind: str) -> torch.device:
-    """The device of this rank, with the default process group over all ranks."""
-    if kind == "cpu":
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
-
-
-def _context_bytes(device: torch.device) -> int:
-    """In use before the first tensor: resident memory, or the GPU's that is no tensor's."""
-    if device.type == "cpu":
-        return psutil.Process().memory_info().rss
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free - torch.cuda.memory_reserved(device)
-
-
-def process_peak_bytes(device: torch.device, context_bytes: int) -> int:
-    """High-water mark of the process's resident memory, or of what it holds of the device's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) + context_bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _allocated_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def environment(load_at_start: float, device: torch.device) -> dict[str, str]:
-    """What the run ran on."""
-    on_cuda = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
-        "cores": str(os.cpu_count()),
-        "threads_per_rank": str(torch.get_num_threads()),
-        "backend": dist.get_backend(),
-        "load_at_start": f"{load_at_start:.2f}",
-        "load_at_end": f"{os.getloadavg()[0]:.2f}",
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    destroy_process_groups()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 
 from .. import costmodel
 from ..cluster import Cluster
+from ..costmodel.bounds import Stages
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
+from ..costmodel.pieces import Known
 from ..document import Value
 from ..estimate import Estimate
 from ..model import Model
 from ..plan import Plan
 from ..workload import Workload
-from .mixing import choose_layers
+from .activations.portfolio import Names
+from .choosing import Choice, choices
+from .keeping import policies, sets_worth_keeping
 from .pins import Pins
-from .space import base_options, enumerate_grid, only_pool, ordinary, plan_at, policies
+from .space import base_options, enumerate_grid, everything, ordinary, plan_at, routes
 
 Floats = NDArray[np.float64]
 
@@ -39,7 +43,8 @@ class LowerBounds(Protocol):
 
 
 class CostModel(Protocol):
-    """What the search needs to know about cost."""
+    """What the search needs to know about cost. Pipelines go through the pools of a cluster in
+    their order; capacities are what a plan may fill of a device of each."""
 
     def estimate(self, plan: Plan) -> Estimate:
         """The simulated cost of a plan."""
@@ -47,26 +52,50 @@ class CostModel(Protocol):
 
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Sequence[Options], capacity_bytes: float, worth_s: float,
+        options: Sequence[Options], capacity_bytes: Sequence[float], worth_s: float,
+        stages: Stages,
     ) -> LowerBounds:  # fmt: skip
-        """Lower bounds of `estimate` for every row, each layer under any of the options; rows that
-        take longer than `worth_s` need no bound of memory."""
+        """Lower bounds of `estimate` for every row, each layer under any of the options, whatever
+        the cut if stages are free; rows that take longer than `worth_s` need no bound of memory."""
         ...
 
-    def choose_layers(
+    def keep_sets(
+        self, model: Model, cluster: Cluster, workload: Workload, grid: Layouts, base: Options
+    ) -> Sequence[Names]:
+        """Sets of a layer's tensors that are worth keeping for backward."""
+        ...
+
+    def choices(
         self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
-        policies: Sequence[Options], capacity_bytes: float,
-    ) -> tuple[Options, ...]:  # fmt: skip
-        """What every layer of one layout keeps (one for all, or one each), out of the policies."""
+        policies: Sequence[Options], capacity_bytes: Sequence[float], stages: Stages,
+    ) -> Iterable[Choice]:  # fmt: skip
+        """Good cuts of one layout, and what every layer keeps, out of the policies; the most
+        promising first."""
         ...
 
 
 class OwnCost:
-    """The cost model of forerun, with the choice per layer of `mixing`."""
+    """The cost model of forerun, with the choice of cut and layers of `choosing`; what plans have
+    in common is priced once."""
 
-    estimate = staticmethod(costmodel.estimate)
+    def __init__(self) -> None:
+        self.known: Known = {}
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """As `CostModel` says."""
+        return costmodel.estimate(plan, self.known)
+
     bound_layouts = staticmethod(costmodel.bound_layouts)
-    choose_layers = staticmethod(choose_layers)
+    keep_sets = staticmethod(sets_worth_keeping)
+
+    def choices(
+        self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
+        policies: Sequence[Options], capacity_bytes: Sequence[float], stages: Stages,
+    ) -> Iterator[Choice]:  # fmt: skip
+        """As `CostModel` says."""
+        return choices(
+            model, cluster, workload, layout, policies, capacity_bytes, stages, self.known
+        )
 
 
 class Ranked(Value, frozen=True, kw_only=True):
@@ -98,19 +127,30 @@ class Request:
     fit: str = "yes"
     """What a plan must be predicted to do: fit for certain (yes), or by its median (marginal)."""
 
+    def capacities(self, route: Cluster) -> list[float]:
+        """What the median of a plan's peak may reach on each pool."""
+        found: list[float] = []
+        for pool in route.pools:
+            doubt = 1 + FIT_Z * pool.stack.memory_spread if self.fit == "yes" else 1.0
+            found.append(pool.device.memory_bytes / doubt)
+        return found
+
     @property
-    def capacity_bytes(self) -> float:
-        """What the median of a plan's peak may reach."""
-        pool = only_pool(self.cluster)
-        doubt = 1 + FIT_Z * pool.stack.memory_spread if self.fit == "yes" else 1.0
-        return pool.device.memory_bytes / doubt
+    def stages(self) -> Stages:
+        """How stages are cut."""
+        return "free" if self.pins.stages is None else self.pins.stages
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every legal layout with its bounds, whatever its layers keep for backward."""
+    """Every legal layout with its bounds, whatever its cut and what its layers keep for
+    backward."""
 
     request: Request
+    routes: tuple[Cluster, ...]
+    """The cluster, its pools in every order that is looked at."""
+    route: NDArray[np.intp]
+    """Which of them each layout takes."""
     grid: Layouts
     policies: tuple[Options, ...]
     """What a layer may keep."""
@@ -130,25 +170,30 @@ class Candidates:
         """Pairs of a layout and a policy whose time and memory were both bounded."""
         return int(self.policies_bounded.sum())
 
-    def plan(self, index: int) -> Plan:
-        """A candidate as a plan: its layers keep what fits and takes the least time."""
+    def plans(self, index: int) -> Iterator[Plan]:
+        """A candidate with good cuts, its layers keeping what fits and takes the least time; the
+        most promising first."""
         r = self.request
         row = self.grid.take(slice(index, index + 1))
-        chosen = self.policies
-        if len(chosen) > 1:
-            chosen = r.cost.choose_layers(
-                r.model, r.cluster, r.workload, row, chosen, self.capacity_bytes
-            )
-        return plan_at(r.model, r.cluster, r.workload, self.grid, index, chosen)
+        route = self.routes[int(self.route[index])]
+        chosen = r.cost.choices(
+            r.model, route, r.workload, row, self.policies, r.capacities(route), r.stages
+        )
+        for choice in chosen:
+            yield plan_at(r.model, route, r.workload, self.grid, index, choice.layers, choice.sizes)
 
     def simulate(self, index: int) -> Ranked:
-        """A candidate with its estimate."""
+        """A candidate with its estimate, under the first of its cuts that fits, or the one with the
+        least peak."""
         if index in self.known:
             return self.known[index]
-        plan = self.plan(index)
-        return Ranked(
-            label=plan.label, plan=plan, estimate=self.request.cost.estimate(plan), lost=""
-        )
+        found: list[Ranked] = []
+        for plan in self.plans(index):
+            estimate = self.request.cost.estimate(plan)
+            found.append(Ranked(label=plan.label, plan=plan, estimate=estimate, lost=""))
+            if self.fits(estimate):
+                return found[-1]
+        return min(found, key=lambda r: r.estimate.peak_memory_bytes.median)
 
     def in_order(self) -> NDArray[np.intp]:
         """Those that may fit, by the bound of what is optimised."""
@@ -162,7 +207,7 @@ class Candidates:
         return fits(estimate, self.request.fit)
 
 
-SMALL_GRID = 20_000
+SMALL_GRID = 500
 """Layouts that are bounded without a first guess at the best."""
 GUESSES = 12
 """Ordinary layouts that are simulated for it at most."""
@@ -174,11 +219,16 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
     In a large grid ordinary layouts are tried first: what takes longer than the `keep` best of
     them, even without its updates, needs no further look.
     """
-    grid = enumerate_grid(request.model, request.cluster, request.workload, request.pins)
+    ways = tuple(routes(request.cluster))
+    grids = [enumerate_grid(request.model, way, request.workload, request.pins) for way in ways]
+    grid = Layouts.joined(grids)
+    route = np.repeat(np.arange(len(ways)), [len(part) for part in grids])
+    whole = _Grid(request, ways, route, grid, _policies(request, grid))
     if len(grid) <= SMALL_GRID or request.workload.objective == "memory":
-        return _bounded(request, grid)
+        return whole.bounded()
     rows = np.flatnonzero(ordinary(grid))
-    first = _bounded(request, grid.take(rows))
+    evenly = "even" if request.stages == "free" else request.stages
+    first = whole.take(rows).bounded(stages=evenly)
     known: dict[int, Ranked] = {}
     fitting: list[float] = []
     for index in first.in_order()[:GUESSES]:
@@ -188,38 +238,70 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
         if len(fitting) == keep:
             break
     worth_s = max(fitting) if len(fitting) == keep else np.inf
-    found = _bounded(request, grid, worth_s, known)
+    found = whole.bounded(worth_s, known)
     found.policies_bounded[rows] = np.maximum(found.policies_bounded[rows], first.policies_bounded)
     return found
 
 
-def _bounded(
-    request: Request,
-    grid: Layouts,
-    worth_s: float = np.inf,
-    known: Mapping[int, Ranked] | None = None,
-) -> Candidates:
-    """Bounds of the rows of a grid."""
-    model, cluster, workload, pins = request.model, request.cluster, request.workload, request.pins
-    pool = only_pool(cluster)
-    kept = policies(pool, request.fixed or base_options(pool, workload, pins), pins)
-    if not len(grid):
-        none = np.zeros(0)
-        count = np.zeros(0, dtype=np.int64)
-        return Candidates(request, grid, kept, none, none, request.capacity_bytes, count, {})
-    bounds = request.cost.bound_layouts(
-        model, cluster, workload, grid, kept, request.capacity_bytes, worth_s
-    )
-    return Candidates(
-        request=request,
-        grid=grid,
-        policies=kept,
-        time_s=bounds.time_s,
-        memory_bytes=bounds.memory_bytes,
-        capacity_bytes=bounds.capacity_bytes,
-        policies_bounded=bounds.policies_bounded,
-        known=known or {},
-    )
+def _policies(request: Request, grid: Layouts) -> tuple[Options, ...]:
+    """What every layer may do."""
+    r, pools = request, request.cluster.pools
+    base = r.fixed or base_options(pools, r.workload, r.pins)
+    sets: Sequence[Names] = ()
+    if r.pins.recompute is None and base.activations is None and everything(pools, r.pins):
+        sets = r.cost.keep_sets(r.model, r.cluster, r.workload, grid, base)
+    return policies(pools, r.workload, base, r.pins, sets)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Layouts not bounded yet."""
+
+    request: Request
+    routes: tuple[Cluster, ...]
+    route: NDArray[np.intp]
+    grid: Layouts
+    policies: tuple[Options, ...]
+
+    def take(self, rows: NDArray[np.intp]) -> _Grid:
+        """Some of the rows."""
+        return _Grid(
+            self.request, self.routes, self.route[rows], self.grid.take(rows), self.policies
+        )
+
+    def bounded(
+        self,
+        worth_s: float = np.inf,
+        known: Mapping[int, Ranked] | None = None,
+        stages: Stages | None = None,
+    ) -> Candidates:
+        """The rows with their bounds; `stages` None = as the request has them."""
+        r, num, kept = self.request, len(self.grid), self.policies
+        time_s, memory = np.zeros((2, num))
+        bounded = np.zeros(num, dtype=np.int64)
+        capacity = min(r.capacities(r.cluster))
+        for which, way in enumerate(self.routes):
+            rows = np.flatnonzero(self.route == which)
+            if not len(rows):
+                continue
+            bounds = r.cost.bound_layouts(
+                r.model, way, r.workload, self.grid.take(rows), kept, r.capacities(way), worth_s,
+                r.stages if stages is None else stages,
+            )  # fmt: skip
+            time_s[rows], bounded[rows] = bounds.time_s, bounds.policies_bounded
+            memory[rows] = bounds.memory_bytes / bounds.capacity_bytes * capacity
+        return Candidates(
+            request=r,
+            routes=self.routes,
+            route=self.route,
+            grid=self.grid,
+            policies=kept,
+            time_s=time_s,
+            memory_bytes=memory,
+            capacity_bytes=capacity,
+            policies_bounded=bounded,
+            known=known or {},
+        )
 
 
 def fits(estimate: Estimate, fit: str = "yes") -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import msgspec
 
@@ -17,7 +18,7 @@ from ..plan import SCHEDULES, layout_problems
 from ..workload import Workload
 from .explain import in_gib
 from .pins import Pins, flag, smallest_conflict
-from .space import enumerate_grid, only_pool
+from .space import enumerate_grid
 
 Ask = tuple[Model, Cluster, Workload, Pins]
 FittingLabel = Callable[[Model, Cluster, Workload, Pins], "str | None"]
@@ -66,7 +67,7 @@ def _changes(ask: Ask, fitting_label: FittingLabel) -> Iterator[str]:
             found.append((1, f"leave {flag(name, value)} free ({label})"))
     if change := _first_that_fits(_more_devices(ask), fitting_label):
         factor, (_, more, _, _), label = change
-        found.append((factor, f"--gpus {spelling(only_pool(more))} ({label})"))
+        found.append((factor, f"--gpus {spelling(more)} ({label})"))
     shorter = list(_shorter(ask))
     # The shortest sequence needs the least memory: where it does not fit, none in between does.
     if shorter and fitting_label(*shorter[-1][1]):
@@ -90,21 +91,29 @@ def _first_that_fits(
 
 
 def _more_devices(ask: Ask) -> Iterator[tuple[int, Ask]]:
-    """Twice, four times, ... the devices: a single node is filled first, then nodes are added."""
+    """Twice, four times, ... the devices: a single node is filled first, then nodes are added; of
+    several pools to each."""
     model, cluster, workload, pins = ask
-    pool = only_pool(cluster)
-    if pool.device.kind == "cpu":  # more processes share the same memory
-        return
     factor = 1
     while factor < LARGEST_FACTOR:
         factor *= 2
-        if pool.num_nodes == 1 and pool.devices_per_node < DEVICES_PER_NODE:
-            pool = msgspec.structs.replace(pool, devices_per_node=2 * pool.devices_per_node)
-        elif pool.inter_node is not None:
-            pool = msgspec.structs.replace(pool, num_nodes=2 * pool.num_nodes)
-        else:
+        pools = [doubled(pool, alone=len(cluster.pools) == 1) for pool in cluster.pools]
+        if None in pools:
             return
-        yield factor, (model, msgspec.structs.replace(cluster, pools=(pool,)), workload, pins)
+        more = tuple(pool for pool in pools if pool is not None)
+        cluster = msgspec.structs.replace(cluster, pools=more)
+        yield factor, (model, cluster, workload, pins)
+
+
+def doubled(pool: Pool, *, alone: bool) -> Pool | None:
+    """Twice the devices of a pool; None where there is no network. An only node is filled first."""
+    if pool.device.kind == "cpu":  # more processes share the same memory
+        return None
+    if alone and pool.num_nodes == 1 and pool.devices_per_node < DEVICES_PER_NODE:
+        return msgspec.structs.replace(pool, devices_per_node=2 * pool.devices_per_node)
+    if pool.inter_node is None:
+        return None
+    return msgspec.structs.replace(pool, num_nodes=2 * pool.num_nodes)
 
 
 def _shorter(ask: Ask) -> Iterator[tuple[int, Ask]]:
@@ -126,8 +135,12 @@ def _smaller_batch(ask: Ask) -> Iterator[tuple[int, Ask]]:
         factor *= 2
 
 
-def spelling(pool: Pool) -> str:
-    """Nodes, devices and kind as `--gpus` takes them: `8xH100`, `4x8xH100`."""
+def spelling(cluster: Cluster) -> str:
+    """Nodes, devices and kind as `--gpus` takes them: `8xH100`, `4x8xH100`, `8xH100+8xA100`."""
+    return "+".join(map(_spelled, cluster.pools))
+
+
+def _spelled(pool: Pool) -> str:
     nodes = f"{pool.num_nodes}x" if pool.num_nodes > 1 else ""
     return f"{nodes}{pool.devices_per_node}x{pool.device.name}"
 
@@ -152,15 +165,23 @@ def contradiction(model: Model, cluster: Cluster, workload: Workload, pins: Pins
             or _first_rule_broken(model, workload, last, given[last])
             or f"no legal layout of {model.name} on {cluster.num_devices} devices has it"
         )
-        return InputError(_flag_name(last), given[last], problem, f"{allowed}, or leave it free")
+        value = _shown(given[last])
+        return InputError(_flag_name(last), value, problem, f"{allowed}, or leave it free")
     flags = " ".join(flag(name, value) for name, value in given.items())
     return InputError(
         ", ".join(_flag_name(name) for name in names),
-        ", ".join(str(value) for value in given.values()),
+        ", ".join(map(_shown, given.values())),
         f"contradict each other: no legal layout of {model.name} on {cluster.num_devices} devices"
         f" has {flags}",
         f"leave one free; with the others kept, {allowed}",
     )
+
+
+def _shown(value: object) -> str:
+    """A pinned value as it is typed."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, cast("tuple[int, ...]", value)))
+    return str(value)
 
 
 def _indivisible(cluster: Cluster, workload: Workload, name: str, value: int) -> str | None:
@@ -194,6 +215,8 @@ def _values(grid: Layouts, name: str) -> str:
     """The values of an axis in a grid, as text."""
     if name == "dp":
         column = grid.dp_replicate * grid.dp_shard
+    elif name == "stages":
+        column = grid.pp * grid.vpp
     else:
         column = getattr(grid, _COLUMNS.get(name, name))
     values = sorted({int(value) for value in column})
@@ -202,7 +225,8 @@ def _values(grid: Layouts, name: str) -> str:
     if name == "schedule":
         return ", ".join(SCHEDULES[value] for value in values)
     shown = ", ".join(str(value) for value in values[:12])
-    return shown + (", ..." if len(values) > 12 else "")
+    shown += ", ..." if len(values) > 12 else ""
+    return f"of {shown} stages" if name == "stages" else shown
 
 
 def _flag_name(name: str) -> str:

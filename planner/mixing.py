@@ -20,41 +20,44 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cluster import Cluster
+from ..costmodel.fleet import Fleet
 from ..costmodel.layout import Layouts
 from ..costmodel.mixed import Mixed
 from ..costmodel.options import Options
 from ..model import Model
-from ..plan import SCHEDULES, even_stages, rank_of
-from ..workload import Workload
+from ..plan import SCHEDULES, even_sizes, rank_of, stages_of
 
 Ints = NDArray[np.intp]
 
 
 def choose_layers(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    layout: Layouts,
-    policies: Sequence[Options],
-    capacity_bytes: float,
+    fleet: Fleet, objective: str, sizes: Sequence[int] | None = None
 ) -> tuple[Options, ...]:
     """The options of every layer with the least time that fits; where none does, the least peak.
 
-    `layout` is one row. Of equal times the choice with more layers under the first policy wins,
-    then the one that keeps less; where memory is optimised, the least peak is all that counts.
+    The fleet has one layout, whose stages hold `sizes` layers; None = as even as can be. Of equal
+    times the choice with more layers under the first policy wins, then the one that keeps less;
+    where memory is optimised, the least peak is all that counts.
     """
-    mixed = Mixed.of(model, cluster, workload, layout, policies)
-    on_rank = _layers_of_ranks(model, layout)
+    model, policies = fleet.model, fleet.policies
+    if len(policies) == 1:
+        return policies
+    chunks = _chunks_of_ranks(model, fleet.layouts, sizes)
+    on_rank = [np.concatenate(parts) for parts in chunks]
     groups = _group_of_layers(model)
     rows, counts, ranks = _pairs(on_rank, groups, len(policies), len(model.layers))
-    peaks = mixed.peaks(counts, ranks)
-    seconds = mixed.seconds(counts, ranks)
+    pool = fleet.at(ranks.astype(float), np.zeros(1, dtype=np.intp))
+    peaks, seconds = np.zeros((2, len(ranks)))
+    for k, (grid, capacity) in enumerate(zip(fleet.grids, fleet.capacities, strict=True)):
+        here = np.flatnonzero(pool == k)
+        mixed = Mixed.of(grid)
+        peaks[here] = mixed.peaks(counts[here], ranks[here]) / capacity
+        seconds[here] = mixed.seconds(counts[here], ranks[here])
     chosen = np.zeros(model.num_layers, dtype=np.intp)
     for rank, layers in enumerate(on_rank):
         here = np.flatnonzero(ranks == rank)
-        fitting = here[peaks[here] <= capacity_bytes]
-        if workload.objective == "memory" or not len(fitting):
+        fitting = here[peaks[here] <= 1.0]
+        if objective == "memory" or not len(fitting):
             best = here[np.argmin(peaks[here])]
         else:
             plain = counts[fitting, 0].sum(axis=1)
@@ -62,19 +65,22 @@ def choose_layers(
             best = fitting[order[0]]
         some, lean, rest = rows[best]
         chosen[layers] = rest
-        chosen[layers[_spread(len(layers), some, int(layout.vpp[0]))]] = lean
+        chosen[layers[_spread([len(part) for part in chunks[rank]], some)]] = lean
     return tuple(policies[k] for k in chosen)
 
 
-def _layers_of_ranks(model: Model, layout: Layouts) -> list[Ints]:
-    """The layers of each pipeline rank, over all of its chunks."""
+def _chunks_of_ranks(
+    model: Model, layout: Layouts, sizes: Sequence[int] | None
+) -> list[list[Ints]]:
+    """The layers of every chunk of each pipeline rank."""
     pp, vpp = int(layout.pp[0]), int(layout.vpp[0])
     schedule = SCHEDULES[int(layout.schedule[0])]
     held: list[list[Ints]] = [[] for _ in range(pp)]
-    for index, stage in enumerate(even_stages(model.num_layers, pp * vpp, "")):
+    stages = even_sizes(model.num_layers, pp * vpp) if sizes is None else sizes
+    for index, stage in enumerate(stages_of(stages, "")):
         first, last = stage.layers
         held[rank_of(schedule, index, pp)].append(np.arange(first, last + 1, dtype=np.intp))
-    return [np.concatenate(stages) for stages in held]
+    return held
 
 
 def _group_of_layers(model: Model) -> Ints:
@@ -105,13 +111,12 @@ def _pairs(
     return np.array(rows, dtype=np.intp), np.concatenate(counts), np.array(ranks, dtype=np.intp)
 
 
-def _spread(num_layers: int, some: int, chunks: int) -> Ints:
-    """`some` of a rank's layers, the first of every chunk and as many of each as can be.
+def _spread(sizes: Sequence[int], some: int) -> Ints:
+    """`some` of the layers of a rank's chunks, the first of each and as many of each as can be.
 
-    >>> _spread(6, 3, 2)
+    >>> _spread([3, 3], 3)
     array([0, 1, 3])
     """
-    sizes = [len(part) for part in np.array_split(np.arange(num_layers), chunks)]
     starts = np.cumsum([0, *sizes[:-1]])
     places = sorted(
         (offset, start + offset)

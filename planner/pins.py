@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, cast
 
 import msgspec
 
 from ..cluster import Device
 from ..document import Value
 from ..errors import InputError
+from ..model import Model
 from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
@@ -47,6 +48,8 @@ class Pins(Value, frozen=True, kw_only=True):
     """Fraction of saved activations that waits on the host."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
+    stages: tuple[int, ...] | Literal["even"] | None = None
+    """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
     """Not an axis: whether free axes take only what `forerun run` executes."""
 
@@ -78,15 +81,20 @@ def flag(name: str, value: object) -> str:
     """
     if name == "sp":
         return "--sp" if value else "--no-sp"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, cast("tuple[int, ...]", value)))
     return f"--{name.replace('_', '-')} {value}"
 
 
-def check_pins(pins: Pins, device: Device) -> None:
+def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     """Raise InputError for a value that no layout of any model could have."""
     for name in ("tp", "pp", "vpp", "dp", "dp_shard", "micro_batch", "cp", "ep"):
         degree = getattr(pins, name)
         if degree is not None and degree < 1:
             raise InputError(name.replace("_", "-"), degree, "not positive", "give 1 or more")
+    if isinstance(pins.stages, tuple) and min(pins.stages, default=0) < 1:
+        raise InputError("stages", ",".join(map(str, pins.stages)), "a stage without a layer",
+                         "give every stage 1 or more")  # fmt: skip
     _check_choice("zero", pins.zero, (0, 1, 2, 3))
     _check_choice("schedule", pins.schedule, SCHEDULES)
     _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
@@ -96,10 +104,21 @@ def check_pins(pins: Pins, device: Device) -> None:
     if pins.offload is not None and not 0.0 <= pins.offload <= 1.0:
         raise InputError("offload", pins.offload, "not a fraction of the saved activations",
                          "give 0 to 1")  # fmt: skip
-    if pins.precision is not None and not has_rate(device, pins.precision):
-        known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))
-        raise InputError("precision", pins.precision, f"{device.name} has no such rate",
-                         f"use one of {known}, or another device")  # fmt: skip
+    for device in devices:
+        if pins.precision is not None and not has_rate(device, pins.precision):
+            known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))
+            raise InputError("precision", pins.precision, f"{device.name} has no such rate",
+                             f"use one of {known}, or another device")  # fmt: skip
+
+
+def check_stages(pins: Pins, model: Model) -> None:
+    """Raise InputError for stages that do not hold the layers of a model."""
+    if not isinstance(pins.stages, tuple):
+        return
+    total, text = sum(pins.stages), ",".join(map(str, pins.stages))
+    if total != model.num_layers:
+        raise InputError("stages", text, f"are {total} layers, {model.name} has {model.num_layers}",
+                         "give every stage its number of layers")  # fmt: skip
 
 
 RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4"}

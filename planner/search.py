@@ -11,8 +11,8 @@ others are simulated in the order of their bound, and
     gap = value(best) / smallest bound among rows not simulated - 1
 
 is zero, and the best proven, once no bound left is below the best value. The search also ends when
-the gap is within the tolerance, once enough layouts are simulated to choose runners-up from, or
-when the time limit strikes; the result says which.
+the gap is within the tolerance, once enough layouts are simulated to choose runners-up from and a
+few more that may be better, or when the time limit strikes; the result says which.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import Cluster
 from ..costmodel.options import Options
@@ -43,12 +44,13 @@ from .candidates import (
 )
 from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
-from .pins import Pins, check_pins
-from .space import only_pool
+from .pins import Pins, check_pins, check_stages
 
 TOLERANCE = 0.01
 TRIES_PER_PLAN = 2
 """Layouts simulated per plan asked for, before a small gap or a lack of runners-up ends it."""
+FURTHER = 8
+"""Layouts simulated beyond a small gap, where they may be better."""
 
 
 class SearchStats(Value, frozen=True, kw_only=True):
@@ -117,7 +119,8 @@ def search(
     """
     started = clock()
     pins = Pins() if pins is None else pins
-    check_pins(pins, only_pool(cluster).device)
+    check_pins(pins, [pool.device for pool in cluster.pools])
+    check_stages(pins, model)
     request = Request(
         model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
     )
@@ -167,28 +170,74 @@ def _best_first(
     clock: Callable[[], float],
 ) -> _Outcome:
     """Simulate in the order of the bound until the best is proven, near enough, or time is up."""
-    objective = candidates.request.workload.objective
-    bound = candidates.memory_bytes if objective == "memory" else candidates.time_s
-    fitting: list[Ranked] = []
-    unfit: list[Ranked] = []
-    best = np.inf
-    for index in candidates.in_order():
-        following = float(bound[index])
-        tried = len(fitting) + len(unfit)
-        patient = bool(fitting) and tried >= TRIES_PER_PLAN * keep
-        if following >= best and (patient or len(fitting) >= keep):
-            return _Outcome(fitting, unfit, following, None)
-        if patient and best <= following * (1 + tolerance):
-            return _Outcome(fitting, unfit, following, "tolerance")
+    tried = _Tried(candidates)
+    order = candidates.in_order()
+    for place, index in enumerate(order):
+        following = float(tried.bound[index])
+        patient = bool(tried.fitting) and len(tried) >= TRIES_PER_PLAN * keep
+        if following >= tried.best and (patient or len(tried.fitting) >= keep):
+            return tried.outcome(following, None)
+        if patient and tried.best <= following * (1 + tolerance):
+            tried.look_further(order[place:], deadline, clock)
+            left = tried.bound[order[place:]][~np.isin(order[place:], tried.seen)]
+            following = float(left.min(initial=np.inf))
+            return tried.outcome(following, None if following >= tried.best else "tolerance")
         if deadline is not None and clock() >= deadline:
-            return _Outcome(fitting, unfit, following, None if following >= best else "time")
-        ranked = candidates.simulate(int(index))
-        if candidates.fits(ranked.estimate):
-            fitting.append(ranked)
-            best = min(best, _value(ranked.estimate, objective))
+            return tried.outcome(following, None if following >= tried.best else "time")
+        tried.simulate(int(index))
+    return tried.outcome(np.inf, None)
+
+
+class _Tried:
+    """The candidates simulated so far."""
+
+    def __init__(self, candidates: Candidates) -> None:
+        self.candidates = candidates
+        self.objective = candidates.request.workload.objective
+        least = self.objective == "memory"
+        self.bound = candidates.memory_bytes if least else candidates.time_s
+        self.fitting: list[Ranked] = []
+        self.unfit: list[Ranked] = []
+        self.seen: list[int] = []
+        self.best = np.inf
+        self._beyond: dict[int, list[float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def simulate(self, index: int) -> None:
+        """Simulate a candidate."""
+        ranked = self.candidates.simulate(index)
+        value = _value(ranked.estimate, self.objective)
+        self.seen.append(index)
+        if self.candidates.fits(ranked.estimate):
+            self.fitting.append(ranked)
+            self.best = min(self.best, value)
+            self._beyond.setdefault(self._kind(index), []).append(value / self.bound[index])
         else:
-            unfit.append(ranked)
-    return _Outcome(fitting, unfit, np.inf, None)
+            self.unfit.append(ranked)
+
+    def _kind(self, index: int) -> int:
+        """Layouts whose bounds are about as close: of one schedule, or without a pipeline."""
+        grid = self.candidates.grid
+        return int(grid.schedule[index]) if grid.pp[index] > 1 else -1
+
+    def look_further(
+        self, rest: NDArray[np.intp], deadline: float | None, clock: Callable[[], float]
+    ) -> None:
+        """Simulate a few more of those that may be better, the most promising first: bounds of some
+        kinds of layouts are closer than those of others."""
+        closeness = {kind: float(np.mean(values)) for kind, values in self._beyond.items()}
+        for _ in range(FURTHER):
+            better = [int(i) for i in rest if self.bound[i] < self.best and i not in self.seen]
+            if not better or (deadline is not None and clock() >= deadline):
+                return
+            hopes = {i: self.bound[i] * closeness.get(self._kind(i), 1.0) for i in better}
+            self.simulate(min(better, key=lambda i: (hopes[i], i)))
+
+    def outcome(self, next_bound: float, limit: Literal["time", "tolerance"] | None) -> _Outcome:
+        """What is found out."""
+        return _Outcome(self.fitting, self.unfit, next_bound, limit)
 
 
 def _value(estimate: Estimate, objective: str) -> float:
@@ -229,7 +278,7 @@ def _ruled_out(candidates: Candidates, outcome: _Outcome, best: Ranked) -> Ruled
         index = int(dropped[np.argmin(candidates.time_s[dropped])])
         options.append(
             RuledOut(
-                label=candidates.plan(index).label,
+                label=next(candidates.plans(index)).label,
                 step_s=float(candidates.time_s[index]),
                 memory_bytes=float(candidates.memory_bytes[index]),
             )

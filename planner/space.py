@@ -3,8 +3,8 @@
 A layout is one row: micro-batch, replicas and shards, tp, pp, vpp, ZeRO stage, sequence and context
 parallelism, expert parallelism and schedule. Rows are made by products of the options of each axis,
 never one by one, and rows that break a rule of `forerun.plan.layout_problems` are gone before
-anything is priced. What layers keep for backward is no column: the bounds choose it
-(`policies`).
+anything is priced. What layers keep for backward and how layers are cut into stages is no column:
+the bounds choose it (`keeping.py`, `cutting.py`).
 
 Where an axis is free, rows that would run exactly like another row are left out:
 - zero > 0 with one replica shards nothing;
@@ -14,21 +14,28 @@ Limits of the space itself: a free tp stays within a node, a free vpp takes the 
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
-below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp and
+below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
+with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp and
 offload, which the executors lack, are off unless they are asked for.
+
+Of several pools each holds the next stages of the pipeline, in either order (`routes`): the ranks
+of a stage divide the devices of every pool, and chunks of models with unlike layers are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from itertools import groupby, permutations
+from math import gcd
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster import Cluster, Pool
+from ..costmodel.layer_tensors import only_own
 from ..costmodel.layout import Ints, Layouts
 from ..costmodel.options import Options
 from ..errors import InputError
@@ -44,8 +51,11 @@ from ..plan import (
     Plan,
     Schedule,
     Setting,
-    even_stages,
+    even_sizes,
+    rank_of,
+    stages_of,
 )
+from ..traced import Traced
 from ..workload import Workload
 from .pins import Pins
 
@@ -56,43 +66,59 @@ DUALPIPEV = SCHEDULES.index("dualpipev")
 SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
 LOOPED = tuple(map(SCHEDULES.index, LOOPED_SCHEDULES))
 V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
+LONG = tuple(map(SCHEDULES.index, ("zb-h2", "zb-v")))
+"""Schedules that fewer than two micro-batches per rank do not fill."""
 
 
 def only_pool(cluster: Cluster) -> Pool:
     """The single pool of a cluster of equal nodes."""
     first, *others = cluster.pools
     if others:
-        raise InputError("gpus", cluster.name, "pools of unlike devices are not available yet",
+        raise InputError("gpus", cluster.name, "pools of unlike devices are not available here",
                          "give one kind of node")  # fmt: skip
     return first
 
 
-def everything(pool: Pool, pins: Pins) -> bool:
+def routes(cluster: Cluster) -> list[Cluster]:
+    """The cluster with its pools in every order in which pipelines may go through them."""
+    if len(cluster.pools) == 1:
+        return [cluster]
+    for pool in cluster.pools:
+        if pool.device.kind == "cpu":
+            raise InputError("gpus", cluster.name, "CPU processes are a pool of their own",
+                             "give pools of GPUs, or one of CPUs")  # fmt: skip
+    if len(cluster.pools) > MOST_POOLS:
+        raise InputError("gpus", cluster.name, f"has {len(cluster.pools)} pools",
+                         f"give {MOST_POOLS} at most")  # fmt: skip
+    return [msgspec.structs.replace(cluster, pools=order) for order in permutations(cluster.pools)]
+
+
+def everything(pools: Sequence[Pool], pins: Pins) -> bool:
     """Whether free axes take what is predicted but not executed yet, too: never on CPUs, whose
     plans are made to be run here."""
-    return pool.device.kind == "gpu" and not pins.run_only
+    return all(pool.device.kind == "gpu" for pool in pools) and not pins.run_only
 
 
-def compute_dtype(pool: Pool, pins: Pins) -> str:
+def compute_dtype(pools: Sequence[Pool], pins: Pins) -> str:
     """The compute dtype: the pinned one; else bf16 on GPUs that have it, or fp32."""
     if pins.precision is not None:
         return pins.precision
-    has_bf16 = pool.device.kind == "gpu" and "bf16" in pool.device.peak_flops_per_s
+    has_bf16 = all(
+        pool.device.kind == "gpu" and "bf16" in pool.device.peak_flops_per_s for pool in pools
+    )
     return "bf16" if has_bf16 else "fp32"
 
 
-SEARCHED_MODES = ("none", "selective", "full")
-"""Recompute modes that every executor runs; others are predicted when pinned."""
-SEARCHED_OFFLOADS = (0.5, 1.0)
-"""Fractions of a layer's saved activations that may wait on the host."""
+MOST_POOLS = 4
+"""Pools of a cluster: all their orders are looked at."""
 CP_TOKENS = 2048
 """Tokens that a free cp leaves on a rank at least: below, a ring sends more than it computes."""
 
 
-def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
+def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
     return Options(
-        compute=compute_dtype(pool, pins),
+        compute=compute_dtype(pools, pins),
         attention=pins.attention or "flash",
         cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
         optimizer=workload.optimizer,
@@ -101,35 +127,31 @@ def base_options(pool: Pool, workload: Workload, pins: Pins) -> Options:
     )
 
 
-def policies(pool: Pool, base: Options, pins: Pins) -> tuple[Options, ...]:
-    """What a layer may keep for backward: the options that the search mixes over layers."""
-    modes = SEARCHED_MODES if pins.recompute is None else (pins.recompute,)
-    if pins.recompute is None and pool.device.kind == "gpu" and base.attention.startswith("flash"):
-        modes = ("none", "full")  # a flash kernel keeps nothing that is worth running it twice
-    if base.activations is not None:  # full recompute keeps nothing to be stored in another dtype
-        modes = tuple(mode for mode in modes if mode != "full") or modes
-    kept = [(mode, pins.offload or 0.0) for mode in modes]
-    if pins.offload is None and "none" in modes and pool.host and everything(pool, pins):
-        kept += [("none", fraction) for fraction in SEARCHED_OFFLOADS]
-    return tuple(replace(base, recompute=mode, offload=fraction) for mode, fraction in kept)
-
-
 def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pins) -> Layouts:
     """Every legal layout that agrees with the pins, in a fixed order; may be empty."""
-    pool, world = only_pool(cluster), cluster.num_devices
+    pools, world = cluster.pools, cluster.num_devices
+    per_node = gcd(*(pool.devices_per_node for pool in pools))
     blocks = [_empty()]
-    for tp in _free_or(pins.tp, [n for n in divisors(world) if pool.devices_per_node % n == 0]):
+    for tp in _free_or(pins.tp, [n for n in divisors(world) if per_node % n == 0]):
         for pp in _free_or(pins.pp, divisors(world)):
-            for cp, ulysses in _contexts(model, pool, workload, pins, tp):
+            if pp > model.num_layers or any(pool.num_devices * pp % world for pool in pools):
+                continue
+            for cp, ulysses in _contexts(model, pools, workload, pins, tp):
                 dp, rest = divmod(world, tp * pp * cp)
                 if rest or pins.dp not in (None, dp) or workload.global_batch_seqs % max(dp, 1):
                     continue
-                if pp <= model.num_layers:
-                    shape = _Shape(tp=tp, pp=pp, cp=cp, ulysses=ulysses, dp=dp)
-                    blocks.append(_block(model, pool, workload, pins, shape))
+                shape = _Shape(tp=tp, pp=pp, cp=cp, ulysses=ulysses, dp=dp)
+                blocks.append(_block(model, pools, workload, pins, shape))
     columns = (field.name for field in fields(Layouts))
     grid = Layouts(**{c: np.concatenate([getattr(block, c) for block in blocks]) for c in columns})
-    rows = np.flatnonzero(legal(model, grid, workload.seq_tokens))
+    ok = legal(model, grid, workload.seq_tokens)
+    if isinstance(pins.stages, tuple):
+        ok &= grid.pp * grid.vpp == len(pins.stages)
+    if len(pools) > 1 and len(model.layers) > 1:
+        ok &= grid.vpp == 1
+    if pins.schedule is None:
+        ok &= ~np.isin(grid.schedule, LONG) | (grid.num_microbatches >= 2 * grid.pp)
+    rows = np.flatnonzero(ok)
     # Fewer chunks first: ties go to the simpler layout.
     return grid.take(rows[np.argsort(grid.vpp[rows], kind="stable")])
 
@@ -146,16 +168,17 @@ class _Shape:
 
 
 def _contexts(
-    model: Model, pool: Pool, workload: Workload, pins: Pins, tp: int
+    model: Model, pools: Sequence[Pool], workload: Workload, pins: Pins, tp: int
 ) -> list[tuple[int, int]]:
     """Pairs (cp, ulysses)."""
     shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if everything(pool, pins) and model.traced is None:
-        free = [n for n in _powers(pool.num_devices) if n == 1 or shortest // n >= CP_TOKENS]
+    if everything(pools, pins) and model.traced is None:
+        most = min(pool.num_devices for pool in pools)
+        free = [n for n in _powers(most) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
     for cp in _free_or(pins.cp, free):
-        inside = max(1, pool.devices_per_node // tp)
+        inside = max(1, gcd(*(pool.devices_per_node for pool in pools)) // tp)
         hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
         kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
         mixed = hybrids[-1:] if cp > inside else []
@@ -166,7 +189,7 @@ def _contexts(
     return pairs
 
 
-def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
+def _experts(model: Model, pools: Sequence[Pool], pins: Pins, shape: _Shape) -> list[int]:
     """Degrees of expert parallelism."""
     counts = {layer.experts.num_experts for layer in model.layers if layer.experts is not None}
     if pins.ep is not None:
@@ -174,7 +197,7 @@ def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
     if not counts:
         return [1]
     holders = shape.dp * shape.cp * shape.tp
-    per_node = pool.devices_per_node
+    per_node = gcd(*(pool.devices_per_node for pool in pools))
     return [
         n
         for n in divisors(holders)
@@ -182,7 +205,9 @@ def _experts(model: Model, pool: Pool, pins: Pins, shape: _Shape) -> list[int]:
     ]
 
 
-def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Shape) -> Layouts:
+def _block(
+    model: Model, pools: Sequence[Pool], workload: Workload, pins: Pins, shape: _Shape
+) -> Layouts:
     """The product of the options of the other axes; pins applied, rules not."""
     tp, pp, dp = shape.tp, shape.pp, shape.dp
     replica_seqs = workload.global_batch_seqs // dp
@@ -191,9 +216,9 @@ def _block(model: Model, pool: Pool, workload: Workload, pins: Pins, shape: _Sha
     ]
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
     schedules = _schedules(model.num_layers, pins, pp)
-    near = max(1, pool.devices_per_node // (tp * shape.cp))
-    shards = _shards(pins, pp, dp, near)
-    experts = _experts(model, pool, pins, shape)
+    per_node = gcd(*(pool.devices_per_node for pool in pools))
+    shards = _shards(pins, pp, dp, max(1, per_node // (tp * shape.cp)))
+    experts = _experts(model, pools, pins, shape)
     axes = (micro_batches, sp_options, schedules, shards, experts)
     if not all(axes):
         return _empty()
@@ -227,6 +252,8 @@ def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
         pairs = [(kind, 1)]
     else:
         chunks = _chunk_counts(num_layers, pp) if pins.vpp is None else [pins.vpp]
+        if isinstance(pins.stages, tuple):
+            chunks = [len(pins.stages) // pp] if pins.vpp is None else chunks
         pairs = [(ONE_F_ONE_B, 1), (GPIPE, 1), *((INTERLEAVED, n) for n in chunks if n > 1)]
         pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
     return [
@@ -271,12 +298,11 @@ def _shards(pins: Pins, pp: int, dp: int, near: int) -> list[tuple[int, int]]:
 
 def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     """True where a row breaks no rule of `forerun.plan.layout_problems`."""
-    widths = {model.vocab}
-    for layer in model.layers:
-        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
     ok = np.ones(len(grid), dtype=bool)
-    for width in sorted(widths):
+    for width in sorted(_divided_widths(model)):
         ok &= width % grid.tp == 0
+    if model.traced is not None:
+        ok &= _legal_traced(model.traced, grid)
     sp = grid.sequence_parallel == 1
     ok &= ~sp | (grid.tp > 1)
     for tokens in model.lengths(seq_tokens):
@@ -290,6 +316,24 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     ok &= (grid.dp_shard == 1) | (grid.zero > 0)
     ok &= grid.cp % grid.ulysses == 0
     return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
+
+
+def _divided_widths(model: Model) -> set[int]:
+    """The sizes that tp must divide; a traced module tells the degrees instead."""
+    if model.traced is not None:
+        return set()
+    widths = {model.vocab}
+    for layer in model.layers:
+        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
+    return widths
+
+
+def _legal_traced(traced: Traced, grid: Layouts) -> NDArray[np.bool_]:
+    """What a user's module says of how it can be divided."""
+    degrees = traced.divided.degrees if traced.divided is not None else ()
+    ok = np.isin(grid.tp, (1, *degrees)) & (grid.sequence_parallel == 0)
+    ok &= (grid.cp == 1) & (grid.ep == 1) & ~np.isin(grid.schedule, SPLIT)
+    return ok if traced.hidden else ok & (grid.pp == 1)
 
 
 def _legal_schedules(grid: Layouts) -> NDArray[np.bool_]:
@@ -347,16 +391,25 @@ def plan_at(
     grid: Layouts,
     row: int,
     layers: Sequence[Options],
+    sizes: Sequence[int] | None = None,
 ) -> Plan:
     """One row of the grid as a complete plan; `layers` are the options of every layer in order, or
-    one for all."""
+    one for all, `sizes` the layers of every stage, None for as even as can be. Its pipeline goes
+    through the pools of the cluster in their order."""
     mesh = Mesh(
         **{
             axis: int(getattr(grid, axis)[row])
             for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
         }
     )
-    each = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
+    split = bool(grid.sequence_parallel[row])
+    groups = [group for group, layer in enumerate(model.layers) for _ in range(layer.repeat)]
+    wanted = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
+    own: dict[tuple[int, Options], Options] = {
+        (group, options): only_own(model, group, options, cluster.pools[0], sequence_parallel=split)
+        for group, options in dict.fromkeys(zip(groups, wanted, strict=True))
+    }
+    each = [own[pair] for pair in zip(groups, wanted, strict=True)]
     settings: list[Setting] = []
     for options, group in groupby(range(model.num_layers), key=each.__getitem__):
         first, *rest = group
@@ -371,12 +424,22 @@ def plan_at(
         num_microbatches=int(grid.num_microbatches[row]),
         mesh=mesh,
         zero=cast("Any", int(grid.zero[row])),
-        sequence_parallel=bool(grid.sequence_parallel[row]),
+        sequence_parallel=split,
         schedule=cast("Schedule", SCHEDULES[int(grid.schedule[row])]),
-        stages=even_stages(model.num_layers, mesh.num_stages, only_pool(cluster).name),
+        stages=stages_of(
+            even_sizes(model.num_layers, mesh.num_stages) if sizes is None else sizes,
+            pool_names(cluster, mesh, SCHEDULES[int(grid.schedule[row])]),
+        ),
         settings=tuple(settings),
     )
     return Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+
+
+def pool_names(cluster: Cluster, mesh: Mesh, schedule: str) -> list[str]:
+    """The pool of every stage."""
+    names = [pool.name for pool in cluster.pools for _ in range(pool.num_devices)]
+    replicas = mesh.world // mesh.pp
+    return [names[rank_of(schedule, stage, mesh.pp) * replicas] for stage in range(mesh.num_stages)]
 
 
 def divisors(number: int) -> list[int]:

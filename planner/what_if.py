@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from ..cluster import Cluster, Pool
+from ..cluster import Cluster, Link, Pool
 from ..document import Value
 from ..errors import InputError
 from ..plan import Plan
@@ -20,7 +20,6 @@ from ..units import GIB
 from .candidates import OwnCost, Ranked
 from .pins import Pins
 from .search import search
-from .space import only_pool
 
 MORE_MEMORY_BYTES = 8 * GIB
 
@@ -45,7 +44,7 @@ def what_if(best: Ranked, pins: Pins, fit: Fit = "yes") -> tuple[WhatIf, ...]:
     plan, step_s = best.plan, best.estimate.step_s.median
     found: list[WhatIf] = []
     for change, cluster in _faster_links(plan.cluster):
-        faster = OwnCost.estimate(msgspec.structs.replace(plan, cluster=cluster)).step_s.median
+        faster = OwnCost().estimate(msgspec.structs.replace(plan, cluster=cluster)).step_s.median
         found.append(WhatIf(change=change, step_s=faster, gain=step_s / faster - 1))
     for change, cluster in _more(plan.cluster):
         faster = min(step_s, _again(plan, cluster, pins, fit))
@@ -66,34 +65,49 @@ def _again(plan: Plan, cluster: Cluster, pins: Pins, fit: Fit) -> float:
 
 
 def _faster_links(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
-    pool = only_pool(cluster)
     if cluster.profile is not None and cluster.profile.collectives:
         return  # measured curves do not say what another link would do
-    doubled = {"inter_node": pool.inter_node, "intra_node": pool.intra_node}
     names = {"inter_node": "network between nodes twice as fast",
              "intra_node": "links within a node twice as fast"}  # fmt: skip
-    for field, link in doubled.items():
-        alone = pool.num_nodes == 1 if field == "inter_node" else pool.devices_per_node == 1
-        if link is None or alone:
-            continue
-        faster = msgspec.structs.replace(link, bytes_per_s=2 * link.bytes_per_s)
-        yield names[field], _with_pool(cluster, msgspec.structs.replace(pool, **{field: faster}))
+    for pool in cluster.pools:
+        for field, text in names.items():
+            link: Link | None = getattr(pool, field)
+            alone = pool.num_nodes == 1 if field == "inter_node" else pool.devices_per_node == 1
+            if link is not None and not alone:
+                change = msgspec.structs.replace(pool, **{field: _doubled(link)})
+                yield _named(text, cluster, pool), _with_pool(cluster, pool, change)
+    if cluster.between_pools is not None and len(cluster.pools) > 1:
+        faster = _doubled(cluster.between_pools)
+        yield (
+            "network between pools twice as fast",
+            msgspec.structs.replace(cluster, between_pools=faster),
+        )
+
+
+def _doubled(link: Link) -> Link:
+    return msgspec.structs.replace(link, bytes_per_s=2 * link.bytes_per_s)
 
 
 def _more(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
-    pool = only_pool(cluster)
-    if pool.device.kind == "cpu":  # processes share what there is
-        return
-    memory_bytes = pool.device.memory_bytes + int(MORE_MEMORY_BYTES)
-    device = msgspec.structs.replace(pool.device, memory_bytes=memory_bytes)
-    yield (
-        f"{MORE_MEMORY_BYTES / GIB:.0f} GiB more per device",
-        _with_pool(cluster, msgspec.structs.replace(pool, device=device)),
-    )
-    if pool.inter_node is not None:
-        more = msgspec.structs.replace(pool, num_nodes=2 * pool.num_nodes)
-        yield f"{2 * pool.num_devices} devices", _with_pool(cluster, more)
+    for pool in cluster.pools:
+        if pool.device.kind == "cpu":  # processes share what there is
+            continue
+        memory_bytes = pool.device.memory_bytes + int(MORE_MEMORY_BYTES)
+        device = msgspec.structs.replace(pool.device, memory_bytes=memory_bytes)
+        change = msgspec.structs.replace(pool, device=device)
+        text = f"{MORE_MEMORY_BYTES / GIB:.0f} GiB more per device"
+        yield _named(text, cluster, pool), _with_pool(cluster, pool, change)
+    if all(pool.inter_node is not None for pool in cluster.pools):
+        pools = [msgspec.structs.replace(p, num_nodes=2 * p.num_nodes) for p in cluster.pools]
+        more = msgspec.structs.replace(cluster, pools=tuple(pools))
+        yield f"{more.num_devices} devices", more
 
 
-def _with_pool(cluster: Cluster, pool: Pool) -> Cluster:
-    return msgspec.structs.replace(cluster, pools=(pool,))
+def _named(change: str, cluster: Cluster, pool: Pool) -> str:
+    """A change in words; of several pools with the name of the pool."""
+    return change if len(cluster.pools) == 1 else f"{pool.name}: {change}"
+
+
+def _with_pool(cluster: Cluster, old: Pool, new: Pool) -> Cluster:
+    pools = tuple(new if pool is old else pool for pool in cluster.pools)
+    return msgspec.structs.replace(cluster, pools=pools)

@@ -118,13 +118,15 @@ def local_copy(name: str, x: Tensor, out: Tensor, axis: str) -> Operator:
 
 def enter(name: str, x: Tensor, out: Tensor, sequence_parallel: bool, axis: str = "tp") -> Operator:
     """The edge from a replicated (or split) region into tensor-parallel matmuls; `out` is whole."""
-    gather = (Collective(kind="all_gather", axis=axis, buffer=out),) if sequence_parallel else ()
     kind = "reduce_scatter" if sequence_parallel else "all_reduce"
-    return boundary_op(name, x, out, gather, (Collective(kind=kind, axis=axis, buffer=out),))
+    back = Collective(kind=kind, axis=axis, buffer=out, edge=name, sums_gradients=True)
+    gather = Collective(kind="all_gather", axis=axis, buffer=out, edge=name)
+    return boundary_op(name, x, out, (gather,) if sequence_parallel else (), (back,))
 
 
 def leave(name: str, x: Tensor, out: Tensor, sequence_parallel: bool, axis: str = "tp") -> Operator:
     """The edge out of tensor-parallel matmuls; `x` is whole and holds partial sums."""
     kind = "reduce_scatter" if sequence_parallel else "all_reduce"
-    gather = (Collective(kind="all_gather", axis=axis, buffer=x),) if sequence_parallel else ()
-    return boundary_op(name, x, out, (Collective(kind=kind, axis=axis, buffer=x),), gather)
+    gather = Collective(kind="all_gather", axis=axis, buffer=x, edge=name)
+    there = Collective(kind=kind, axis=axis, buffer=x, edge=name)
+    return boundary_op(name, x, out, (there,), (gather,) if sequence_parallel else ())

@@ -21,7 +21,7 @@ def apply(graph: Graph, options: Options) -> Graph:
     graph = runtime.rewrite(graph, options.runtime)
     graph = precision.rewrite(graph, options)
     graph = storage.rewrite(graph, options.activations, options.recompute)
-    return recompute.rewrite(graph, options.recompute)
+    return recompute.rewrite(graph, options.recompute, options.keep)
 
 
 def local_axes(sizes: Sizes, options: Options) -> Sizes:

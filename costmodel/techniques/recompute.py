@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ...errors import InputError
-from ...plan import RECOMPUTE_MODES
-from ..graph import Graph, Operator
+from ...plan import RECOMPUTE_MODES, TENSORS
+from ..graph import Graph, Operator, Tensor
 from ..rates import is_matmul
 
 
-def rewrite(graph: Graph, mode: str) -> Graph:
+def rewrite(graph: Graph, mode: str, keep: Sequence[str] = ()) -> Graph:
     """The graph of a layer under a recompute mode.
 
     none: everything autograd saves is kept. selective: the attention core runs again in backward,
@@ -18,13 +19,17 @@ def rewrite(graph: Graph, mode: str) -> Graph:
     functions, rotary positions and the up-projections of latent attention run again, so that what
     they make is not kept (Megatron-Core's recompute modules). per_op: of the layer's tensors only
     its input, the attention's output and the output of every second matmul are kept, and all other
-    operators run again. full: only the layer's input is kept. Embedding and head are never
-    recomputed.
+    operators run again. full: only the layer's input is kept. tensors: the layer's input and the
+    tensors of `keep` are kept, and whatever makes the others again from them runs again. Embedding
+    and head are never recomputed.
     """
-    if mode not in RECOMPUTE_MODES:
-        raise InputError("recompute", mode, "unknown mode", f"use {', '.join(RECOMPUTE_MODES)}")
+    if mode not in (*RECOMPUTE_MODES, TENSORS):
+        raise InputError("recompute", mode, "unknown mode",
+                         f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
     if graph.name != "layer" or mode == "none":
         return graph
+    if mode == TENSORS:
+        return _tensors(graph, keep)
     if mode == "full":
         return replace(graph, checkpointed=True)
     if mode == "per_op":
@@ -32,6 +37,54 @@ def rewrite(graph: Graph, mode: str) -> Graph:
     if mode == "elementwise":
         return _elementwise(graph)
     return replace(graph, operators=tuple(map(_selective, graph.operators)))
+
+
+def tensor_names(graph: Graph) -> tuple[str, ...]:
+    """The tensors of a layer that can be kept, in the order in which its forward makes them."""
+    found: dict[str, None] = {graph.boundary.name: None}
+    for op in graph.operators:
+        found |= dict.fromkeys(t.name for t in (*op.outputs, *op.saves))
+    return tuple(found)
+
+
+def _tensors(graph: Graph, keep: Sequence[str]) -> Graph:
+    """The layer with its input and some tensors kept.
+
+    Backwards through the operators, one runs again if something that it makes is wanted, by a
+    backward or by an operator that runs again, and not kept; then what it reads is wanted, too.
+    What an operator saves that is neither input nor output of any (statistics of a norm) is made
+    again by the operator itself.
+    """
+    made: dict[str, int] = {}
+    for index, op in enumerate(graph.operators):
+        for tensor in (*op.outputs, *op.saves):
+            if tensor.name != graph.boundary.name:
+                made.setdefault(tensor.name, index)
+    kept = {graph.boundary.name, *keep}
+    saved = {t.name: t for op in graph.operators for t in op.saves}
+    wanted = {name for name in saved if name in made} - kept
+    again: set[int] = set()
+    for index in reversed(range(len(graph.operators))):
+        if any(made[name] == index for name in wanted):
+            again.add(index)
+            reads = {t.name for t in graph.operators[index].inputs if t.name in made}
+            wanted |= {name for name in reads if made[name] < index} - kept
+    known = {t.name: t for op in graph.operators for t in (*op.inputs, *op.outputs, *op.saves)}
+    extra: dict[int, list[Tensor]] = {}
+    for name in keep:  # kept for the sake of others: by the operator that makes it
+        if name in made and name not in saved:
+            extra.setdefault(made[name], []).append(known[name])
+    if again and graph.boundary.name not in saved:
+        extra.setdefault(0, []).append(graph.boundary)
+    operators = tuple(
+        replace(
+            op,
+            saves=(*(t for t in op.saves if t.name in kept), *extra.get(index, ())),
+            recomputed=index in again,
+        )
+        for index, op in enumerate(graph.operators)
+    )
+    return replace(graph, operators=operators)
 
 
 def _selective(op: Operator) -> Operator:

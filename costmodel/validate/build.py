@@ -7,19 +7,19 @@ chunks of unequal depth - so it is a `PublishedPlan`, which does not check them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ...catalogs.loader import load_stack
 from ...catalogs.stacks_for import Published, stack_for_layout, stack_named_for
 from ...errors import ForerunError
 from ...mesh import Mesh
 from ...model import Model
-from ...plan import Phase, Plan, Setting, even_stages
+from ...plan import Phase, Plan, Setting, Stage, even_stages
 from ...stack import Stack
 from ...workload import Workload
-from .cells import Layout, Siblings, layouts, recompute_ladder
+from .cells import Layout, Recompute, Siblings, layouts, recompute_ladder
 from .clusters import cluster_of, family_of
 from .shapes import model_of, padded
 from .table import Row, Unread
@@ -57,11 +57,14 @@ class Case:
     """Plans that differ in recomputation alone stand together, the fastest first."""
 
 
-def build_cases(rows: Iterable[Row | Unread]) -> tuple[Case | Unread, ...]:
-    """A case for every row; an `Unread` with the reason for one that makes no plan."""
+def build_cases(rows: Iterable[Row | Unread], *, named: bool = True) -> tuple[Case | Unread, ...]:
+    """A case for every row; an `Unread` with the reason for one that makes no plan.
+
+    Without `named` no source is known to any stack: the layout decides.
+    """
     rows = tuple(rows)
     siblings = Siblings(row for row in rows if isinstance(row, Row))
-    return tuple(row if isinstance(row, Unread) else _case(row, siblings) for row in rows)
+    return tuple(row if isinstance(row, Unread) else _case(row, siblings, named) for row in rows)
 
 
 def unread(row: Row, error: Exception) -> Unread:
@@ -72,10 +75,10 @@ def unread(row: Row, error: Exception) -> Unread:
     )
 
 
-def _case(row: Row, siblings: Siblings) -> Case | Unread:
+def _case(row: Row, siblings: Siblings, by_name: bool) -> Case | Unread:
     try:
         model = model_of(row)
-        named = _named_stack(row)
+        named = _named_stack(row) if by_name else None
         ladders = tuple(
             _ladder(row, model, layout, named, siblings)
             for layout in layouts(row, siblings, model.num_layers, named)
@@ -97,29 +100,30 @@ def _named_stack(row: Row) -> Stack | None:
 def _ladder(
     row: Row, model: Model, layout: Layout, named: Stack | None, siblings: Siblings
 ) -> tuple[Candidate, ...]:
-    modes, open_mode = recompute_ladder(row, siblings)
     stack = named or stack_for_layout(
         family_of(row.hardware), tp=layout.tp, pp=layout.pp, zero=layout.zero
     )
+    modes, open_mode = recompute_ladder(row, siblings, stack)
     result: list[Candidate] = []
-    for mode in modes:
-        plan = _plan(row, padded(model, layout.tp), layout, stack, mode)
+    for recompute in modes:
+        plan = _plan(row, padded(model, layout.tp), layout, stack, recompute)
         result.append(
             Candidate(
                 plan=plan,
                 micro_batches=layout.micro_batches,
-                filled=(*layout.filled, f"recompute={mode}") if open_mode else layout.filled,
+                filled=(*layout.filled, f"recompute={recompute}") if open_mode else layout.filled,
                 changed=tuple(_changed(row, plan.phase)),
             )
         )
     return tuple(result)
 
 
-def _plan(row: Row, model: Model, layout: Layout, stack: Stack, mode: str) -> PublishedPlan:
+def _plan(
+    row: Row, model: Model, layout: Layout, stack: Stack, recompute: Recompute
+) -> PublishedPlan:
     cluster = cluster_of(row, stack)
     mesh = mesh_of(row, layout)
-    if mode == "selective":
-        mode = "per_op" if is_per_op(row) else stack.selective_recompute
+    stages = even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name)
     phase = Phase(
         steps=1,
         seq_tokens=row.seq_len,
@@ -129,13 +133,9 @@ def _plan(row: Row, model: Model, layout: Layout, stack: Stack, mode: str) -> Pu
         zero=cast("Literal[0, 1, 2, 3]", layout.zero),
         sequence_parallel=bool(row.sequence_parallel) and layout.tp > 1,
         schedule="interleaved" if layout.vpp > 1 else "1f1b",
-        stages=even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name),
-        settings=(
-            Setting(
-                layers=(0, model.num_layers - 1), techniques=techniques_of(row, model, mode, stack)
-            ),
-        ),
-    )  # fmt: skip
+        stages=stages,
+        settings=_settings(row, model, stages, stack, recompute),
+    )
     workload = Workload(
         seq_tokens=row.seq_len,
         global_batch_seqs=layout.global_batch_seqs,
@@ -143,6 +143,31 @@ def _plan(row: Row, model: Model, layout: Layout, stack: Stack, mode: str) -> Pu
         optimizer=optimizer_of(row),
     )
     return PublishedPlan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+
+
+def _settings(
+    row: Row, model: Model, stages: Sequence[Stage], stack: Stack, recompute: Recompute
+) -> tuple[Setting, ...]:
+    """The techniques of all layers; where only a share recomputes in a mode, the last of every
+    stage do."""
+
+    def techniques(mode: str) -> dict[str, dict[str, Any]]:
+        if mode == "selective":
+            mode = "per_op" if is_per_op(row) else stack.selective_recompute
+        return techniques_of(row, model, mode, stack)
+
+    heavy = techniques(recompute.mode)
+    if recompute.share == 1.0:
+        return (Setting(layers=(0, model.num_layers - 1), techniques=heavy),)
+    light = techniques(recompute.lighter)
+    settings: list[Setting] = []
+    for first, last in (stage.layers for stage in stages):
+        middle = last + 1 - round(recompute.share * (last + 1 - first))
+        if first < middle:
+            settings.append(Setting(layers=(first, middle - 1), techniques=light))
+        if middle <= last:
+            settings.append(Setting(layers=(middle, last), techniques=heavy))
+    return tuple(settings)
 
 
 def mesh_of(row: Row, layout: Layout) -> Mesh:

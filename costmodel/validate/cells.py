@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...errors import InputError
 from ...stack import Stack
@@ -16,6 +17,8 @@ FILLED = ("micro_batch_seqs", "vpp", "zero_stage", "recompute")
 """Cells that siblings may fill; tp and pp follow from the number of devices."""
 LADDER = ("none", "selective", "elementwise", "full")
 """Recomputation from the fastest mode to the one that needs least memory."""
+SHARES = (0.25, 0.5, 0.75)
+"""Parts of the layers that recompute everything: fewer than all may do."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 UNKNOWN_BATCH_ROUNDS = 4
 """Micro-batches per pipeline stage where the global batch is not stated: assumed."""
@@ -71,13 +74,36 @@ def _key(row: Row, cell: str) -> tuple[str, ...]:
     return (row.source.lower(), row.model.lower(), row.hardware.lower(), cell)
 
 
-def recompute_ladder(row: Row, siblings: Siblings) -> tuple[tuple[str, ...], bool]:
-    """Modes to try, the fastest first, and whether the cell was empty."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recompute:
+    """How layers recompute: in a mode, or a share of them in it and the others in a lighter one."""
+
+    mode: str
+    share: float = 1.0
+    lighter: str = "none"
+
+    def __str__(self) -> str:
+        return self.mode if self.share == 1.0 else f"{self.mode} of {self.share:.0%} of the layers"
+
+
+def recompute_ladder(
+    row: Row, siblings: Siblings, stack: Stack
+) -> tuple[tuple[Recompute, ...], bool]:
+    """What to try, the fastest first, and whether the cell was empty.
+
+    Megatron and its kin can recompute a share of the layers; recipes that shard as FSDP wrap all.
+    """
     doubted = row.attention_kernel.startswith("none") and row.says("unknown for the baseline")
     if row.recompute is not None and not doubted:
-        return (row.recompute,), False
+        return (Recompute(mode=row.recompute),), False
     stated = [] if doubted else siblings.values(row, "recompute")
-    return (tuple(mode for mode in LADDER if mode in stated) or LADDER), True
+    modes = tuple(mode for mode in LADDER if mode in stated) or LADDER
+    ladder: list[Recompute] = []
+    for lighter, mode in pairwise(("", *modes)):
+        if mode == "full" and lighter and stack.sharding == "megatron":
+            ladder += [Recompute(mode=mode, share=share, lighter=lighter) for share in SHARES]
+        ladder.append(Recompute(mode=mode))
+    return tuple(ladder), True
 
 
 def layouts(row: Row, siblings: Siblings, num_layers: int, stack: Stack | None) -> list[Layout]:
@@ -90,7 +116,7 @@ def layouts(row: Row, siblings: Siblings, num_layers: int, stack: Stack | None) 
         for vpp in _vpp(row, siblings, num_layers, pp):
             zeros = _zero(row, tp * pp > 1, dp, siblings, stack)
             for zero in zeros:
-                for micro, batch in _batches(row, siblings, dp, pp):
+                for micro, batch in _batches(row, siblings, dp, pp, stack):
                     cells = {"tp": tp, "pp": pp, "vpp": vpp, "micro_batch_seqs": micro,
                              "global_batch_seqs": batch}  # fmt: skip
                     if len(zeros) > 1:  # otherwise the layout or the siblings leave no choice
@@ -177,7 +203,9 @@ def _zero(
     return (0, 1, 3)
 
 
-def _batches(row: Row, siblings: Siblings, dp: int, pp: int) -> list[tuple[int, int]]:
+def _batches(
+    row: Row, siblings: Siblings, dp: int, pp: int, stack: Stack | None
+) -> list[tuple[int, int]]:
     """(micro-batch, global batch) in sequences."""
     batch = row.global_batch_seqs
     if batch is not None and batch < dp:
@@ -190,6 +218,9 @@ def _batches(row: Row, siblings: Siblings, dp: int, pp: int) -> list[tuple[int, 
     else:
         others = [] if doubted else siblings.values(row, "micro_batch_seqs")
         stated = [int(v) for v in others if int(v) <= each]
+        if not stated and pp > 1 and stack is not None and stack.pipeline_rounds is not None:
+            by_itself, left = divmod(each, pp * stack.pipeline_rounds)
+            stated = [by_itself] if by_itself and not left else []
         whole = [n for n in MICRO_BATCHES if n <= each and each % n == 0]
         micros = sorted(stated) or whole
     if batch is not None:

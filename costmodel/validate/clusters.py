@@ -9,6 +9,7 @@ import msgspec
 
 from ...catalogs import load_hardware, resolve_gpus
 from ...cluster import Cluster, Link, Pool
+from ...errors import InputError
 from ...stack import Stack
 from .table import Row
 
@@ -24,7 +25,10 @@ ASSUMED_LATENCY_S = 1e-5
 @functools.cache
 def family_of(hardware: str) -> str:
     """The stack family of a hardware name or alias."""
-    return load_hardware(hardware).family
+    try:
+        return load_hardware(hardware).family
+    except InputError as error:  # which names the option, not the column
+        raise InputError("hardware", error.value, error.problem, error.remedy) from error
 
 
 def cluster_of(row: Row, stack: Stack) -> Cluster:

@@ -18,7 +18,7 @@ from ...estimate import Estimate, Interval
 from ...plan import Plan
 from ...stack import Stack
 from ..pieces import Known
-from ..simulate import estimate
+from ..simulate import estimate, step_seconds
 from .build import Candidate, Case, PublishedPlan, unread
 from .conventions import memory_unit_bytes, to_seconds, work
 from .table import Unread
@@ -57,39 +57,49 @@ class Outcome:
 
 
 def predict(plan: Plan, known: Known | None = None) -> Estimate:
-    """The estimate of a published plan: the one way from here into the simulator."""
+    """The estimate of a published plan."""
+    _check_size(plan)
+    return estimate(plan, known)
+
+
+def _check_size(plan: Plan) -> None:
     phase = plan.phase
     actions = 2 * phase.num_microbatches * phase.mesh.num_stages
     if actions > LARGEST_PLAY:
         raise InputError("num_microbatches", phase.num_microbatches,
                          f"{actions} pipeline actions are too many to play",
                          "check batch, micro-batch and dp")  # fmt: skip
-    return estimate(plan, known)
 
 
 def price(candidate: Candidate, predicted: Callable[[Plan], Estimate] = predict) -> Prediction:
-    """One plan's prediction; a last micro-batch that is there in part costs that part.
-
-    The step is linear in the number of micro-batches, so it lies on the line through the plan with
-    the number rounded up and one with fewer (or, where there is none, more) of them.
-    """
+    """One plan's prediction."""
     found = predicted(candidate.plan)
-    phase, step = candidate.plan.phase, found.step_s
-    missing = phase.num_microbatches - candidate.micro_batches
-    if missing > 0:
-        # An interleaved schedule runs whole rounds of pp micro-batches.
-        stride = phase.mesh.pp if phase.mesh.vpp > 1 else 1
-        fewer = stride if phase.num_microbatches > stride else -stride
-        other = predicted(_with_microbatches(candidate.plan, phase.num_microbatches - fewer))
-        slope_s = (step.median - other.step_s.median) / fewer
-        step = _scaled(step, 1.0 - missing * slope_s / step.median)
+    rounded_up = found.step_s
+    median = _step_s(candidate, rounded_up.median, lambda plan: predicted(plan).step_s.median)
     return Prediction(
         candidate=candidate,
-        step_s=step,
+        step_s=_scaled(rounded_up, median / rounded_up.median),
         peak_memory_bytes=_allocated(found),
         fit_probability=found.fit_probability,
         fits=found.fits,
     )
+
+
+def _step_s(candidate: Candidate, rounded_up_s: float, seconds: Callable[[Plan], float]) -> float:
+    """A step in which a last micro-batch that is there in part costs that part.
+
+    The step is linear in the number of micro-batches, so it lies on the line through the plan with
+    the number rounded up and one with fewer (or, where there is none, more) of them.
+    """
+    phase = candidate.plan.phase
+    missing = phase.num_microbatches - candidate.micro_batches
+    if missing <= 0:
+        return rounded_up_s
+    # an interleaved schedule runs whole rounds of pp micro-batches
+    stride = phase.mesh.pp if phase.mesh.vpp > 1 else 1
+    fewer = stride if phase.num_microbatches > stride else -stride
+    other_s = seconds(_with_microbatches(candidate.plan, phase.num_microbatches - fewer))
+    return rounded_up_s - missing * (rounded_up_s - other_s) / fewer
 
 
 def _with_microbatches(plan: PublishedPlan, number: int) -> PublishedPlan:
@@ -183,12 +193,17 @@ def settled(found: Sequence[Outcome | Unread]) -> tuple[Case, ...]:
 
 def error_of(case: Case, prediction: Prediction) -> float:
     """Signed relative error: predicted / measured - 1, of the step time or of the peak memory."""
-    row, plan = case.row, prediction.candidate.plan
+    row = case.row
     if not row.is_time:
         return prediction.peak_memory_bytes.median / (row.value * memory_unit_bytes(row)) - 1.0
-    device = plan.cluster.pools[0].device
-    rate_work = work(row, case.model, device, plan.workload.global_batch_seqs)
-    return prediction.step_s.median / to_seconds(row, row.value, rate_work) - 1.0
+    return prediction.step_s.median / _measured_s(case, prediction.candidate) - 1.0
+
+
+def _measured_s(case: Case, candidate: Candidate) -> float:
+    """The step time behind a row's value."""
+    pool, batch = candidate.plan.cluster.pools[0], candidate.plan.workload.global_batch_seqs
+    rate_work = work(case.row, case.model, pool.device, batch)
+    return to_seconds(case.row, case.row.value, rate_work)
 
 
 def evaluate(cases: Sequence[Case], overrides: Overrides | None = None) -> list[float]:
@@ -198,10 +213,31 @@ def evaluate(cases: Sequence[Case], overrides: Overrides | None = None) -> list[
     []
     """
     errors: list[float] = []
+    seconds = _Seconds()
     for case in cases:
         changed = with_overrides(case, overrides or {})
-        errors.append(error_of(changed, settle(changed)))
+        (first, *others), *ladders = changed.ladders
+        if case.row.is_time and not others and not ladders:
+            step_s = _step_s(first, seconds(first.plan), seconds)
+            errors.append(step_s / _measured_s(changed, first) - 1.0)
+        else:
+            errors.append(error_of(changed, settle(changed)))
     return errors
+
+
+class _Seconds:
+    """Step times by plan, as `_Memory` has estimates."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, float] = {}
+        self._pieces: Known = {}
+
+    def __call__(self, plan: Plan) -> float:
+        key = to_json(plan, indent=0)
+        if key not in self._known:
+            _check_size(plan)
+            self._known[key] = step_seconds(plan, self._pieces)
+        return self._known[key]
 
 
 def with_overrides(case: Case, overrides: Overrides) -> Case:

@@ -50,8 +50,8 @@ def validate(rows: Sequence[Row | Unread]) -> dict[str, Any]:
     done = [outcome for outcome in found if isinstance(outcome, Outcome)]
     if not done:
         failed = next(outcome for outcome in found if isinstance(outcome, Unread))
-        raise InputError("rows", len(found), f"none can be read; the first ({failed.id}): "
-                         f"{failed.reason}", "see docs/validation.md")  # fmt: skip
+        raise InputError("rows", len(found), f"none can be predicted; the first is {failed.id}",
+                         failed.reason)  # fmt: skip
     scored = {id(outcome): _scored(outcome) for outcome in done}
     lines = [
         _unread_line(outcome) if isinstance(outcome, Unread) else _line(scored[id(outcome)])

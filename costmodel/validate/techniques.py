@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "": "adamw", "adam": "adamw", "adamw": "adamw", "adamw8bit": "adamw8bit",
     "adamw_fp8": "adamw_fp8", "adamw_fp8_states": "adamw_fp8", "sgd": "sgd",
 }  # fmt: skip
+FINETUNING = ("sft", "full", "full finetune", "lora", "qlora")
+"""Tasks, as notes name them, whose samples are short and packed."""
 LORA_RANK = 16
 """Of adapters whose rank is not stated: assumed."""
 KERNELS = {
@@ -52,6 +54,9 @@ def techniques_of(
     kernel = KERNELS.get(row.attention_kernel)
     if kernel:
         chosen["attention"] = {"kernel": kernel}
+    if row.note("task") in FINETUNING and stack.finetuning_document_tokens is not None:
+        documents = {"documents": stack.finetuning_document_tokens}
+        chosen["attention"] = {**chosen.get("attention", {}), **documents}
     if row.says("async TP"):
         chosen["tensor-parallel"] = {"async": True}
     lora = _lora(row, model, stack)

@@ -121,6 +121,10 @@ class ExpertParallel:
         """Whether a parameter is that of experts which ep divides."""
         return self.mesh is not None and any(name.startswith(prefix) for prefix in self.layers)
 
+    def routes(self, name: str) -> bool:
+        """Whether a parameter is that of a router."""
+        return name.endswith(".router.weight")
+
     def experts_of(self, name: str) -> list[int] | None:
         """The experts in the slots of a parameter on this rank; None for other parameters."""
         for prefix, moe in self.layers.items():

@@ -21,23 +21,23 @@ from ..experts.loads import RankLoad, combine
 
 
 class RankResult(Value, frozen=True, kw_only=True):
-    """What one rank hands to the parent."""
+    """What one rank hands to the parent; of a plan that was only timed, no more than its steps."""
 
     rank: int
     coordinates: dict[str, int]
     steps_s: tuple[float, ...]
     loss: tuple[float, ...]
-    peak_memory_bytes: int
-    process_peak_bytes: int
-    context_bytes: int
+    peak_memory_bytes: int = 0
+    process_peak_bytes: int = 0
+    context_bytes: int = 0
     """In use before the first tensor of the run."""
-    live_bytes: dict[str, int]
+    live_bytes: dict[str, int] = {}
     """By category, at the peak of live tensors."""
-    profiled_s: dict[str, float]
+    profiled_s: dict[str, float] = {}
     """Seconds by time term, mean of the profiled steps, unscaled."""
-    bytes_on_wire: dict[str, float]
-    environment: dict[str, str]
+    bytes_on_wire: dict[str, float] = {}
     experts: tuple[RankLoad, ...] = ()
+    environment: dict[str, str] = {}
 
 
 def measurement(
@@ -48,12 +48,8 @@ def measurement(
     emulated: bool = False,
 ) -> Measurement:
     """The Measurement of a run, from all of its ranks."""
-    steps_s = np.max([result.steps_s for result in results], axis=0)
-    step_s = StepTimes(
-        median=float(np.median(steps_s)),
-        p10=float(np.quantile(steps_s, 0.1)),
-        p90=float(np.quantile(steps_s, 0.9)),
-    )
+    steps_s = slowest(results)
+    step_s = step_times(steps_s)
     slowest_s = max(sum(result.profiled_s.values()) for result in results)
     ranks = tuple(
         RankMeasurement(
@@ -78,12 +74,26 @@ def measurement(
         time_terms_s=_mean([rank.time_terms_s for rank in ranks]),
         memory_terms_bytes=fullest.memory_terms_bytes,
         bytes_on_wire=_mean([rank.bytes_on_wire for rank in ranks]),
-        steps=tuple(float(s) for s in steps_s),
+        steps=steps_s,
         loss=results[0].loss,
         ranks=ranks,
         environment={**results[0].environment, **environment},
         experts=combine(plan, [result.experts for result in results]),
         emulated=emulated,
+    )
+
+
+def slowest(results: Sequence[RankResult]) -> tuple[float, ...]:
+    """Seconds of every timed step: those of its slowest rank."""
+    return tuple(float(s) for s in np.max([result.steps_s for result in results], axis=0))
+
+
+def step_times(steps_s: Sequence[float]) -> StepTimes:
+    """Median and spread of timed steps."""
+    return StepTimes(
+        median=float(np.median(steps_s)),
+        p10=float(np.quantile(steps_s, 0.1)),
+        p90=float(np.quantile(steps_s, 0.9)),
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...costmodel import traced
-from ...costmodel.exposed import exposed_s
+from ...costmodel.exposed import Beside, exposed_s
 from ...costmodel.graph import Graph, Sizes, Tensor, volume
 from ...costmodel.layers import decoder_layer
 from ...costmodel.layers.profiles import stack_graph
@@ -126,7 +126,8 @@ def _makers(
         )
         exchange = exposed_s(
             op.forward_collectives, sizes, setting.layouts, prices, setting.plain,
-            times.forward_s, times.beside_forward,
+            times.forward_s,
+            Beside(operators=times.beside_forward, matmuls=times.near_forward, weights={}),
         )  # fmt: skip
         seconds = float(np.broadcast_to(times.beside_forward[op.name], (1,))[0])
         makers.append(

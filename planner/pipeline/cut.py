@@ -19,7 +19,7 @@ Among equal cuts the one with the later boundaries is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,11 +80,12 @@ def cut_layers(
     _check(num_stages, layer_s, memory, limits, (first_s, last_s, first_memory, last_memory))
     time_s = _StageSums(layer_s, num_stages, first_s, last_s)
     held = _StageSums(memory, num_stages, first_memory, last_memory)
-    fits = [[held.of(q, j) <= limits[q] for j in range(num_layers + 1)] for q in range(num_stages)]
-    largest_s = _solve(time_s, fits, num_layers, None)[0]
+    times = [
+        np.where(held.table(q) <= limits[q], time_s.table(q), np.inf) for q in range(num_stages)
+    ]
+    largest_s, firsts = least_largest(times, [table**2 for table in times])
     if not math.isfinite(largest_s):
         raise _infeasible(held, limits, num_layers)
-    _, firsts = _solve(time_s, fits, num_layers, largest_s)
     bounds = [*firsts, num_layers]
     stages = tuple((bounds[q], bounds[q + 1] - 1) for q in range(num_stages))
     return Cut(
@@ -111,29 +112,44 @@ class _StageSums:
         """Sums of layers i .. stop - 1 as that stage, for i = 0 .. stop - 1."""
         return self.until[stop] - self.until[:stop] + self.extra[stage]
 
+    def table(self, stage: int) -> np.ndarray:
+        """Sums of layers i .. j - 1 as that stage; infinite where there are none."""
+        num = len(self.until)
+        some = np.arange(num)[:, None] < np.arange(num)
+        return np.where(some, self.until - self.until[:, None] + self.extra[stage], np.inf)
 
-def _solve(
-    time_s: _StageSums, fits: list[list[np.ndarray]], num_layers: int, largest_s: float | None
+
+def least_largest(
+    largest: Sequence[np.ndarray], total: Sequence[np.ndarray]
 ) -> tuple[float, list[int]]:
-    """The value of the whole model and the first layer of every stage; see the module."""
-    num_stages = len(fits)
+    """The least largest value of any cut, and the first layers of the cut that has it.
+
+    `largest[q][i, j]` is the value of stage q with the layers i .. j-1, infinite where it cannot
+    hold them. Among the cuts with the least largest value the one with the least sum of `total` is
+    taken, among equal ones that with the later boundaries; no layers where there is no cut.
+    """
+    best = _through(largest, np.maximum)[0]
+    if not math.isfinite(best):
+        return best, []
+    allowed = [
+        np.where(values <= best * (1 + 1e-12), sums, np.inf)
+        for values, sums in zip(largest, total, strict=True)
+    ]
+    return best, _through(allowed, np.add)[1]
+
+
+def _through(
+    stages: Sequence[np.ndarray], combine: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> tuple[float, list[int]]:
+    """The value of the best path through all stages and layers, and where its stages begin."""
+    num_layers = stages[0].shape[0] - 1
     value = np.full(num_layers + 1, np.inf)
-    value[0] = 0.0
+    value[0] = combine(np.zeros(1), np.zeros(1))[0]
     chosen: list[np.ndarray] = []
-    for q in range(num_stages):
-        following = np.full(num_layers + 1, np.inf)
-        choice = np.zeros(num_layers + 1, dtype=int)
-        for j in range(q + 1, num_layers + 1):
-            times = time_s.of(q, j)
-            if largest_s is None:
-                options = np.maximum(value[:j], times)
-            else:
-                options = value[:j] + times**2
-                options[times > largest_s * (1 + 1e-12)] = np.inf
-            options[~fits[q][j]] = np.inf
-            choice[j] = j - 1 - int(np.argmin(options[::-1]))
-            following[j] = options[choice[j]]
-        value = following
+    for stage in stages:
+        options = combine(value[:, None], stage)
+        choice = num_layers - np.argmin(options[::-1], axis=0)
+        value = options[choice, np.arange(num_layers + 1)]
         chosen.append(choice)
     firsts: list[int] = []
     stop = num_layers

@@ -133,7 +133,8 @@ def cluster_sizes(cluster: Cluster, max_nodes: int) -> list[Cluster]:
         msgspec.structs.replace(pool, num_nodes=count, devices_per_node=per_node)
         for count, per_node in shapes
     ]
-    return [msgspec.structs.replace(cluster, name=spelling(p), pools=(p,)) for p in pools]
+    sized = [msgspec.structs.replace(cluster, pools=(pool,)) for pool in pools]
+    return [msgspec.structs.replace(one, name=spelling(one)) for one in sized]
 
 
 def sizes_below(sizes: Sequence[Cluster], size: int, batch_seqs: int) -> list[int]:

@@ -15,7 +15,6 @@ from ...workload import Workload
 from ..candidates import CostModel, OwnCost, Request, bound_all, may_fit
 from ..pins import Pins, check_pins
 from ..search import search
-from ..space import only_pool
 
 Fit = Literal["yes", "marginal"]
 Status = Literal["planned", "infeasible", "refused", "left out"]
@@ -147,7 +146,7 @@ class Asker:
 
     def _hopeful(self, ask: Ask) -> bool:
         """Whether any layout may fit, or none is legal, which the search explains."""
-        check_pins(ask.pins, only_pool(ask.cluster).device)
+        check_pins(ask.pins, [pool.device for pool in ask.cluster.pools])
         cost = OwnCost() if self.cost is None else self.cost
         candidates = bound_all(
             Request(ask.model, ask.cluster, ask.workload, ask.pins, cost, fit=self.fit)

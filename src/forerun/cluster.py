@@ -28,7 +28,10 @@ class Link(Value, frozen=True, kw_only=True):
     """A link as one rank sees it: one direction, all of its lanes together."""
 
     latency_s: float
+    """Of one step of a collective's plain protocol, or of one message."""
     bytes_per_s: float
+    in_switch_share: float = 0.0
+    """Part of the rate that all-reduce in the switch reaches (NVLink SHARP); 0 = there is none."""
     source: str = ""
 
 
@@ -45,9 +48,38 @@ class Device(Value, frozen=True, kw_only=True):
     """CUDA compute capability; None for other makes."""
     num_sms: int | None = None
     sustained_fraction: float = 1.0
-    """Rate that matmuls hold at the device's power limit, relative to others of its family."""
+    """Rate that matmuls hold at `nominal_watts`, relative to others of its family."""
     power_watts: float | None = None
+    """The power limit that is set."""
+    nominal_watts: float | None = None
+    """The power limit that its peaks and `sustained_fraction` stand for; None = the one set."""
     source: str = ""
+
+    @property
+    def clock_fraction(self) -> float:
+        """Clock of matmuls under the power limit that is set, relative to the nominal one.
+
+        Switching takes power in proportion to f V^2, and the voltage follows the clock: what a
+        limit P leaves beside the static part s of the nominal limit P0 sets the clock,
+
+            f = ((P - s P0) / ((1 - s) P0))^(1/3)        s = 0.2: assumed
+
+        >>> device = Device(name="x", kind="gpu", memory_bytes=1, memory_bytes_per_s=1.0,
+        ...                 peak_flops_per_s={}, power_watts=500.0, nominal_watts=700.0)
+        >>> round(device.clock_fraction, 3)
+        0.863
+        """
+        if self.power_watts is None or self.nominal_watts is None:
+            return 1.0
+        static = STATIC_SHARE * self.nominal_watts
+        left = (self.power_watts - static) / (self.nominal_watts - static)
+        return min(1.0, max(left, LEAST_POWER) ** (1 / 3))
+
+
+STATIC_SHARE = 0.2
+"""Of the nominal power limit: memory, links, leakage. Assumed."""
+LEAST_POWER = 0.05
+"""Of the power for switching: clocks have a floor. Assumed."""
 
 
 class OperatorCurve(Value, frozen=True, kw_only=True):
@@ -160,11 +192,16 @@ class Cluster(Document, frozen=True, kw_only=True):
     name: str
     pools: tuple[Pool, ...]
     between_pools: Link | None = None
+    """As one device sees it; None = the slower of the pools' own networks."""
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
         if not self.pools:
             raise InputError("pools", "[]", f"{self.name} has no pool", "give one at least")
+        names = [pool.name for pool in self.pools]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError("pools.name", name, "two pools have it", "rename one")
 
     @property
     def num_devices(self) -> int:

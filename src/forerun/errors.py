@@ -25,6 +25,10 @@ class InputError(ForerunError):
         message = f"{field}={value}: {problem}; {remedy}"
         super().__init__(" ".join(message.splitlines()))  # a name may hold a line break
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str, str]]:
+        """Between processes an error keeps its parts."""
+        return InputError, (self.field, str(self.value), self.problem, self.remedy)
+
 
 class NoFeasiblePlan(ForerunError):
     """No plan satisfies the request (exit 3): says by how much, and the smallest change."""
@@ -40,6 +44,12 @@ class RunFailed(ForerunError):
     """A run or a write failed (exit 1): a rank was lost, memory or disk ran out."""
 
     exit_code = 1
+
+
+class Interrupted(ForerunError):
+    """Ctrl-C, or a run that was told to end (exit 130)."""
+
+    exit_code = 130
 
 
 class ToleranceExceeded(ForerunError):

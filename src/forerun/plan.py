@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import msgspec
 
@@ -16,6 +16,7 @@ from .experts import check_placement
 from .mesh import Mesh
 from .model import Layer, Model
 from .orders import Orders, check_orders, owners, parse_orders, splits
+from .traced import Traced
 from .workload import Workload
 
 Schedule = Literal[
@@ -31,6 +32,8 @@ V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
 LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 """Those of two or more chunks per rank, placed in rounds."""
 RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
+TENSORS = "tensors"
+"""The recompute mode that names every tensor of a layer that is kept (setting `keep`)."""
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
@@ -39,6 +42,8 @@ ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "un
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 
 
+MOST_SIZES = 8
+"""Stages whose sizes a label spells out."""
 UNDIVIDED = (
     ("conv", "convolutions", ("tp", "cp")),
     ("cross_decoder", "attention over an encoder's output", ("cp",)),
@@ -102,7 +107,7 @@ class Phase(Value, frozen=True, kw_only=True):
 
     @property
     def recompute(self) -> str:
-        """Recompute mode: one of `RECOMPUTE_MODES`."""
+        """Recompute mode: one of `RECOMPUTE_MODES`, or `TENSORS`."""
         return str(self.technique("recompute").get("mode", "none"))
 
     @property
@@ -126,11 +131,14 @@ class Phase(Value, frozen=True, kw_only=True):
         if mesh.pp > 1:
             chunks = f"x{mesh.vpp}" if mesh.vpp > 1 else ""
             parts.append(f"pp{mesh.pp}{chunks}-{self._schedule_label()}")
+            parts += self._cut()
         if mesh.world == 1 and not parts:
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
         parts.append(self.compute_dtype)
+        runtime = str(self.technique("runtime").get("mode", "eager"))
+        parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
 
     def _placement(self) -> str:
@@ -148,30 +156,52 @@ class Phase(Value, frozen=True, kw_only=True):
         """The schedule's name; a hash where the orders are the user's or a solver's."""
         if self.orders is None:
             return self.schedule
-        texts = msgspec.json.encode(sorted(self.orders.items()))
-        return f"orders~{sha256(texts).hexdigest()[:4]}"
+        return f"orders~{_hash(sorted(self.orders.items()))}"
 
     def own_orders(self) -> Orders | None:
         """The orders that the plan itself holds, parsed."""
         return None if self.orders is None else parse_orders(self.orders)
 
+    def _cut(self) -> list[str]:
+        """Layers of the stages where they are not as even as can be; a hash of many."""
+        sizes = tuple(stage.num_layers for stage in self.stages)
+        if sizes == even_sizes(sum(sizes), len(sizes)):
+            return []
+        if len(sizes) <= MOST_SIZES:
+            return ["stages" + ".".join(map(str, sizes))]
+        return [f"stages~{_hash(sizes)}"]
+
     def _activations(self) -> list[str]:
-        """What layers keep for backward, in short; a hash where layers differ."""
-        kept = {
-            (
-                str(setting.techniques.get("recompute", {}).get("mode", "none")),
-                float(setting.techniques.get("offload", {}).get("activations", 0.0)),
-            )
-            for setting in self.settings
-        }
+        """What layers keep for backward, in short; a hash where layers differ, or of names."""
+        kept = {_kept(setting.techniques) for setting in self.settings}
         if len(kept) > 1:
-            ranges = msgspec.json.encode([(s.layers, s.techniques) for s in self.settings])
-            return [f"ac-solved~{sha256(ranges).hexdigest()[:4]}"]
+            ranges = [(s.layers, s.techniques) for s in self.settings]
+            return [f"ac-solved~{_hash(ranges)}"]
         parts: list[str] = []
-        for mode, offload in kept:
-            parts += [f"ac-{mode}"] if mode != "none" else []
+        for mode, names, offload, storage in kept:
+            if mode == TENSORS:
+                parts.append(f"ac-tensors~{_hash(names)}")
+            elif mode != "none":
+                parts.append(f"ac-{mode}")
+            parts += [f"act-{storage}"] if storage else []
             parts += [f"offload{offload:g}"] if offload else []
         return parts
+
+
+def _kept(techniques: Mapping[str, Mapping[str, Any]]) -> tuple[str, tuple[str, ...], float, str]:
+    """Recompute mode, names, offloaded fraction and storage dtype of a layer's activations."""
+    recompute = techniques.get("recompute", {})
+    return (
+        str(recompute.get("mode", "none")),
+        tuple(map(str, recompute.get("keep", ()))),
+        float(techniques.get("offload", {}).get("activations", 0.0)),
+        str(techniques.get("precision", {}).get("activations") or ""),
+    )
+
+
+def _hash(value: object) -> str:
+    """Four characters that stand for a value."""
+    return sha256(msgspec.json.encode(value)).hexdigest()[:4]
 
 
 class Plan(Document, frozen=True, kw_only=True):
@@ -260,12 +290,12 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
                           f"start this one at layer {expected}")  # fmt: skip
         plan.cluster.pool(stage.pool)
         expected = last + 1
+    _check_pools(plan, phase)
     if expected != model.num_layers:
         raise _refuse("stages", expected, f"{model.name} has {model.num_layers} layers",
                       "cover every layer once")  # fmt: skip
-    if phase.recompute not in RECOMPUTE_MODES:
-        raise _refuse("recompute", phase.recompute, "unknown mode",
-                      f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+    for setting in phase.settings:
+        _check_recompute(setting.techniques.get("recompute", {}))
     if phase.compute_dtype not in COMPUTE_DTYPES:
         raise _refuse("precision", phase.compute_dtype, "unknown dtype of matmuls",
                       f"use {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
@@ -290,6 +320,40 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
                       f"set ulysses to {mesh.cp}, or use zigzag")  # fmt: skip
 
 
+def _check_recompute(technique: Mapping[str, Any]) -> None:
+    """The mode is known, and names of tensors are there where it needs them."""
+    mode, keep = technique.get("mode", "none"), technique.get("keep")
+    if mode not in (*RECOMPUTE_MODES, TENSORS):
+        raise _refuse("recompute", mode, "unknown mode",
+                      f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
+    listed = isinstance(keep, (list, tuple))
+    names = cast("list[object]", keep) if listed else None
+    if mode == TENSORS and (names is None or not all(isinstance(n, str) for n in names)):
+        raise _refuse("recompute.keep", keep, "not a list of tensors' names",
+                      "name what a layer keeps, such as [\"q\", \"k\", \"v\"]")  # fmt: skip
+    if mode != TENSORS and keep is not None:
+        raise _refuse("recompute.keep", keep, f"mode {mode} names no tensors",
+                      f"use mode {TENSORS}, or drop keep")  # fmt: skip
+
+
+def _check_pools(plan: Plan, phase: Phase) -> None:
+    """Every rank lies in one pool, and every pool has as many ranks as it has devices."""
+    mesh = phase.mesh
+    of_rank: dict[int, str] = {}
+    for index, stage in enumerate(phase.stages):
+        rank = rank_of(phase.schedule, index, mesh.pp)
+        if of_rank.setdefault(rank, stage.pool) != stage.pool:
+            raise _refuse("stages", stage.pool,
+                          f"stage {index} is on rank {rank}, whose other stage is in pool"
+                          f" {of_rank[rank]}", "give both the same pool")  # fmt: skip
+    for pool in plan.cluster.pools:
+        ranks = sum(name == pool.name for name in of_rank.values()) * (mesh.world // mesh.pp)
+        if ranks != pool.num_devices:
+            raise _refuse("stages", pool.name,
+                          f"{ranks} ranks lie in a pool of {pool.num_devices} devices",
+                          "give every pool the stages that its devices hold")  # fmt: skip
+
+
 def layout_problems(
     model: Model,
     mesh: Mesh,
@@ -306,7 +370,9 @@ def layout_problems(
     Orders of one's own need not keep to the micro-batches that their schedule asks for.
     """
     tp = mesh.tp
-    for layer in model.layers:
+    if model.traced is not None:
+        yield from _traced_problems(model.traced, mesh, sequence_parallel, schedule)
+    for layer in model.layers if model.traced is None else ():
         for what, size in (
             ("attention heads", layer.heads),
             ("key-value heads", layer.kv_heads),
@@ -316,7 +382,7 @@ def layout_problems(
                 allowed = ", ".join(str(n) for n in _divisors(size)[:8])
                 yield _refuse("tp", tp, f"does not divide {size} {what} of {model.name}",
                               f"use one of {allowed} or leave tp free")  # fmt: skip
-    if model.vocab % tp:
+    if model.vocab % tp and model.traced is None:
         yield _refuse("tp", tp, f"does not divide the vocabulary {model.vocab} of {model.name}",
                       "pad the vocabulary or lower tp")  # fmt: skip
     if sequence_parallel and tp == 1:
@@ -349,6 +415,32 @@ def layout_problems(
     for layer in model.layers:
         if mesh.ulysses > 1:
             yield from _ulysses_problems(model, layer, mesh)
+
+
+def _traced_problems(
+    traced: Traced, mesh: Mesh, sequence_parallel: bool, schedule: str
+) -> Iterator[InputError]:
+    """What a user's module says of how it can be divided."""
+    degrees = traced.divided.degrees if traced.divided is not None else ()
+    if mesh.tp > 1 and not degrees:
+        yield _refuse("tp", mesh.tp, f"{traced.target} has no tp_plan that it can be cut by",
+                      "give it one (docs/modules.md), or use --tp 1")  # fmt: skip
+    elif mesh.tp > 1 and mesh.tp not in degrees:
+        allowed = ", ".join(map(str, degrees))
+        yield _refuse("tp", mesh.tp, f"{traced.target} does not run cut in so many parts",
+                      f"use one of {allowed}")  # fmt: skip
+    if sequence_parallel:
+        yield _refuse("sp", "on", "a module of one's own keeps its sequence whole", "drop --sp")
+    if mesh.pp > 1 and not traced.hidden:
+        yield _refuse("pp", mesh.pp, f"{traced.target} has no pp_plan by which it could be staged",
+                      "give it one (docs/modules.md), or use --pp 1")  # fmt: skip
+    if mesh.pp > 1 and schedule in SPLIT_SCHEDULES:
+        yield _refuse("schedule", schedule, "does not split the backward of a module of one's own",
+                      "use gpipe, 1f1b or interleaved")  # fmt: skip
+    for axis in ("cp", "ep"):
+        if getattr(mesh, axis) > 1:
+            yield _refuse(axis, getattr(mesh, axis), "does not divide a module of one's own",
+                          f"drop --{axis}")  # fmt: skip
 
 
 def _chunk_problems(mesh: Mesh, schedule: str) -> Iterator[InputError]:
@@ -464,20 +556,38 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+def even_sizes(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of stages of equal size; the first stages take the remainder.
+
+    >>> even_sizes(5, 2)
+    (3, 2)
+    """
+    base, extra = divmod(num_layers, num_stages)
+    return tuple(base + (index < extra) for index in range(num_stages))
+
+
+def stages_of(sizes: Sequence[int], pools: str | Sequence[str]) -> tuple[Stage, ...]:
+    """Stages with these numbers of layers, on one pool, or each on its own.
+
+    >>> [stage.layers for stage in stages_of((3, 2), "p")]
+    [(0, 2), (3, 4)]
+    """
+    names = [pools] * len(sizes) if isinstance(pools, str) else pools
+    stages: list[Stage] = []
+    first = 0
+    for size, pool in zip(sizes, names, strict=True):
+        stages.append(Stage(pool=pool, layers=(first, first + size - 1)))
+        first += size
+    return tuple(stages)
+
+
 def even_stages(num_layers: int, num_stages: int, pool: str) -> tuple[Stage, ...]:
     """Cut layers into stages of equal size; the first stages take the remainder.
 
     >>> [stage.layers for stage in even_stages(5, 2, "p")]
     [(0, 2), (3, 4)]
     """
-    base, extra = divmod(num_layers, num_stages)
-    stages: list[Stage] = []
-    first = 0
-    for index in range(num_stages):
-        last = first + base + (1 if index < extra else 0) - 1
-        stages.append(Stage(pool=pool, layers=(first, last)))
-        first = last + 1
-    return tuple(stages)
+    return stages_of(even_sizes(num_layers, num_stages), pool)
 
 
 def techniques(compute: str, recompute: str) -> dict[str, dict[str, Any]]:

@@ -28,12 +28,34 @@ class Stack(Value, frozen=True, kw_only=True):
     intra_node_efficiency: float = 0.7
     inter_node_efficiency: float = 0.8
     interface_sharing: float = 1.0
-    """Where a group has several members in a node: the part of their network interfaces that it
-    uses when it crosses nodes, one at least."""
+    """Where a group has several members in a node that are not neighbours: the part of their
+    network interfaces that it uses when it crosses nodes, one at least."""
     host_s_per_op: float = 5e-6
     """Host time to launch one operator; a layer cannot go faster than its launches."""
-    overlap_contention: float = 0.3
-    """Slow-down of compute per second of communication hidden behind it (SMs, bandwidth)."""
+    communication_sms: int = 24
+    """Streaming multiprocessors that a collective's kernels keep while they run (NCCL's channels):
+    assumed."""
+    streams_units: bool = True
+    """Whether gathers and scatters of ZeRO 3 run beside compute."""
+    unit_by_tensor: bool = False
+    """Whether gathers and scatters of ZeRO 3 move each tensor of a unit by itself."""
+    unit_multiplier: float = 1.0
+    """Time of these gathers and scatters relative to the links'."""
+    gathers_ahead: int = 1
+    """Units that may be gathered before the one in use is done with: what FSDP2 does by itself, and
+    FSDP's limiter of gathers allows."""
+    exchange_overlap: float = 0.0
+    """Where gradients are exchanged once per step: the part of the last backward that this runs
+    beside, and of the next forward for parameters gathered after a sharded update. 0 = after it."""
+    sharded_exchange_overlap: float | None = None
+    """The same under ZeRO 1 and 2; None = the same."""
+    sharded_reduce: Literal["reduce_scatter", "all_reduce"] = "reduce_scatter"
+    """How gradients are summed there under ZeRO 1 and 2."""
+    pipelines_tensor_parallel: bool = False
+    """Whether gathers and scatters of a split sequence are cut up to run beside the matmuls before
+    or behind them."""
+    overlaps_weight_gradients: bool = False
+    """Whether tensor-parallel sums of input gradients run beside the weights' gradients."""
     sequence_copies: bool = False
     """Whether sequence parallelism copies activations around its collectives, because they are
     batch-major and a gathered sequence must be contiguous (none at one sequence per micro-batch).
@@ -77,17 +99,20 @@ class Stack(Value, frozen=True, kw_only=True):
     expert_parallel_exposed: float = 1.0
     """Fraction of the experts' all-to-alls that is felt: copies of a token for experts of one rank
     are sent once, other micro-batches compute meanwhile."""
-    async_tp_exposed: float = 0.5
-    """The same, beyond it, where matmuls are cut up to overlap with their communication."""
-    ring_attention_fraction: float = 0.7
-    """Rate of attention over a ring of ranks relative to one kernel: it works in pieces, whose
-    results are rescaled and added."""
+    ring_step_s: float = 2e-4
+    """Per block of keys and values after the first that passes a context-parallel ring: streams
+    that wait for one another, tails of smaller kernels. Assumed where it is not fitted."""
     compiled_elementwise: float = 1.0
     """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
     scatters_boundary: bool = False
     """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
+    pipeline_rounds: int | None = None
+    """Micro-batches per pipeline rank where a table does not say; None = it is searched."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What the stack does where a table does not say; None = it depends on the layout."""
+    finetuning_document_tokens: int | None = None
+    """Mean length of the documents that its recipes for fine-tuning pack into a sequence, where
+    attention stays inside each: assumed. None = one document fills the sequence."""
     runtime: Literal["eager", "compiled", "graphs"] | None = None
     """How the host launches operators where a table does not say; None = eager."""
     lora_targets: Literal["all", "qkv", "qv"] = "all"

@@ -1,13 +1,20 @@
-"""What a traced module consists of: its operators, with sizes that are linear in the batch."""
+"""What a traced module consists of: its operators, with sizes that are linear in the batch.
+
+Where tensor parallelism of degree t divides a part of a size, that part is told beside it: a size
+(f, p) with a cut part (g, q) is f - g + g / t + (p - q + q / t) x batch on every rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from .document import Value
 
 Size = tuple[int, int]
 """A size of a traced module: fixed part, and what every sample of the batch adds."""
+UNCUT: Size = (0, 0)
+"""The cut part of a size that tensor parallelism does not divide."""
 
 
 class TracedTensor(Value, frozen=True, kw_only=True):
@@ -17,6 +24,7 @@ class TracedTensor(Value, frozen=True, kw_only=True):
     elements: Size
     dtype: str
     """`compute` for what follows the plan's precision, otherwise a dtype of that many bytes."""
+    cut: Size = UNCUT
 
 
 class TracedWeight(Value, frozen=True, kw_only=True):
@@ -25,6 +33,8 @@ class TracedWeight(Value, frozen=True, kw_only=True):
     name: str
     elements: int
     trainable: bool = True
+    cut: bool = False
+    """Whether tensor parallelism divides it."""
 
 
 class TracedWork(Value, frozen=True, kw_only=True):
@@ -32,6 +42,18 @@ class TracedWork(Value, frozen=True, kw_only=True):
 
     kind: str
     sizes: tuple[Size, ...]
+    cut: tuple[Size, ...] = ()
+    """Cut parts of `sizes`; empty where nothing is cut."""
+
+
+class TracedCollective(Value, frozen=True, kw_only=True):
+    """A collective over the tensor-parallel group."""
+
+    kind: Literal["all_reduce", "all_gather"]
+    buffer: TracedTensor
+    """The full logical buffer."""
+    backward: bool
+    """Whether it belongs to the backward."""
 
 
 class TracedOperator(Value, frozen=True, kw_only=True):
@@ -50,6 +72,24 @@ class TracedOperator(Value, frozen=True, kw_only=True):
     """Parameters that are first used here."""
     backward: tuple[TracedWork, ...] = ()
     """What its backward does beyond the backward of its kind."""
+    cut: tuple[Size, ...] = ()
+    """Cut parts of `sizes`; empty where nothing is cut."""
+    collectives: tuple[TracedCollective, ...] = ()
+    """Of an `edge`, which does nothing else."""
+
+
+Operators = tuple[TracedOperator, ...]
+
+
+class Divided(Value, frozen=True, kw_only=True):
+    """A traced module cut by its `tp_plan`: the same parts in the operators that run then."""
+
+    degrees: tuple[int, ...]
+    """Degrees of tensor parallelism at which it ran."""
+    prefix: Operators
+    layers: tuple[Operators, ...]
+    """Of each of the model's layer groups."""
+    suffix: Operators
 
 
 class Traced(Value, frozen=True, kw_only=True):
@@ -61,12 +101,18 @@ class Traced(Value, frozen=True, kw_only=True):
     """Whether the module takes tokens of the corpus; otherwise the function makes its batches."""
     seq_tokens: int
     """The sequence length it was traced for."""
-    prefix: tuple[TracedOperator, ...]
-    suffix: tuple[TracedOperator, ...]
+    prefix: Operators
+    suffix: Operators
     blocks: tuple[str, ...]
     """Paths of the submodules that are the layers, in order."""
     flops_per_sample: int
     """Model FLOPs of one sample, forward and backward."""
+    divided: Divided | None = None
+    """How tensor parallelism divides it; None = it does not."""
+    hidden: tuple[int, ...] = ()
+    """Shape of what the blocks hand on, without the batch; empty = no pipeline cuts it."""
+    shared: tuple[TracedWeight, ...] = ()
+    """Parameters that both prefix and suffix use, such as a tied table; counted in the prefix."""
 
 
 def num_params(operators: Iterable[TracedOperator]) -> int:

@@ -10,6 +10,7 @@ GIB = 1024**3
 MIB = 1024**2
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", re.IGNORECASE)
 _BATCH = re.compile(r"(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?tok", re.IGNORECASE)
 
 
@@ -48,6 +49,22 @@ def parse_batch(text: str, seq_tokens: int, field: str = "global-batch") -> int:
     if not re.fullmatch(r"\d+", text.strip()):
         raise InputError(field, text, "not a batch", "write sequences (64) or tokens (4Mtok)")
     return _positive_int(field, text, float(text))
+
+
+def parse_duration(text: str, field: str) -> float:
+    """A duration in seconds; the unit is always written.
+
+    >>> parse_duration("90s", "until"), parse_duration("1.5h", "until")
+    (90.0, 5400.0)
+    """
+    match = _DURATION.fullmatch(text.strip())
+    seconds = 0.0
+    if match is not None:
+        scale = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+        seconds = float(match.group(1)) * scale[match.group(2).lower()]
+    if seconds <= 0:
+        raise InputError(field, text, "not a duration", "write 90s, 30m, 2h or 1d")
+    return seconds
 
 
 def format_bytes(num_bytes: float) -> str:

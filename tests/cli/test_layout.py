@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forerun import Cluster, InputError, Model, Plan, Workload, load_cluster, load_model
+from forerun import InputError, Plan, Workload, load_cluster, load_model
 from forerun.cli.layout import fixed_plan
 from forerun.planner import Pins
 
@@ -88,12 +88,17 @@ def test_a_layout_that_does_not_divide_is_refused(options: dict[str, Any], field
     assert caught.value.remedy
 
 
-def test_pools_of_unlike_devices_are_refused() -> None:
-    one = load_cluster("4xcpu")
-    two = Cluster(name="mixed", pools=(one.pools[0], one.pools[0]))
-    model: Model = load_model("tiny-1m")
-    with pytest.raises(InputError, match="pools"):
-        fixed_plan(model, two, Workload(seq_tokens=64, global_batch_seqs=8), Pins())
+def test_pipelines_go_through_pools_of_unlike_devices() -> None:
+    """A stage on each; every pool needs whole stages."""
+    phase = plan(gpus="2xH100+2xA100-80GB", pp=2, stages=(3, 1)).phase
+    first, last = phase.stages
+    assert (first.layers, last.layers) == ((0, 2), (3, 3))
+    assert "h100" in first.pool.lower()
+    assert "a100" in last.pool.lower()
+    with pytest.raises(InputError, match="ranks lie in a pool of 2 devices"):
+        plan(gpus="2xH100+2xA100-80GB")
+    with pytest.raises(InputError, match="are 2 stages"):
+        plan(gpus="4xH100", pp=4, stages=(3, 1))
 
 
 def test_context_and_expert_parallelism_reach_the_plan() -> None:

@@ -17,6 +17,7 @@ from forerun import Estimate, InputError, Measurement, Plan, PlanFile, Profile, 
 from forerun.catalogs import load_user_profile, save_user_profile
 from forerun.cli import demo
 from forerun.cluster import OperatorCurve
+from forerun.executors.tuning import Tried, Tuning
 from forerun.measurement import StepTimes
 
 Files = tuple[Path, Path]
@@ -45,18 +46,19 @@ class Machine:
         options["on_progress"](1, 4, 5.0)
         return self.measurement_of(plan_file)
 
-    def tune(
-        self, plan_files: list[PlanFile], **options: Any
-    ) -> tuple[int, list[Measurement], float]:
-        self.ran.append(options)
-        measured = [self.measurement_of(p) for p in plan_files]
-        faster = msgspec.structs.replace(
-            measured[-1],
-            step_s=msgspec.structs.replace(
-                measured[-1].step_s, median=measured[0].step_s.median / 2
-            ),
-        )
-        return len(plan_files) - 1, [*measured[:-1], faster], self.noise
+    def tune(self, search: Callable[[Profile | None], Any], learn: Any, **options: Any) -> Tuning:
+        """The last candidate is twice as fast as predicted, the first cannot be held."""
+        self.ran.append(options | {"learn": learn})
+        plans = search(None)
+        step_s = plans[0].estimate.step_s.median
+        tried = [
+            Tried(plan_file=p, measurement=self.measurement_of(p), turns=((step_s,) * 3,))
+            for p in plans
+        ]
+        tried[0] = Tried(plan_file=plans[0], failed="rank 0 ran out of memory")
+        half = (step_s / 2 * (1 + self.noise), step_s / 2, step_s / 2)
+        tried[-1] = msgspec.structs.replace(tried[-1], turns=(half,))
+        return Tuning(request=options["request"], tried=tuple(tried))
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_run_prints_a_few_lines(invoke: Any, machine: Machine, files: Files) -> 
 def test_run_refuses_gpus_this_machine_lacks(
     refused: Any, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forerun.executors.launch.num_cuda_devices", lambda: 0)
+    monkeypatch.setattr("forerun.executors.machine.num_cuda_devices", lambda: 0)
     text = files[0].read_text().replace('"kind": "cpu"', '"kind": "gpu"')
     files[0].write_text(text)
     line = refused(["run", files[0]], 2)
@@ -164,21 +166,31 @@ def test_tune_keeps_the_fastest_of_three(invoke: Any, tmp_path: Path) -> None:
     assert found["label"] == "plan-2" == document.read(PlanFile, output).label
     assert [row["label"] for row in found["tried"]] == ["plan-0", "plan-1", "plan-2"]
     assert found["tried"][2]["error"] == pytest.approx(1.0)
-    assert found["noise"] == 0.03
+    assert found["tried"][0]["failed"] == "rank 0 ran out of memory"
+    assert found["noise"] == pytest.approx(0.03) and found["limit"] is None
+    assert found["measurement"]["step_s"]["median"] == found["tried"][2]["measured_s"]
+    assert any(line.startswith("error of plan-2: 100.0 % -> ") for line in found["learned"])
 
 
 @pytest.mark.usefixtures("three_plans", "machine")
 def test_tune_prints_noise_and_lessons_and_stores_them(invoke: Any) -> None:
     shown = invoke("tune", *JOB).stdout
     assert "noise floor 3.0 %" in shown
+    assert "failed   plan-0: rank 0 ran out of memory" in shown
+    assert "off      forward: predicted 30.0 ms, measured 15.0 ms in plan-2" in shown
     assert "learned  spread of a step" in shown
     assert load_user_profile("cpu") is not None
 
 
 @pytest.mark.usefixtures("three_plans", "machine")
-def test_tune_leaves_the_profile_alone_when_told(invoke: Any) -> None:
-    assert invoke("tune", *JOB, "--no-calibrate").exit_code == 0
+def test_tune_leaves_the_profile_alone_when_told(invoke: Any, machine: Machine) -> None:
+    assert invoke("tune", *JOB, "--no-calibrate", "--budget", "5m").exit_code == 0
     assert load_user_profile("cpu") is None
+    assert machine.ran[0]["learn"] is None and machine.ran[0]["budget_s"] == 300
+
+
+def test_tune_refuses_a_budget_without_a_unit(refused: Any) -> None:
+    assert "budget=5" in refused(["tune", *JOB, "--budget", "5"], 2)
 
 
 @pytest.mark.usefixtures("three_plans")

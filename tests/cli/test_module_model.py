@@ -14,6 +14,7 @@ from forerun import Measurement, PlanFile, document
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXER, TRANSFORMER = "examples.mixer:build", "examples.transformer:build"
+DIVIDED = "examples.divided:build"
 JOB = ("--gpus", "2xcpu", "--seq-len", "64", "--global-batch", "16")
 
 
@@ -37,11 +38,32 @@ def test_plan_and_predict_a_module(invoke: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "axis", [("--tp", 2), ("--sp",), ("--pp", 2), ("--cp", 2), ("--ep", 2)], ids=lambda a: a[0]
+    ("axis", "said"),
+    [
+        (("--tp", 2), "has no tp_plan that it can be divided by"),
+        (("--pp", 2), "has no pp_plan that it can be divided by"),
+        (("--sp",), "does not divide a module of one's own"),
+        (("--cp", 2), "does not divide a module of one's own"),
+        (("--ep", 2), "does not divide a module of one's own"),
+    ],
 )
-def test_axes_that_cannot_divide_a_module_are_refused(refused: Any, axis: tuple[Any, ...]) -> None:
+def test_axes_that_cannot_divide_a_module_are_refused(
+    refused: Any, axis: tuple[Any, ...], said: str
+) -> None:
     line = refused(["plan", "--model", MIXER, *JOB, *map(str, axis)], 2)
-    assert axis[0].strip("-") in line and "data-parallel only" in line
+    assert axis[0].strip("-") in line and said in line
+
+
+def test_what_a_module_tells_is_searched(invoke: Any, refused: Any) -> None:
+    """Tensor and pipeline parallelism by its plans; only degrees that it runs at."""
+    asked = ("--model", DIVIDED, "--gpus", "4xcpu", "--seq-len", "64", "--global-batch", "16")
+    found = json.loads(invoke("plan", *asked, "--tp", "2", "--top", "20", "--json").stdout)["plans"]
+    phases = [plan["plan"]["phases"][0] for plan in found]
+    assert {phase["mesh"]["pp"] for phase in phases} == {1, 2}
+    assert {phase["schedule"] for phase in phases} <= {"gpipe", "1f1b", "interleaved"}
+    three = ("--model", DIVIDED, "--gpus", "3xcpu", "--seq-len", "64", "--global-batch", "15")
+    line = refused(["predict", *three, "--tp", "3"], 2)
+    assert "does not run cut in so many parts; use one of 2, 4" in line
 
 
 def test_unknown_functions_are_refused(refused: Any) -> None:
@@ -64,20 +86,24 @@ def test_a_plan_runs_code_only_when_told_to(refused: Any, invoke: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("target", "zero", "recompute"), [(MIXER, "0", "none"), (TRANSFORMER, "3", "full")]
+    ("target", "axes"),
+    [
+        (MIXER, "--dp 2"),
+        pytest.param(DIVIDED, "--tp 2 --recompute full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_module_is_planned_run_and_compared(
-    invoke: Any, tmp_path: Path, target: str, zero: str, recompute: str
+    invoke: Any, tmp_path: Path, target: str, axes: str
 ) -> None:
-    """Two processes: images of the module's own under DDP, the corpus under FSDP with recompute."""
+    """Two processes: images of the module's own under DDP, the corpus under tp with recompute."""
     plan, measured = tmp_path / "plan.json", tmp_path / "measured.json"
-    axes = ("--zero", zero, "--recompute", recompute, "--micro-batch", "4")
-    assert invoke("predict", "--model", target, *JOB, *axes, "-o", plan).exit_code == 0
+    given = (*axes.split(), "--micro-batch", "4")
+    assert invoke("predict", "--model", target, *JOB, *given, "-o", plan).exit_code == 0
     ran = invoke("run", plan, "--model", target, "--steps", "6", "--warmup", "2", "-o", measured)
     assert ran.exit_code == 0, ran.output
     loss = document.read(Measurement, measured).loss
     assert loss[-1] < loss[0]
     compared = json.loads(invoke("diff", plan, measured, "--json").stdout)
     assert abs(compared["memory"]["error"]) < 0.1
-    wire = [term for term in compared["terms"] if "@dp" in term["term"]]
+    wire = [term for term in compared["terms"] if "@" in term["term"]]
     assert wire and all(abs(term["error"]) < 1e-9 for term in wire)

@@ -16,6 +16,7 @@ from forerun.costmodel import Layouts, bound_layouts, estimate
 from forerun.costmodel.exposed import HIDDEN_SHARE
 from forerun.costmodel.graph import volume
 from forerun.costmodel.liveness import liveness
+from forerun.costmodel.operator_times import operator_times
 from forerun.costmodel.operators import KINDS
 from forerun.costmodel.options import Options
 from forerun.costmodel.pieces import pieces
@@ -106,8 +107,7 @@ def _exposed(slower: float) -> tuple[float, float, float]:
     piece = pieces(model, layouts, SEQ, prices, options).layers[0]
     graph, sizes = layer_graph(model, SEQ, cp=8)
     core = next(op for op in graph.operators if op.kind == "attention")
-    core_s = prices.operator("attention", [volume(a, sizes) for a in core.price_axes], "bf16")[0]
-    core_s = core_s / prices.pool.stack.ring_attention_fraction
+    core_s = operator_times(graph, sizes, layouts, prices, options).beside_forward[core.name]
     (kv,) = moved(graph, "ring")
     ranks, one = np.array([8.0]), np.ones(1)
     ring_s = prices.collective(kv.kind, kv.buffer.num_bytes(sizes), ranks, one, one)
@@ -119,6 +119,27 @@ def test_the_ring_hides_behind_a_part_of_the_core() -> None:
     assert exposed == pytest.approx(ring_s - HIDDEN_SHARE * core_s) and exposed > 0
     exposed, ring_s, core_s = _exposed(slower=0.001)
     assert ring_s > 0 and (exposed == 0) == (ring_s <= HIDDEN_SHARE * core_s)
+
+
+def test_a_ring_adds_up_partial_results() -> None:
+    """Each block after the first: 10 bytes per element of the output, 4096 local tokens of 4096."""
+    prices, options = Prices(load_cluster("8xH100").pools[0], None), Options(compute="bf16")
+
+    def forward_s(seq: int, *, cp: int = 1, ulysses: int = 1) -> float:
+        graph, sizes = layer_graph(MODEL, seq, cp=cp, ulysses=ulysses)
+        layouts = layouts_of(cp=cp, ulysses=ulysses)
+        times = operator_times(graph, sizes, layouts, prices, options)
+        return float(times.beside_forward["attention_core"][0])
+
+    stack = prices.pool.stack
+    merged_s = 10 * 4096 * 4096 / prices.memory_bytes_per_s * stack.elementwise_multiplier
+    alone, ring = forward_s(SEQ) / 2, forward_s(SEQ, cp=2)
+    assert ring - alone == pytest.approx(merged_s + stack.ring_step_s, rel=0.02)
+    assert forward_s(SEQ, cp=2, ulysses=2) == pytest.approx(alone, rel=0.02)
+    # the longer the sequence, the less of the core it is
+    long, short = 16 * SEQ, SEQ
+    assert forward_s(long, cp=8) / (forward_s(long) / 8) < 1.15
+    assert forward_s(short, cp=8) / (forward_s(short) / 8) > 1.3
 
 
 @pytest.mark.parametrize(

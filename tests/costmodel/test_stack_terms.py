@@ -12,25 +12,9 @@ from forerun.costmodel import estimate
 from forerun.costmodel.pieces import Known
 from forerun.plan import Plan
 
+from .changed import with_device, with_stack, with_technique
+
 MakePlan = Callable[..., Plan]
-
-
-def with_stack(plan: Plan, **changes: Any) -> Plan:
-    """The plan on a stack with other constants."""
-    pool = plan.cluster.pools[0]
-    pools = (msgspec.structs.replace(pool, stack=msgspec.structs.replace(pool.stack, **changes)),)
-    cluster = msgspec.structs.replace(plan.cluster, pools=pools)
-    return msgspec.structs.replace(plan, cluster=cluster)
-
-
-def with_technique(plan: Plan, name: str, **settings: Any) -> Plan:
-    """The plan with one more technique."""
-    (setting,) = plan.phase.settings
-    techniques = {**setting.techniques, name: settings}
-    phase = msgspec.structs.replace(
-        plan.phase, settings=(msgspec.structs.replace(setting, techniques=techniques),)
-    )
-    return msgspec.structs.replace(plan, phases=(phase,))
 
 
 def terms(plan: Plan) -> dict[str, float]:
@@ -58,10 +42,50 @@ def test_hidden_exchange_is_a_share_of_its_time(make_plan: MakePlan) -> None:
     assert terms(sharded)["exposed.dp"] == pytest.approx(terms(plan)["exposed.dp"] * 2)
 
 
-def test_asynchronous_tensor_parallelism_hides_a_share(make_plan: MakePlan) -> None:
-    plan = with_stack(make_plan(tp=8, sp=True), async_tp_exposed=0.25, host_s_per_op=0.0)
-    hidden = with_technique(plan, "tensor-parallel", **{"async": True})
-    assert terms(hidden)["exposed.tp"] == pytest.approx(terms(plan)["exposed.tp"] / 4, rel=1e-6)
+def test_asynchronous_tensor_parallelism_cuts_collectives_up(make_plan: MakePlan) -> None:
+    """As a stack does that pipelines all of them."""
+    plan = with_stack(make_plan(tp=8, sp=True), host_s_per_op=0.0)
+    cut = with_technique(plan, "tensor-parallel", **{"async": True})
+    piped = with_stack(plan, pipelines_tensor_parallel=True)
+    assert terms(cut)["exposed.tp"] == terms(piped)["exposed.tp"] < terms(plan)["exposed.tp"]
+    whole = make_plan(tp=8)  # all-reduces cannot be cut up
+    cut = with_technique(whole, "tensor-parallel", **{"async": True})
+    assert terms(cut)["exposed.tp"] == terms(whole)["exposed.tp"]
+
+
+def test_attention_stays_inside_packed_documents(make_plan: MakePlan) -> None:
+    """Documents of a quarter of the sequence take a quarter of the attention's time at most."""
+    plan = make_plan(gpus="1xH100", seq_tokens=32768, global_batch_seqs=1)
+    plan = with_stack(plan, host_s_per_op=0.0)
+    whole, packed, short = (
+        terms(with_technique(plan, "attention", documents=length))["forward"]
+        for length in (32768, 8192, 64)
+    )
+    assert whole == terms(plan)["forward"]
+    attention = 4 * (whole - packed) / 3
+    assert packed - short == pytest.approx(attention / 4, rel=0.1)
+    # a ring of ranks has the same share of every document
+    ring = make_plan(cp=8, seq_tokens=32768, global_batch_seqs=1)
+    ring = with_stack(ring, ring_step_s=0.0, host_s_per_op=0.0)
+    few, many = (
+        terms(with_technique(ring, "attention", documents=length))["forward"]
+        for length in (1024, 2048)
+    )
+    assert few < many < terms(ring)["forward"]
+
+
+def test_a_power_limit_slows_matmuls_and_nothing_else(make_plan: MakePlan) -> None:
+    plan = with_stack(
+        make_plan(gpus="1xH100", seq_tokens=4096, global_batch_seqs=8), host_s_per_op=0.0
+    )
+    device = plan.cluster.pools[0].device
+    assert device.power_watts == device.nominal_watts == 700.0
+    limits = (700.0, 600.0, 500.0, 400.0, 200.0)
+    steps = [estimate(with_device(plan, power_watts=watts)).step_s.median for watts in limits]
+    assert steps == sorted(steps) and steps[0] == estimate(plan).step_s.median
+    assert steps[0] / steps[2] > 0.863  # the clock, of which memory takes no notice
+    assert with_device(plan, power_watts=900.0).cluster.pools[0].device.clock_fraction == 1.0
+    assert terms(with_device(plan, power_watts=400.0))["optimizer"] == terms(plan)["optimizer"]
 
 
 def test_gathers_in_fp8_move_half_the_bytes(make_plan: MakePlan) -> None:
@@ -122,7 +146,8 @@ def test_jitter_grows_with_the_devices(make_plan: MakePlan) -> None:
 
 
 def test_a_group_uses_a_part_of_its_members_interfaces(make_plan: MakePlan) -> None:
-    """tp 2 on nodes of 8 leaves four members of a group in a node, tp 8 one, which has its own."""
+    """tp 2 on nodes of 8 leaves four members of a group in a node, tp 8 one, which has its own;
+    without tp they are neighbours."""
 
     def exchange_s(tp: int, share: float) -> float:
         plan = make_plan(gpus="16xH100", dp_replicate=16 // tp, tp=tp)
@@ -132,6 +157,7 @@ def test_a_group_uses_a_part_of_its_members_interfaces(make_plan: MakePlan) -> N
     assert exchange_s(2, 0.5) > 1.3 * exchange_s(2, 1.0)
     assert exchange_s(2, 0.1) == exchange_s(2, 0.25)
     assert exchange_s(8, 0.5) == exchange_s(8, 1.0)
+    assert exchange_s(1, 0.5) == exchange_s(1, 1.0)
 
 
 def test_copies_of_unsharded_parameters_may_be_freed_by_unit(make_plan: MakePlan) -> None:

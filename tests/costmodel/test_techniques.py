@@ -95,7 +95,7 @@ def test_selective_recompute_of_unfused_attention_drops_the_scores() -> None:
 
 
 def test_unfused_attention_computes_the_whole_square() -> None:
-    """4 b s^2 h FLOPs and 8 B per score forward, 12 B backward; flash does half of the FLOPs."""
+    """4 b s^2 h FLOPs, 13 B per score forward, 19 B backward; flash does half of the FLOPs."""
     costs: dict[str, float] = {}
     for kernel in KERNELS:
         graph, sizes = rewritten(Options(compute="bf16", attention=kernel))
@@ -103,8 +103,8 @@ def test_unfused_attention_computes_the_whole_square() -> None:
         costs[kernel] = forward_flops([op], sizes)
     assert costs == {"flash": 2 * SEQ**2 * HIDDEN, "unfused": 4 * SEQ**2 * HIDDEN}
     kind, shape = KINDS["attention_unfused"], [np.array([float(n)]) for n in (HEADS, SEQ, 128)]
-    assert kind.forward_bytes(shape, 2.0)[0] == 8 * HEADS * SEQ**2
-    assert kind.backward_bytes(shape, 2.0)[0] == 12 * HEADS * SEQ**2
+    assert kind.forward_bytes(shape, 2.0)[0] == 13 * HEADS * SEQ**2
+    assert kind.backward_bytes(shape, 2.0)[0] == 19 * HEADS * SEQ**2
 
 
 def test_per_op_recompute_keeps_every_second_matmul() -> None:

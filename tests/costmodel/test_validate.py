@@ -214,7 +214,7 @@ def test_uneven_chunks_and_rounds_are_plans() -> None:
 @pytest.mark.parametrize(
     ("cells", "word"),
     [
-        ({"hardware": "H1000"}, "H100"),
+        ({"hardware": "H1000"}, "hardware=H1000"),
         ({"model": "llama-99"}, "not in the catalog"),
         ({"tp": 3}, "degrees"),
         ({"pp": 64, "gpus": 512}, "degrees"),
@@ -275,6 +275,48 @@ def test_empty_cells_without_siblings_are_searched() -> None:
     assert chosen.fit_probability >= 0.5
     rivals = [p for c in candidates(found) if (p := price(c)).fit_probability >= 0.5]
     assert chosen.step_s.median == min(p.step_s.median for p in rivals)
+
+
+def test_full_recomputation_is_tried_on_some_layers_before_all() -> None:
+    """The last of every stage; more layers take more time and less memory."""
+    found = case(recompute="", pp=2, dp=4, zero_stage=1, global_batch_seqs=32)
+    (ladder,) = found.ladders
+    half = ladder[-3]
+    assert half.filled == ("recompute=full of 50% of the layers",)
+    modes = [half.plan.phase.technique("recompute", i).get("mode") for i in range(32)]
+    assert modes == (["elementwise"] * 8 + ["full"] * 8) * 2
+    priced = [price(candidate) for candidate in ladder[-5:]]
+    steps, peaks = (
+        [p.step_s.median for p in priced],
+        [p.peak_memory_bytes.median for p in priced],
+    )
+    assert steps == sorted(steps) and peaks == sorted(peaks, reverse=True)
+
+
+def test_a_stack_says_how_many_micro_batches_fill_its_pipelines() -> None:
+    """torchtitan: as many as there are pipeline ranks."""
+    cells = {"pp": 4, "dp": 2, "zero_stage": 3, "micro_batch_seqs": ""}
+    (only,) = candidates(case(source="torchtitan", **cells))
+    assert only.plan.phase.num_microbatches == 4
+    assert only.filled == ("micro_batch_seqs=4",)
+    assert len(candidates(case(source="unheard-of", **cells))) > 1
+
+
+def test_samples_for_fine_tuning_are_packed_where_the_stack_says_so() -> None:
+    def documents(**cells: object) -> object:
+        (candidate,) = candidates(case(zero_stage=1, **cells))
+        return candidate.plan.phase.technique("attention").get("documents")
+
+    assert documents(source="nvidia-dgxc", notes="task=sft") == 256
+    assert documents(source="nvidia-dgxc", notes="task=pretrain") is None
+    assert documents(source="unheard-of", notes="task=sft") is None
+
+
+def test_sources_may_be_taken_as_unknown() -> None:
+    (found,) = build_cases([row(source="llm-foundry")], named=False)
+    assert isinstance(found, Case)
+    (candidate,) = candidates(found)
+    assert candidate.plan.cluster.pools[0].stack.name == "pytorch-fsdp-h100"
 
 
 def test_what_never_fits_takes_a_plan_near_the_leanest() -> None:
@@ -482,7 +524,8 @@ def test_a_layout_chooses_the_stack_where_no_source_does() -> None:
     assert stack_for_layout("h100", tp=1, pp=1, zero=1).name == "megatron-h100"
     assert stack_for_layout("h100", tp=8, pp=1, zero=3).name == "pytorch-fsdp-h100"
     assert stack_for_layout("h100", tp=1, pp=1, zero=0).name == "pytorch-fsdp-h100"
-    assert stack_for_layout("v100", tp=8, pp=1, zero=0).name == "pytorch-fsdp"
+    assert stack_for_layout("v100", tp=8, pp=1, zero=0).name == "megatron"
+    assert stack_for_layout("v100", tp=1, pp=1, zero=3).name == "pytorch-fsdp"
 
 
 def test_every_source_that_a_stack_names_finds_a_stack() -> None:

@@ -14,6 +14,7 @@ from forerun.cli.layout import fixed_plan
 from forerun.cluster import Link
 from forerun.costmodel import bound_layouts, estimate
 from forerun.costmodel.in_flight import Shares, least_in_flight, live_moments, moments_of
+from forerun.costmodel.kept import Kept
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
 from forerun.costmodel.schedule import (
@@ -242,8 +243,8 @@ def test_recomputed_activations_wait_for_their_weights_gradients(make_plan: Make
     for recompute in ("none", "full"):
         plan = make_plan("gpt-3.6b", pp=2, dp_replicate=4, schedule="zb-h1", recompute=recompute)
         sim = Simulation(plan, plan.phase)
-        loads = sim.rank_loads[0]
-        shares.append(float(Shares.of(loads, sim.costs, sim.layouts, sim.pool.stack).waiting[0]))
+        loads, kept = sim.rank_loads[0], Kept.of(sim.costs, sim.layouts, sim.pool.stack)
+        shares.append(float(Shares.of(loads, sim.costs, sim.layouts, kept).waiting[0]))
     assert 0.8 < shares[0] < 1.0 and shares[1] > 10
 
 

@@ -6,7 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,30 @@ import pytest
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
+import running  # noqa: E402
+
 Results = list[dict[tuple[str, str], dict[str, Any]]]
+
+
+@cache
+def traced_models() -> dict[str, bytes]:
+    """The modules of one's own as models, by file: traced once, and not by every rank."""
+    import families
+    import modules
+
+    from forerun import document
+    from forerun.executors.trace_module import trace
+
+    return {
+        file: document.to_json(trace(target, families.SEQ))
+        for target, file in modules.FILES.items()
+    }
 
 
 def run_group(world: int, selection: str, folder: Path) -> Results:
     """The results of all ranks, rank 0 first."""
+    for file, model in traced_models().items():
+        (folder / file).write_bytes(model)
     source = FOLDER.parents[1] / "src"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(source)}
     command = [sys.executable, str(FOLDER / "worker.py")]
@@ -45,3 +65,15 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Resu
         return run_group(world, selection, tmp_path_factory.mktemp(f"group{world}"))
 
     return started
+
+
+@pytest.fixture
+def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that leaves a process or a temporary folder."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield
+    assert running.workers() == []
+    assert list(folder.iterdir()) == []

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
+import running
 
-from forerun import Measurement, PlanFile, document
+from forerun import InputError, Measurement, PlanFile, RunFailed, document
 from forerun.estimate import MEMORY_TERMS, TIME_TERMS
-from forerun.executors import launch, tune
+from forerun.executors import job, launch
+from forerun.executors.checkpoints import folder as checkpoints
+from forerun.executors.machine import Nodes
 from forerun.executors.measure import report
+from forerun.executors.session import Session
 
 FP32 = 4
 
@@ -22,21 +28,43 @@ def with_learning_rate(plan_file: PlanFile, learning_rate: float) -> PlanFile:
     return replace(plan_file, plan=replace(plan_file.plan, workload=workload))
 
 
+class Learned:
+    """A run of 20 steps of DDP on real text that others are compared with; run once."""
+
+    def __init__(self, plan_file: PlanFile, folder: Path) -> None:
+        self.folder = folder
+        self.seen: list[tuple[int, int]] = []
+        self.measured = launch.run(
+            plan_file,
+            steps=20,
+            warmup_steps=2,
+            output=folder / "measured.json",
+            on_progress=lambda step, steps, loss: self.seen.append((step, steps)),
+            log_dir=folder / "logs",
+        )
+
+
+KNOWN: list[Learned] = []
+
+
+@pytest.fixture
+def fast_learner(plan_file: PlanFile) -> PlanFile:
+    return with_learning_rate(plan_file, 3e-3)
+
+
+@pytest.fixture
+def learned(fast_learner: PlanFile, tmp_path: Path) -> Learned:
+    if not KNOWN:
+        KNOWN.append(Learned(fast_learner, tmp_path))
+    return KNOWN[0]
+
+
 def test_two_processes_learn_and_everything_is_measured(
-    plan_file: PlanFile, tmp_path: Path
+    fast_learner: PlanFile, learned: Learned
 ) -> None:
-    """20 steps of DDP on real text; counted terms against what this plan must give."""
-    plan_file = with_learning_rate(plan_file, 3e-3)
-    seen: list[tuple[int, int]] = []
-    measured = launch.run(
-        plan_file,
-        steps=20,
-        warmup_steps=2,
-        output=tmp_path / "measured.json",
-        on_progress=lambda step, steps, loss: seen.append((step, steps)),
-        log_dir=tmp_path / "logs",
-    )
-    assert seen == [(step, 22) for step in range(1, 23)]
+    """Counted terms against what this plan must give."""
+    plan_file, measured, tmp_path = fast_learner, learned.measured, learned.folder
+    assert learned.seen == [(step, 22) for step in range(1, 23)]
     assert len(measured.steps) == 20 and len(measured.loss) == 22
     assert measured.loss[0] == pytest.approx(math.log(256), rel=0.02), "random bytes at first"
     assert measured.loss[-1] < measured.loss[0] - 0.5, "it learns"
@@ -67,6 +95,60 @@ def test_two_processes_learn_and_everything_is_measured(
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {
         "agent.log", "rank-0.log", "rank-1.log",
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_killed_ranks_start_again_and_the_curve_is_that_of_one_run(
+    fast_learner: PlanFile, learned: Learned, tmp_path: Path
+) -> None:
+    """Killed before the first checkpoint and after one; the second time nobody restarts them."""
+    place, notes, seen = tmp_path / "checkpoints", list[str](), list[int]()
+    to_kill = [0, 1]
+
+    def kill(step: int, steps: int, loss: float) -> None:
+        seen.append(step)
+        kept = list(place.glob("step-*"))
+        if (step == 2 and len(to_kill) == 2) or (to_kill == [0] and kept):
+            running.kill_rank(to_kill.pop())
+
+    training = job.Training(checkpoint=str(place), every=5, keep=1)
+    ended = r"rank 0 was killed by SIGKILL after step \d+; other ranks were ended, add --resume"
+    with pytest.raises(RunFailed, match=ended) as caught:
+        launch.run(fast_learner, steps=20, on_progress=kill, on_note=notes.append,
+                   training=training, max_restarts=1)  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert "warning: restart 1: a rank was lost; going on from step 0" in notes
+    assert seen.count(1) == 2 and 20 not in seen
+    (kept,) = checkpoints.steps(place)
+
+    again = msgspec.structs.replace(training, resume=str(place))
+    resumed = launch.run(fast_learner, steps=20, on_note=notes.append, training=again)
+    assert f"note: going on from step {kept}" in notes
+    assert resumed.loss == learned.measured.loss[:20]
+    assert resumed.bytes_on_wire == learned.measured.bytes_on_wire
+    assert len(resumed.steps) == max(1, 20 - kept - 3), "those of this start after its warm-up"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_two_nodes_run_one_plan(fast_learner: PlanFile, learned: Learned) -> None:
+    """Two launches that meet at a port; ranks count by the place of the node."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        rendezvous = f"localhost:{probe.getsockname()[1]}"
+    nodes = [Nodes(num=2, node=node, rendezvous=rendezvous) for node in (0, 1)]
+    with socket.socket() as taken:
+        taken.bind(("", int(rendezvous.partition(":")[2])))
+        taken.listen()
+        with pytest.raises(InputError, match=f"rendezvous={rendezvous}: the port is in use"):
+            launch.run(fast_learner, nodes=nodes[0])
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(launch.run, fast_learner, steps=3, warmup_steps=1, nodes=node)
+                for node in nodes]  # fmt: skip
+        first, second = (run.result() for run in runs)
+    assert first.loss == second.loss == learned.measured.loss[:4]
+    assert [rank.coordinates["dp_replicate"] for rank in first.ranks] == [0, 1]
+    assert first.bytes_on_wire == learned.measured.bytes_on_wire
 
 
 def result(
@@ -100,27 +182,29 @@ def test_report_takes_slowest_step_fullest_rank_and_mean_terms(plan_file: PlanFi
     assert sum(measured.time_terms_s.values()) == pytest.approx(3.0)
 
 
-def test_tune_keeps_the_fastest_and_knows_the_noise(
-    plan_file: PlanFile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_a_session_runs_plan_after_plan_and_survives_a_failure(
+    fast_learner: PlanFile, learned: Learned
 ) -> None:
-    slow, fast = plan_file, with_learning_rate(plan_file, 1e-3)
-    medians = iter([4.0, 2.0, 5.0, 2.2])
-    order: list[PlanFile] = []
-    ticks: list[tuple[int, int]] = []
-
-    def run(tried: PlanFile, **options: object) -> Measurement:
-        order.append(tried)
-        options["on_progress"](1, 3, 0.5)  # type: ignore[operator]
-        steps_s = (next(medians),)
-        results = [result(0, steps_s, 1.0, 1)]
-        return report.measurement(tried.plan, tried.label, results, {})
-
-    monkeypatch.setattr(launch, "run", run)
-    winner, measured, noise = tune(
-        [slow, fast], rounds=2, on_progress=lambda step, steps, _: ticks.append((step, steps))
-    )
-    assert order == [slow, fast, slow, fast], "in turns"
-    assert winner == 1
-    assert [m.step_s.median for m in measured] == [4.0, 2.0]
-    assert noise == pytest.approx(1 / 4.5)
-    assert ticks == [(1, 12), (4, 12), (7, 12), (10, 12)]
+    """Three plans on two processes, the second of which cannot be held."""
+    model = msgspec.structs.replace(fast_learner.plan.model, vocab=2**42)
+    plan = msgspec.structs.replace(fast_learner.plan, model=model)
+    too_large = msgspec.structs.replace(fast_learner, plan=plan)
+    started: list[int] = []
+    with Session() as session:
+        first = session.run(fast_learner, steps=2, warmup_steps=1)
+        started += [process.pid for process in running.workers()]
+        timed = session.run(fast_learner, steps=3, warmup_steps=0, counted=False)
+        assert {process.pid for process in running.workers()} == set(started), "the same processes"
+        with pytest.raises(RunFailed, match="ran out of memory"):
+            session.run(too_large, steps=2, warmup_steps=0)
+        again = session.run(fast_learner, steps=1, warmup_steps=0, counted=False)
+    losses = learned.measured.loss
+    assert [r.loss for r in first] == [losses[:3]] * 2 and [r.loss for r in timed] == [
+        losses[:3]
+    ] * 2
+    assert [r.loss for r in again] == [losses[:1]] * 2
+    assert len(timed[0].steps_s) == 3 and not timed[0].bytes_on_wire
+    measured = report.measurement(fast_learner.plan, "label", first, {})
+    assert measured.bytes_on_wire == learned.measured.bytes_on_wire
+    assert measured.peak_memory_bytes == learned.measured.peak_memory_bytes

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from forerun.cluster import Cluster, Device, Link, Pool
+from forerun.costmodel.bounds import Stages
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
 from forerun.estimate import Estimate, Interval
 from forerun.model import Layer, Model
-from forerun.plan import RECOMPUTE_MODES, Plan
+from forerun.plan import RECOMPUTE_MODES, Plan, even_sizes
+from forerun.planner.choosing import Choice
 from forerun.stack import Stack
 from forerun.workload import Workload
 
@@ -52,6 +55,8 @@ class RandomCost:
     seed: int
     capacity_bytes: int = 800
     slack: float = 0.3
+    cuts: bool = False
+    """Whether costs differ from cut to cut: by up to a fifth of the time and a half of the peak."""
 
     def draw(self, layouts: Layouts, recompute: str, salt: int) -> Floats:
         """One number in [0, 1) per layout."""
@@ -77,36 +82,70 @@ class RandomCost:
             1000.0 * self.draw(layouts, recompute, 2),
         )
 
+    def of_cut(
+        self, layouts: Layouts, recompute: str, sizes: tuple[int, ...]
+    ) -> tuple[Floats, Floats]:
+        """The costs with stages of these sizes."""
+        time_s, peaks = self.exact(layouts, recompute)
+        if not self.cuts:
+            return time_s, peaks
+        salt = 100 + hash(sizes) % 10_007  # of a tuple of numbers: the same in every process
+        faster = 1 - 0.2 * self.draw(layouts, recompute, salt)
+        return time_s * faster, peaks * (1 - 0.5 * self.draw(layouts, recompute, salt + 1))
+
+    def every_cut(self, num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
+        """All ways of cutting layers into stages; of few stages those alone."""
+        if not self.cuts:
+            return [even_sizes(num_layers, num_stages)]
+        inner = combinations(range(1, num_layers), num_stages - 1)
+        return [tuple(b - a for a, b in pairwise([0, *x, num_layers])) for x in inner]
+
     def bound_layouts(
         self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
-        options: Sequence[Options], capacity_bytes: float, worth_s: float,
+        options: Sequence[Options], capacity_bytes: Sequence[float], worth_s: float,
+        stages: Stages,
     ) -> RandomBounds:  # fmt: skip
-        """The least times and peaks of any option, lowered at random."""
+        """The least times and peaks of any option and cut, lowered at random."""
         times: list[Floats] = []
         peaks: list[Floats] = []
+        least = (0.8, 0.5) if self.cuts else (1.0, 1.0)
         for recompute in (o.recompute for o in options):
             time_s, memory_bytes = self.exact(layouts, recompute)
-            times.append(time_s * (1 - self.slack * self.draw(layouts, recompute, 3)))
-            peaks.append(memory_bytes * (1 - self.slack * self.draw(layouts, recompute, 4)))
+            slack_s, slack_bytes = (self.slack * self.draw(layouts, recompute, n) for n in (3, 4))
+            times.append(time_s * least[0] * (1 - slack_s))
+            peaks.append(memory_bytes * least[1] * (1 - slack_bytes))
         return RandomBounds(np.min(times, axis=0), np.min(peaks, axis=0), self.capacity_bytes)
 
-    def choose_layers(
+    def keep_sets(self, *_: object) -> tuple[tuple[str, ...], ...]:
+        """No tensors by name."""
+        return ()
+
+    def choices(
         self, model: Model, cluster: Cluster, workload: Workload, layout: Layouts,
-        policies: Sequence[Options], capacity_bytes: float,
-    ) -> tuple[Options, ...]:  # fmt: skip
-        """One option for all layers: the best that fits, else the one with the least peak."""
+        policies: Sequence[Options], capacity_bytes: Sequence[float], stages: Stages,
+    ) -> list[Choice]:  # fmt: skip
+        """One option for all layers and a cut: the best that fits, else those with the least
+        peak."""
 
-        def worth(option: Options) -> tuple[bool, float]:
-            time_s, peak = (float(x[0]) for x in self.exact(layout, option.recompute))
-            unfit = peak > self.capacity_bytes
-            return unfit, peak if unfit or workload.objective == "memory" else time_s
+        def worth(choice: Choice) -> tuple[bool, float]:
+            assert choice.sizes is not None
+            (time_s,), (peak,) = self.of_cut(layout, choice.layers[0].recompute, choice.sizes)
+            unfit = bool(peak > self.capacity_bytes)
+            least_peak = unfit or workload.objective == "memory"
+            return unfit, float(peak if least_peak else time_s)
 
-        return (min(policies, key=worth),)
+        cuts = self.every_cut(model.num_layers, int((layout.pp * layout.vpp)[0]))
+        if stages != "free":
+            cuts = [even_sizes(model.num_layers, len(cuts[0]))]
+            cuts = cuts if isinstance(stages, str) else [tuple(stages)]
+        every = [Choice(sizes=cut, layers=(option,)) for cut in cuts for option in policies]
+        return [min(every, key=worth)]
 
     def estimate(self, plan: Plan) -> Estimate:
         """The exact costs of one plan."""
         phase = plan.phase
-        time_s, memory_bytes = self.exact(Layouts.of(phase), phase.recompute)
+        sizes = tuple(stage.num_layers for stage in phase.stages)
+        time_s, memory_bytes = self.of_cut(Layouts.of(phase), phase.recompute, sizes)
         step_s, peak_bytes = float(time_s[0]), float(memory_bytes[0])
         return Estimate(
             step_s=Interval(median=step_s, low=0.9 * step_s, high=1.1 * step_s),

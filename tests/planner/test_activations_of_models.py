@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -66,28 +67,52 @@ def core_bytes() -> float:
     return 5.0 * model.layers[0].heads * 2048**2 + 2.0 * 2048 * model.hidden
 
 
-def test_selective_recompute_of_megatron() -> None:
-    """Korthikanti et al. 2022, section 5: what is dropped first is the attention core.
+CHEAP = {"attention_norm", "mlp_norm", "gelu"}
+"""Their outputs cost 2 bytes of traffic for each byte that is not kept, the core's 2.6."""
 
-    A limit below 34 s b h + 5 a s^2 b bytes per layer by what the core makes is met by running the
-    core of every layer again, and nothing else.
+
+def without_links(names: Iterable[str]) -> set[str]:
+    """Operators that run again, without the collectives between them."""
+    return {name for name in names if not name.endswith(".enter")}
+
+
+def test_selective_recompute_of_megatron() -> None:
+    """Korthikanti et al. 2022, section 5: attention's core is dropped, no linear layer runs again.
+
+    A limit below 34 s b h + 5 a s^2 b bytes per layer by what the core makes; norms and GELU, which
+    are a little cheaper, go with the cores, in fewer seconds than those of all cores alone.
     """
     layers = stage(**UNFUSED)
     limits = Limits(device_bytes=layers[0].count * (layers[0].needed_bytes - core_bytes()))
-    found = solve(Problem(layers=layers, limits=limits))
-    assert {use.runs_again for use in found.policies} == {("attention_core",)}
-    made = {t.name for t in found.policies[0].tensors if t.choice == "recompute"}
-    assert made == {"o", "softmax.out", "attention_dropout.out", "attention_dropout.mask"}
+    found = solve(Problem(layers=layers, limits=limits), gap=0.0)
+    again = [without_links(use.runs_again) for use in found.policies]
+    assert set().union(*again) == CHEAP | {"attention_core"}
+    cores = sum(use.layers for use in found.policies if "attention_core" in use.runs_again)
+    assert cores > layers[0].count / 2
+    options = Options(compute="bf16", recompute="selective", attention="unfused")
+    whole = float(costs("gpt-22b", 2048, 1, False, options).layers[0].recompute_s[0])
+    assert found.extra_s < layers[0].count * whole
 
 
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75])
 def test_less_than_all_cores_are_the_first_to_go(part: float) -> None:
+    """Once norms and GELU have gone, as many cores as the limit asks for."""
     layers = stage(**UNFUSED)
     count = layers[0].count
-    limits = Limits(device_bytes=count * (layers[0].needed_bytes - part * core_bytes()))
+    cheap = sum(2.0 * 2048 * width for width in norms_and_gelu())
+    limits = Limits(device_bytes=count * (layers[0].needed_bytes - cheap - part * core_bytes()))
     found = solve(Problem(layers=layers, limits=limits), gap=0.0)
     cores = sum(use.layers for use in found.policies if "attention_core" in use.runs_again)
     assert count * part - 1 <= cores <= count * part + 1
+    assert all(
+        without_links(use.runs_again) <= CHEAP | {"attention_core"} for use in found.policies
+    )
+
+
+def norms_and_gelu() -> tuple[int, ...]:
+    """Elements per token of what norms and GELU make."""
+    model = load_model("gpt-22b")
+    return model.hidden, model.hidden, 4 * model.hidden
 
 
 def test_memo_at_long_sequences() -> None:

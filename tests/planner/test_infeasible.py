@@ -10,6 +10,7 @@ import pytest
 
 from forerun.errors import InputError
 from forerun.planner import Pins, search, why
+from forerun.planner.choosing import Choice
 from forerun.units import GIB
 from forerun.workload import Workload
 
@@ -32,17 +33,20 @@ class ShareCost:
 
     def bound_layouts(
         self, model: Any, cluster: Any, workload: Any, layouts: Any, options: Any,
-        capacity_bytes: float, worth_s: float,
+        capacity_bytes: Any, worth_s: float, stages: Any,
     ) -> Any:  # fmt: skip
         time_s, _ = self.random.exact(layouts, options[0].recompute)
         peak_bytes = self.peak_bytes(layouts, workload.seq_tokens)
         return Bounds(time_s, peak_bytes, self.capacity_gib * GIB)
 
-    def choose_layers(
+    def keep_sets(self, model: Any, cluster: Any, workload: Any, grid: Any, base: Any) -> Any:
+        return ()
+
+    def choices(
         self, model: Any, cluster: Any, workload: Any, layout: Any, policies: Any,
-        capacity_bytes: float,
+        capacity_bytes: Any, stages: Any,
     ) -> Any:  # fmt: skip
-        return policies[:1]
+        return [Choice(sizes=None, layers=policies[:1])]
 
     def estimate(self, plan: Any) -> Any:
         import msgspec

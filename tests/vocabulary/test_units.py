@@ -50,6 +50,17 @@ def test_bad_batches(text: str) -> None:
         units.parse_batch(text, 1024)
 
 
+@pytest.mark.parametrize("text", ["", "0s", "5", "-1m", "1w", "m", "5 m s"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(InputError, match=r"^budget="):
+        units.parse_duration(text, "budget")
+
+
+@given(st.integers(1, 1000), st.sampled_from([("s", 1), ("m", 60), ("min", 60), ("H", 3600)]))
+def test_durations_are_in_seconds(count: int, suffix: tuple[str, int]) -> None:
+    assert units.parse_duration(f"{count}{suffix[0]}", "budget") == count * suffix[1]
+
+
 @given(st.floats(1e-6, 1e5))
 def test_seconds_keep_three_digits(seconds: float) -> None:
     number, unit = units.format_seconds(seconds).split()

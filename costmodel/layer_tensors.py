@@ -1,0 +1,51 @@
+"""The tensors of a layer by name: what a plan of recompute mode `tensors` may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..cluster import Pool
+from ..errors import InputError, unknown_name
+from ..model import Model
+from ..plan import TENSORS
+from .options import Options
+from .pieces import layer_graph
+from .techniques.recompute import tensor_names
+
+
+def layer_tensors(
+    model: Model, group: int, options: Options, pool: Pool, *, sequence_parallel: bool
+) -> tuple[str, ...]:
+    """The tensors of a layer of `model.layers[group]` that can be kept, in the order in which its
+    forward makes them; the first is its input."""
+    plain = replace(options, recompute="none", keep=(), offload=0.0)
+    fused = pool.device.kind == "gpu"
+    return tensor_names(layer_graph(model, model.layers[group], plain, sequence_parallel, fused))
+
+
+def only_own(
+    model: Model, group: int, options: Options, pool: Pool, *, sequence_parallel: bool
+) -> Options:
+    """The options of a layer without names of tensors that it does not have."""
+    if options.recompute != TENSORS:
+        return options
+    own = layer_tensors(model, group, options, pool, sequence_parallel=sequence_parallel)
+    return replace(options, keep=tuple(name for name in options.keep if name in own))
+
+
+def check_names(
+    model: Model, each: Sequence[Options], pool: Pool, *, sequence_parallel: bool
+) -> None:
+    """Raise InputError where a layer group is to keep a tensor that it does not have; `each` are
+    the options of `model.layers`."""
+    for group, options in enumerate(each):
+        if options.recompute != TENSORS:
+            continue
+        if model.traced is not None:
+            raise InputError("recompute", TENSORS, "tensors of a traced module have no names",
+                             "use none, selective or full")  # fmt: skip
+        own = layer_tensors(model, group, options, pool, sequence_parallel=sequence_parallel)
+        for name in options.keep:
+            if name not in own:
+                raise unknown_name("recompute.keep", name, own)

@@ -1,0 +1,120 @@
+"""Bounds of time and memory of layouts whose stages may be cut in any way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .fleet import Fleet
+from .given import Given
+from .graph import Array
+from .grid_rows import Index, alike
+from .ranks import allocated
+from .reach import NEAR, Reach
+from .rooms import Rooms
+from .seconds import fastest
+from .stages import V_SHAPED, Load
+
+
+def is_free(fleet: Fleet) -> NDArray[np.bool_]:
+    """Rows whose stages can be cut in several ways, as far as these are looked at: not chunks of
+    ranks of models with unlike layers, nor parameters that are sharded at rest in a pipeline."""
+    x, model = fleet.layouts, fleet.model
+    several = (x.pp > 1) & (x.pp * x.vpp < model.num_layers)
+    return several & ((x.vpp == 1) | (len(model.layers) == 1)) & (x.zero < 3)
+
+
+class Uncut:
+    """Rows with more ranks first."""
+
+    def __init__(self, fleet: Fleet, rows: Index, worth_s: float, least_memory: bool) -> None:
+        self.fleet, self.rows = fleet, rows
+        self.worth_s = worth_s / fleet.drift
+        self.least_memory = least_memory
+        self.repeats = tuple(layer.repeat for layer in fleet.model.layers)
+
+    def bounds(self) -> tuple[Array, Array, NDArray[np.int64]]:
+        """Seconds without drift, bytes and policies bounded of every row.
+
+        Where the pipeline alone takes longer than is worth it, memory is not looked at.
+        """
+        fleet, num = self.fleet, len(self.rows)
+        memory = np.zeros(num)
+        bounded = np.zeros(num, dtype=np.int64)
+        time = self._share_s()
+        alive = np.flatnonzero(time <= self.worth_s)
+        pools, fill_s = fleet.on_pools(self.rows[alive])
+        layouts = fleet.layouts.take(self.rows[alive])
+        reach = Reach(layouts=layouts, repeats=self.repeats, pools=pools)
+        kept = np.arange(len(alive))
+        if np.isfinite(self.worth_s):
+            possible = reach.feasible(self.worth_s - fill_s)
+            time[alive[~possible]] = np.maximum(time[alive[~possible]], self.worth_s * (1 + NEAR))
+            kept = np.flatnonzero(possible)
+        alive, reach, fill_s = alive[kept], reach.take(kept), fill_s[kept]
+        if not len(alive):
+            return time, memory, bounded
+        found, memory[alive] = self._within_memory(alive, reach, time[alive])
+        time[alive] = np.where(np.isfinite(found), found + fill_s, time[alive])
+        bounded[alive] = len(fleet.policies)
+        time[alive] += self._updates(alive)
+        return time, memory, bounded
+
+    def _share_s(self) -> Array:
+        """All micro-batches through an even share of the work, which some rank has at least."""
+        every = fastest([grid.seconds(self.rows) for grid in self.fleet.grids])
+        x = self.fleet.layouts.take(self.rows)
+        times = np.array([1.0, *self.repeats, 1.0])
+        return x.num_microbatches * (times @ every.both) / x.pp
+
+    def _within_memory(self, some: Index, reach: Reach, time: Array) -> tuple[Array, Array]:
+        """The least makespans within the memory, infinite where nothing fits, and the least bytes
+        of the fullest rank."""
+        fleet = self.fleet
+        rows = self.rows[some]
+        reach = replace(
+            reach,
+            rooms=tuple(
+                Rooms.of(grid, rows, capacity)
+                for grid, capacity in zip(fleet.grids, fleet.capacities, strict=True)
+            ),
+        )
+        found = reach.least_s(time, self.worth_s)
+        least = np.full(len(some), fleet.capacities[0])
+        for k, (grid, rooms) in enumerate(zip(fleet.grids, reach.rooms, strict=True)):
+            grown, fixed = allocated(grid.prices)
+            live = rooms.least_bytes(fleet.model.num_layers)
+            least = np.minimum(least, (live * grown + fixed) * fleet.scale(k))
+        if self.least_memory:
+            return found, np.maximum(least, reach.least_share() * fleet.capacities[0])
+        never = np.flatnonzero(~np.isfinite(found))
+        beyond = fleet.capacities[0] * (1 + NEAR)
+        least[never] = np.maximum(beyond, Given(fleet, rows[never], np.inf, None).least_bytes())
+        return found, least
+
+    def _updates(self, some: Index) -> Array:
+        """What some rank does once per step at least: one that holds its share of the layers."""
+        rows = self.rows[some]
+        x = self.fleet.layouts.take(rows)
+        folded = np.isin(x.schedule, V_SHAPED).astype(np.int64)
+        chosen, inverse = alike(
+            [self.fleet.grids[0].local[rows], x.pp, folded, x.num_microbatches, x.zero, x.dp_shard]
+        )
+        first = rows[chosen]
+        x, folded = x.take(chosen), folded[chosen]
+        one, none = np.ones(len(first)), np.zeros(len(first))
+        share = np.ceil(sum(self.repeats) / x.pp)
+        groups = range(len(self.repeats))
+        loads = [
+            Load(
+                layers=tuple(share if g == group else none for g in groups),
+                embedding=embedding,
+                head=head,
+            )
+            for group in groups
+            for embedding, head in ((one, 1.0 * folded), (none, none), (none, 1.0 - folded))
+        ]
+        found = [np.min(grid.updates(loads, first), axis=0) for grid in self.fleet.grids]
+        return np.min(found, axis=0)[inverse]
