@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cluster import Pool
 from ..model import Layer, Model
 from ..traced import TracedOperator, TracedWeight
 from . import traced
@@ -347,10 +348,11 @@ def _graph(
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
-def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
-    """The rewritten graph of a layer of a model."""
+def layer_graph(model: Model, layer: Layer, options: Options, pool: Pool, sp: bool) -> Graph:
+    """The rewritten graph of a layer of a model on the devices and the stack of a pool."""
     near, layer = _nearby(model, layer)
-    return _graph("layer", near, layer, sp, fused, options, False, False)
+    fused, counted = pool.device.kind == "gpu", pool.stack.exchanges_counts
+    return _graph("layer", near, layer, sp, fused, options, False, counted)
 
 
 def _plain_graph(

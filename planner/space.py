@@ -149,6 +149,9 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
         ok &= grid.pp * grid.vpp == len(pins.stages)
     if len(pools) > 1 and len(model.layers) > 1:
         ok &= grid.vpp == 1
+    if not everything(pools, pins):
+        even = ok & even_experts(model, grid)
+        ok = even if even.any() else ok  # a run says what is wrong with what the pins ask for
     if pins.schedule is None:
         ok &= ~np.isin(grid.schedule, LONG) | (grid.num_microbatches >= 2 * grid.pp)
     rows = np.flatnonzero(ok)
@@ -371,6 +374,21 @@ def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
         return ok & (grid.ep == 1)
     for count in counts:
         ok &= count % grid.ep == 0
+    return ok
+
+
+def even_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
+    """True where ZeRO cuts the experts of a rank into equal parts, by number or along their widths:
+    others cannot be run (`executors/support.py`)."""
+    ok = np.ones(len(grid), dtype=bool)
+    shards = np.maximum(1, grid.shards * grid.tp // grid.expert_tp // grid.ep)
+    for layer in model.layers:
+        if layer.experts is None:
+            continue
+        by_number = layer.experts.num_experts // grid.ep % shards == 0
+        width = layer.experts.ffn_hidden // grid.expert_tp
+        by_width = (width % shards == 0) & (model.hidden % shards == 0)
+        ok &= (grid.zero == 0) | by_number | by_width
     return ok
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -10,6 +12,7 @@ from forerun.catalogs import load_cluster
 from forerun.errors import InputError, RunFailed
 from forerun.executors.build import build, check_supported
 from forerun.executors.init import full_parameter, local_part
+from forerun.executors.support import check_kept
 from forerun.executors.trainer import Trainer
 from forerun.experts import Experts
 from forerun.mesh import Mesh
@@ -200,6 +203,21 @@ def test_refused_with_the_reason(field: str, plan: Plan) -> None:
     if field not in ("mesh", "zero"):
         assert caught.value.field == field
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("value", "technique"),
+    [
+        ("expert-offload", {"expert-offload": {"moments": True}}),
+        ("expert-placement", {"expert-placement": {"slots": [[0, 2], [1, 3]]}}),
+    ],
+)
+def test_what_checkpoints_do_not_keep_is_refused(value: str, technique: dict[str, Any]) -> None:
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | technique),)
+    with pytest.raises(InputError) as caught:
+        check_kept(make_plan(MOE, settings=settings))
+    assert (caught.value.field, caught.value.value) == ("checkpoint", value)
+    check_kept(make_plan(MOE))
 
 
 def test_context_parallel_is_refused_on_a_cluster_that_fits() -> None:
