@@ -125,15 +125,14 @@ def check_kept(plan: Plan) -> None:
     if plan.phase.technique(expert_offload.NAME).get("moments", False):
         raise InputError("checkpoint", expert_offload.NAME,
                          "moments on the host are not kept yet",
-                         "train without --checkpoint, or plan without --expert-offload")  # fmt: skip
+                         "drop --checkpoint, or plan without --expert-offload")  # fmt: skip
     for index in range(plan.model.num_layers):
         slots = plan.phase.technique("expert-placement", index).get("slots", ())
         in_slots = [expert for rank in slots for expert in rank]
         if in_slots != list(range(len(in_slots))):
             raise InputError("checkpoint", "expert-placement", f"layer {index} has its experts out "
                              "of order, which checkpoints do not keep yet",
-                             "train without --checkpoint, or plan without "
-                             "--expert-placement")  # fmt: skip
+                             "drop --checkpoint, or plan without --expert-placement")  # fmt: skip
 
 
 def _rotary_dim(layer: Layer) -> int:

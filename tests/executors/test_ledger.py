@@ -56,12 +56,10 @@ def _routed(name: str, experts: Experts, latent: LatentAttention | None, mlp: Ml
     return Model(name=name, hidden=64, vocab=384, layers=(layer,))
 
 
-ROUTED = (
-    _routed("moe", EXPERTS, None, "swiglu"),
-    _routed("moe-gelu", EXPERTS, None, "gelu"),
-    _routed("capacity", CAPACITY, EVEN, "swiglu"),
-    _routed("mla-shared", SHARED, NARROW, "swiglu"),
-)
+MOE = _routed("moe", EXPERTS, None, "swiglu")
+MLA = _routed("mla-shared", SHARED, NARROW, "swiglu")
+LONG = (_routed("moe-gelu", EXPERTS, None, "gelu"), _routed("capacity", CAPACITY, EVEN, "swiglu"))
+"""Left to the long run."""
 
 
 def _plan(model: Model, compute: str, recompute: str, num_microbatches: int) -> Plan:
@@ -100,7 +98,13 @@ def _counted_bytes(plan: Plan) -> int:
     return sum(live.peak().values())
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, NEMOTRON, *ROUTED], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(pytest.param(model, id=model.name) for model in (LLAMA, GPT, NEMOTRON, MOE, MLA)),
+        *(pytest.param(model, id=model.name, marks=pytest.mark.slow) for model in LONG),
+    ],
+)
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize(
     ("compute", "recompute"),
