@@ -23,10 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from forerun import Measurement, Mesh, Model, Plan, PlanFile, Workload
 from forerun.catalogs import load_cluster, load_model
 from forerun.costmodel import diff, estimate
 from forerun.executors import run
+from forerun.lengths import Lengths
 from forerun.plan import Phase, Setting, even_stages, techniques
 from forerun.planner import Pins, search
 from forerun.planner.experts import expect_loads
@@ -49,6 +52,9 @@ class Family:
     zero: int = 0
     sp: bool = False
     schedule: str = "1f1b"
+    cp_kind: str | None = None
+    packed: bool = False
+    """Whether documents are packed into the sequences."""
     degrees: dict[str, int] = field(default_factory=dict)
 
 
@@ -70,6 +76,17 @@ FAMILIES = (
     Family(processes=2, schedule="zb-h1", degrees={"pp": 2}),
     Family(processes=2, schedule="zb-v", degrees={"pp": 2, "vpp": 2}),
     Family(processes=2, recompute="full", zero=3, degrees={"dp_shard": 2}),
+    Family(processes=1, recompute="full_keep_attn"),
+    Family(processes=2, packed=True, degrees={"dp_replicate": 2}),
+    Family(processes=2, degrees={"cp": 2}),
+    Family(processes=2, recompute="full_keep_attn", zero=3, degrees={"cp": 2}),
+    Family(processes=2, cp_kind="ring", degrees={"cp": 2}),
+    Family(processes=2, cp_kind="lightseq", recompute="full_keep_attn", degrees={"cp": 2}),
+    Family(processes=2, cp_kind="ulysses", degrees={"cp": 2, "ulysses": 2}),
+    Family(processes=2, packed=True, degrees={"cp": 2}),
+    Family(processes=2, cp_kind="ulysses", packed=True, degrees={"cp": 2, "ulysses": 2}),
+    Family(processes=4, degrees={"cp": 4, "ulysses": 2}),
+    Family(processes=4, cp_kind="lightseq", degrees={"cp": 4}),
     Family(processes=4, degrees={"tp": 2, "dp_replicate": 2}),
     Family(processes=4, zero=3, degrees={"pp": 2, "dp_shard": 2}),
 )
@@ -96,6 +113,13 @@ def make_plan(family: Family, model_name: str, workload: Workload) -> PlanFile:
     """The plan of a family, predicted with the machine's profile."""
     model, cluster = load_model(model_name), load_cluster(f"{family.processes}xcpu")
     mesh = Mesh(**family.degrees)
+    chosen = techniques(family.compute, family.recompute)
+    if family.cp_kind is not None:
+        chosen["context-parallel"] = {"kind": family.cp_kind}
+    if family.packed:
+        quarter = workload.seq_tokens // 4
+        lengths = Lengths.of("documents", [quarter // 4, quarter, 4 * quarter], "made up")
+        workload = msgspec.structs.replace(workload, lengths=lengths)
     micro_batch = min(family.micro_batch_seqs, workload.global_batch_seqs // mesh.dp)
     phase = Phase(
         steps=workload.steps,
@@ -107,12 +131,7 @@ def make_plan(family: Family, model_name: str, workload: Workload) -> PlanFile:
         sequence_parallel=family.sp,
         schedule=family.schedule,  # pyright: ignore[reportArgumentType]
         stages=even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name),
-        settings=(
-            Setting(
-                layers=(0, model.num_layers - 1),
-                techniques=techniques(family.compute, family.recompute),
-            ),
-        ),
+        settings=(Setting(layers=(0, model.num_layers - 1), techniques=chosen),),
     )
     return predicted(Plan(model=model, cluster=cluster, workload=workload, phases=(phase,)))
 

@@ -1,12 +1,11 @@
 """Predicted against measured on one GPU: step time, peak memory and the order of plans.
 
     forerun profile --device cuda
-    python benchmarks/bench_gpu.py [--gpus 1xH200] [--groups short,0.5b-2k,...] [--json FILE]
+    python benchmarks/bench_gpu.py [--gpus 1xH200] [--groups 0.4b-2k,1b-8k,...] [--json FILE]
 
 Plans of a group share model, length and batch, so that the one predicted to be the fastest can be
 held against the one that is. Every plan is predicted twice: from the catalog's constants alone and
-from the machine's profile. The host times of the PyTorch stacks were set on runs of the group
-`short`, nothing else was fitted to these runs. Prints a Markdown table and a summary.
+from the machine's profile. Nothing was fitted to these runs. Prints a Markdown table and a summary.
 """
 
 from __future__ import annotations
@@ -29,12 +28,29 @@ from forerun.catalogs import load_cluster, load_model
 from forerun.costmodel import diff, estimate
 from forerun.costmodel.options import Options
 from forerun.errors import ForerunError
-from forerun.executors import run
+from forerun.executors.measure.report import measurement
+from forerun.executors.session import Session
+from forerun.model import Layer, Model
 from forerun.plan import Phase, Setting, even_stages
 
 STEPS = 6
 WARMUP_STEPS = 3
 PLAIN = Options(compute="bf16")
+
+
+def llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int) -> Model:
+    """A decoder in the form of Llama with 32,000 words."""
+    layer = Layer(
+        repeat=layers, heads=heads, kv_heads=kv_heads, head_dim=hidden // heads, ffn_hidden=ffn
+    )
+    return Model(name=name, hidden=hidden, vocab=32_000, layers=(layer,))
+
+
+MODELS = {
+    "0.4b": llama("llama-like-0.4b", 24, 1024, 16, 8, 2816),
+    "1.1b": llama("llama-like-1.1b", 22, 2048, 16, 4, 5632),
+}
+"""Those of no catalog: 0.3 to 1.1 B parameters without a large vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +59,9 @@ class Group:
 
     name: str
     model: str
+    """Of `MODELS`, or of the catalog."""
     seq_tokens: int
-    micro_batch_seqs: int
+    micro_batch_seqs: int = 1
     num_microbatches: int = 2
     plans: tuple[Options, ...]
 
@@ -57,31 +74,39 @@ def ways(*changes: dict[str, Any]) -> tuple[Options, ...]:
 COMPILED: dict[str, Any] = {"runtime": "compiled"}
 FULL: dict[str, Any] = {"recompute": "full"}
 SELECTIVE: dict[str, Any] = {"recompute": "selective"}
+FP8: dict[str, Any] = {"compute": "fp8", "recipe": "coat"}
+STORED: dict[str, Any] = {"activations": "fp8"}
+LOW_STATES: dict[str, Any] = {"optimizer": "adamw_fp8"}
+COAT = FP8 | STORED | LOW_STATES
 
 GROUPS = (
     Group(
-        name="short-0.5b", model="qwen2.5-0.5b", seq_tokens=256, micro_batch_seqs=1,
-        plans=ways({}, COMPILED),
-    ),
-    Group(
-        name="short-1b", model="llama-3.2-1b", seq_tokens=256, micro_batch_seqs=1,
-        plans=ways({}, COMPILED),
+        name="0.4b-2k", model="0.4b", seq_tokens=2048, micro_batch_seqs=16,
+        plans=ways({}, COMPILED, SELECTIVE, FULL, LOW_STATES),
     ),
     Group(
         name="0.5b-2k", model="qwen2.5-0.5b", seq_tokens=2048, micro_batch_seqs=8,
-        plans=ways({}, COMPILED, SELECTIVE, FULL),
+        plans=ways({}, COMPILED),
     ),
     Group(
         name="1b-8k", model="llama-3.2-1b", seq_tokens=8192, micro_batch_seqs=2,
-        plans=ways({}, COMPILED, SELECTIVE, FULL, FULL | COMPILED),
+        plans=ways({}, COMPILED, SELECTIVE, FULL, FP8, STORED, COAT),
     ),
     Group(
-        name="3b-8k", model="llama-3.2-3b", seq_tokens=8192, micro_batch_seqs=1,
-        plans=ways({}, COMPILED, SELECTIVE, FULL),
+        name="3b-8k", model="llama-3.2-3b", seq_tokens=8192,
+        plans=ways({}, COMPILED, FULL, COAT),
     ),
     Group(
-        name="1b-32k", model="llama-3.2-1b", seq_tokens=32768, micro_batch_seqs=1,
-        num_microbatches=1, plans=ways(FULL, FULL | COMPILED),
+        name="7b-2k", model="llama-2-7b", seq_tokens=2048, num_microbatches=4,
+        plans=ways(FULL, FP8 | LOW_STATES | FULL),
+    ),
+    Group(
+        name="1.1b-32k", model="1.1b", seq_tokens=32_768, num_microbatches=1,
+        plans=ways({}, FULL, SELECTIVE),
+    ),
+    Group(
+        name="1.1b-96k", model="1.1b", seq_tokens=98_304, num_microbatches=1,
+        plans=ways(FULL),
     ),
 )  # fmt: skip
 
@@ -119,7 +144,8 @@ class Result:
 
 def make_plan(group: Group, options: Options, gpus: str, profiled: bool) -> PlanFile:
     """A plan, priced with the machine's profile or without any."""
-    model, cluster = load_model(group.model), load_cluster(gpus)
+    model = MODELS.get(group.model) or load_model(group.model)
+    cluster = load_cluster(gpus)
     if not profiled:
         cluster = msgspec.structs.replace(cluster, profile=None)
     workload = Workload(
@@ -127,6 +153,7 @@ def make_plan(group: Group, options: Options, gpus: str, profiled: bool) -> Plan
         global_batch_seqs=group.num_microbatches * group.micro_batch_seqs,
         steps=STEPS,
         optimizer=options.optimizer,
+        quality=("exact", "published"),
     )  # fmt: skip
     layers = (0, model.num_layers - 1)
     phase = Phase(
@@ -142,7 +169,7 @@ def make_plan(group: Group, options: Options, gpus: str, profiled: bool) -> Plan
     return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))
 
 
-def measure(group: Group, options: Options, gpus: str) -> Result:
+def measure(group: Group, options: Options, gpus: str, session: Session) -> Result:
     """Run one plan."""
     plain, profiled = (make_plan(group, options, gpus, there) for there in (False, True))
     predicted = profiled.estimate
@@ -157,13 +184,15 @@ def measure(group: Group, options: Options, gpus: str) -> Result:
     )
     started = time.monotonic()
     try:
-        measured = run(profiled, steps=STEPS, warmup_steps=WARMUP_STEPS)
+        ranks = session.run(profiled, steps=STEPS, warmup_steps=WARMUP_STEPS)
+        measured = measurement(profiled.plan, profiled.label, ranks, {}, False)
     except ForerunError as error:
         result.error = str(error)
     else:
         found = diff(profiled, measured)
         result.measured_s = measured.step_s.median
         result.measured_bytes = found["memory"]["measured_bytes"]
+        result.predicted_bytes = found["memory"]["predicted_bytes"]
         result.terms = found
     result.wall_s = time.monotonic() - started
     gc.collect()
@@ -221,12 +250,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     started = time.monotonic()
     results: list[Result] = []
-    for group in (group for group in GROUPS if group.name in names):
-        for options in group.plans:
+    todo = [(g, options) for g in GROUPS if g.name in names for options in g.plans]
+    with Session() as session:
+        for group, options in todo:
             if time.monotonic() - started > asked.time_limit:
                 print(f"{group.name}: left out, out of time", file=sys.stderr)
                 continue
-            results.append(measure(group, options, asked.gpus))
+            results.append(measure(group, options, asked.gpus, session))
             print(table_row(results[-1]), flush=True)
             if asked.json is not None:
                 asked.json.write_text(json.dumps([asdict(result) for result in results]))

@@ -14,14 +14,19 @@ from .loader import (
     entries,
     entry,
     load_hardware,
+    load_lengths,
     load_stack,
+    load_technique,
     names,
+    read_lengths,
 )
 from .profiles import load_user_profile, save_user_profile, user_profile_path
 from .spellings import Resolved, load_cluster, load_model, resolve_gpus
 
 __all__ = [
     "KINDS", "Hardware", "Lengths", "Resolved", "Technique", "WorkloadEntry",
-    "entries", "entry", "load_cluster", "load_hardware", "load_model", "load_stack",
-    "load_user_profile", "names", "resolve_gpus", "save_user_profile", "user_profile_path",
+    "entries", "entry", "load_cluster", "load_hardware", "load_lengths", "load_model", "load_stack",
+    "load_technique", "load_user_profile", "names", "read_lengths", "resolve_gpus",
+    "save_user_profile",
+    "user_profile_path",
 ]  # fmt: skip

@@ -14,14 +14,17 @@ from typing import Any, ClassVar, TypeVar, cast
 import msgspec
 
 from ..cluster import Device, Link
-from ..document import Document, Value, from_raw, read, read_raw, to_raw
+from ..document import Document, Value, from_raw, read, read_bytes, read_raw, to_raw
 from ..errors import InputError, unknown_name
+from ..lengths import Lengths
 from ..model import Model
 from ..stack import Stack
 from ..workload import Quality, Workload
 from .machine import usable_memory_bytes
 
 ROOT = Path(__file__).parent
+MOST_TOKENS = 2**40
+"""Of one sequence."""
 
 
 class Hardware(Document, frozen=True, kw_only=True):
@@ -68,23 +71,10 @@ class Technique(Document, frozen=True, kw_only=True):
     settings: dict[str, str]
     """Each setting and what it does to the numbers."""
     requirements: tuple[str, ...] = ()
-
-
-class Lengths(Document, frozen=True, kw_only=True):
-    """A distribution of sequence lengths by its quantiles."""
-
-    SCHEMA: ClassVar[str] = "forerun.lengths/1"
-
-    schema: str = "forerun.lengths/1"
-    name: str
-    unit: str
-    sequences: int
-    mean: float
-    quantiles: tuple[float, ...]
-    """Fractions of the sequences, increasing, from 0 to 1."""
-    lengths: tuple[int, ...]
-    """The length at each quantile."""
-    source: str
+    validated_params: float | None = None
+    """Parameters of the largest model that the claim was tested on; None = it does not depend."""
+    recalled: bool = False
+    """Whether paper and claim are from memory, not read again."""
 
 
 class WorkloadEntry(Value, frozen=True, kw_only=True):
@@ -184,6 +174,47 @@ def load_stack(name: str, family: str | None = None) -> Stack:
     if family is not None and resolve_name("stacks", f"{name}-{family}") is not None:
         name = f"{name}-{family}"
     return _load("stacks", Stack, "stack", name)
+
+
+def load_technique(name: str, field: str = "technique") -> Technique:
+    """The evidence record of that name or alias; an error names `field`."""
+    return _load("techniques", Technique, field, name)
+
+
+def load_lengths(name: str) -> Lengths:
+    """The distribution of lengths of that name: of the catalog, in a TOML or JSON file, or of the
+    numbers in a text file, one length in tokens per line."""
+    if resolve_name("lengths", name) is not None:
+        return _load("lengths", Lengths, "lengths", name)
+    path = Path(name)
+    if not path.suffix and not path.exists():
+        raise suggest("lengths", "lengths", name)
+    if path.suffix in (".toml", ".json"):
+        return read(Lengths, path)
+    return Lengths.of(path.stem, read_lengths(path), str(path))
+
+
+def read_lengths(path: str | Path) -> tuple[int, ...]:
+    """One length in tokens per line; empty lines are left out.
+
+    Raises InputError that names the line of what is not a positive whole number.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("file", path, "not a text file", "give one length per line") from error
+    numbers: list[int] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        word = line.strip()
+        if not word:
+            continue
+        if not (word.isascii() and word.isdigit()) or not 0 < int(word[:20]) <= MOST_TOKENS:
+            raise InputError(f"line {number} of {path}", word[:40], "not a positive whole number",
+                             "give one length in tokens per line")  # fmt: skip
+        numbers.append(int(word))
+    if not numbers:
+        raise InputError("file", path, "no lengths", "give one length in tokens per line")
+    return tuple(numbers)
 
 
 def _as_entry(kind: str, name: str) -> dict[str, Any]:

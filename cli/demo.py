@@ -52,6 +52,7 @@ def play(folder: Path, fresh: bool) -> dict[str, Any]:
     """The diff document of the whole round; its files stand in `folder`, its story on stderr."""
     from ..costmodel.diff import diff
     from ..executors import run
+    from ..planner import risks
     from .report import report_html
 
     profile = recent_profile(fresh)
@@ -72,6 +73,7 @@ def play(folder: Path, fresh: bool) -> dict[str, Any]:
         f"{1e3 * measurement.step_s.median:.0f} ms per step measured"
     )
     comparison = diff(plan_file, document.read(Measurement, folder / "measured.json"))
+    comparison["quality"] = [document.to_raw(risk) for risk in risks(plan_file.plan)]
     document.write_bytes(folder / "report.html", report_html(comparison).encode())
     say("4. diff:")
     return comparison

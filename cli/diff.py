@@ -37,6 +37,7 @@ def command(
 ) -> None:
     """Compare PLAN's prediction with MEASURED; error = predicted / measured - 1."""
     from ..costmodel.diff import diff
+    from ..planner import risks
     from . import render
     from .report import report_html
 
@@ -44,6 +45,7 @@ def command(
     measurement = document.read(Measurement, measured_path)
     profile = today_profile(plan_file.plan) if repredict else None
     comparison = diff(plan_file, measurement, repredict=repredict, profile=profile)
+    comparison["quality"] = [document.to_raw(risk) for risk in risks(plan_file.plan)]
     if html is not None:
         document.write_bytes(html, report_html(comparison).encode())
     if as_json:

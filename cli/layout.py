@@ -44,17 +44,23 @@ def fixed_plan(
     per micro-batch; states are sharded over all of dp when zero > 0 and dp_shard is not given.
     Pipeline `orders` of the user's own say what pp, vpp and the schedule are.
     """
+    from ..planner.pins import check_precision, recipe_of
+
     if orders is not None:
         pins = _pins_of(orders, pins)
     mesh = _mesh(cluster, pins)
     micro_batch_seqs = pins.micro_batch or 1
+    check_precision(pins)
     on_cpu = any(pool.device.kind == "cpu" for pool in cluster.pools)
     options = Options(
         compute=pins.precision or ("fp32" if on_cpu else "bf16"),
+        recipe=recipe_of(pins),
+        activations=pins.activations,
         recompute=pins.recompute or "none",
         offload=pins.offload or 0.0,
         attention=pins.attention or "flash",
-        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+        runtime=pins.runtime or "eager",
+        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
     )
     if mesh.ulysses == mesh.cp > 1:
         options = replace(options, cp_kind="ulysses")

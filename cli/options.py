@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import click
 
@@ -17,12 +17,15 @@ from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
+    RECIPES,
     RECOMPUTE_MODES,
+    RUNTIMES,
     SCHEDULES,
+    STORAGE_DTYPES,
     Plan,
     PlanFile,
 )
-from ..workload import Workload
+from ..workload import Optimizer, Quality, Workload
 
 if TYPE_CHECKING:
     from ..planner import Pins
@@ -43,7 +46,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: cp and offload, too (default on several).",
+    "predicted: offload, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -74,15 +77,20 @@ JOB_OPTIONS = (
         "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
     ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
+    click.option(
+        "--lengths",
+        help="Documents of these lengths are packed into each sequence, attention within a "
+        "document: a name of the catalog, a TOML file, or a text file of one length per line.",
+    ),
     click.option("--global-batch", help="Sequences per step (64), or tokens (4Mtok, 4Mitok)."),
     click.option("--steps", type=POSITIVE, default=10, show_default=True, help="Optimiser steps."),
     click.option("--data", help="File or folder of text or JSONL; default: Python's own source."),
     click.option(
         "--optimizer",
-        type=click.Choice(["adamw"]),
+        type=click.Choice(get_args(Optimizer)),
         default="adamw",
         show_default=True,
-        help="Optimiser.",
+        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
     ),
     click.option(
         "--capacity-factor",
@@ -143,7 +151,8 @@ AXIS_OPTIONS = (
     click.option(
         "--cp-kind",
         type=click.Choice(KINDS_OF_CP),
-        help="How cp cuts the sequence: balanced ring, plain ring, all-to-all, or both.",
+        help="How cp cuts the sequence: balanced ring, plain ring, all-to-all, contiguous blocks "
+        "whose early ranks help the late ones, or all-to-all inside a balanced ring.",
     ),
     click.option("--ep", type=POSITIVE, help="Expert-parallel degree."),
     click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
@@ -159,7 +168,36 @@ AXIS_OPTIONS = (
         help="Saved activations that wait on the host.",
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
+    click.option(
+        "--runtime", type=click.Choice(RUNTIMES), help="Layers one operator at a time, or compiled."
+    ),
     click.option("--precision", type=click.Choice(COMPUTE_DTYPES), help="Dtype of the matmuls."),
+    click.option(
+        "--recipe",
+        type=click.Choice(RECIPES),
+        help="Scaling of matmuls below 16 bits: torchao's two, or coat, which can store operands.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(STORAGE_DTYPES),
+        help="Storage of saved activations, where it is not that of the matmuls.",
+    ),
+)
+
+QUALITY_OPTIONS = (
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="CLASS[,CLASS]",
+        help="Quality classes that the planner may use, each with those before it: exact (default),"
+        " equivalent-start, measured-here, published, unquantified.",
+    ),
+    click.option(
+        "--accept-risk",
+        multiple=True,
+        metavar="NAME[,NAME]",
+        help="Techniques that it may use whatever their class (see: forerun catalog techniques).",
+    ),
 )
 
 AXES = (
@@ -179,7 +217,10 @@ AXES = (
     "recompute",
     "offload",
     "attention",
+    "runtime",
     "precision",
+    "recipe",
+    "activations",
 )
 
 NEEDED = {
@@ -204,6 +245,13 @@ def axis_options(function: F) -> F:
     return function
 
 
+def quality_options(function: F) -> F:
+    """What the planner may use beside exact techniques."""
+    for option in reversed(QUALITY_OPTIONS):
+        function = option(function)
+    return function
+
+
 class Job(NamedTuple):
     """What the user fixed, and what was decided in reading it."""
 
@@ -219,7 +267,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     for field, remedy in NEEDED.items():
         if flags[field] is None:
             raise InputError(field.replace("_", "-"), "(missing)", "not given", remedy)
-    from ..catalogs import load_model, resolve_gpus
+    from ..catalogs import load_lengths, load_model, resolve_gpus
 
     seq_tokens = units.parse_tokens(flags["seq_len"])
     batch_seqs = units.parse_batch(flags["global_batch"], seq_tokens)
@@ -229,8 +277,10 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     if flags.get("capacity_factor") is not None:
         model = with_capacity(model, flags["capacity_factor"])
     resolved = resolve_gpus(flags["gpus"])
+    quality, accepted = read_quality(flags)
     workload = Workload(
         seq_tokens=seq_tokens,
+        lengths=load_lengths(flags["lengths"]) if flags.get("lengths") else None,
         global_batch_seqs=batch_seqs,
         steps=flags["steps"],
         data=flags["data"],
@@ -240,6 +290,8 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         balance_loss=flags.get("balance_loss", "none"),
         balance_loss_coef=flags.get("balance_loss_coef", 0.01),
         router_z_loss_coef=flags.get("router_z_loss_coef", 0.0),
+        quality=quality,
+        accepted=accepted,
     )
     return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
 
@@ -259,6 +311,24 @@ def with_capacity(model: Model, factor: float) -> Model:
         for layer in model.layers
     )
     return replace(model, layers=layers)
+
+
+def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
+    """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
+    if not any(flags.get(name) for name in ("allow", "accept_risk", "precision", "activations")):
+        if flags["optimizer"] == "adamw":
+            return ("exact",), ()
+    from ..planner.quality import accepted_names, classes_up_to, record_names
+
+    precision = {"compute": flags.get("precision"), "activations": flags.get("activations")}
+    given = {name: value for name, value in precision.items() if value is not None}
+    asked = record_names({"precision": given}, flags["optimizer"])
+    named = _split(flags.get("accept_risk") or ())
+    return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
+
+
+def _split(values: Iterable[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def is_traced(name: str | None) -> bool:
@@ -345,7 +415,7 @@ def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    beyond = (flags["cp"] or 1) > 1 or bool(flags["offload"])
+    beyond = bool(flags["offload"])
     if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)

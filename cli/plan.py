@@ -18,6 +18,7 @@ from .options import (
     fit_option,
     job_options,
     output_option,
+    quality_options,
     read_job,
     say_job,
     say_not_executed,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="Stop the search after this long and say what gap is left.",
 )
+@quality_options
 @fit_option
 @space_option
 @output_option("the plan file")
@@ -81,6 +83,7 @@ def command(
         render.print_job(job)
         render.print_plans(plan_files, [ranked.lost for ranked in result.plans])
         render.print_terms(plan_files[pick - 1].estimate)
+        render.print_quality(plan_files[pick - 1].plan)
         render.print_search(result)
         render.print_what_if(more)
 

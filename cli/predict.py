@@ -101,12 +101,15 @@ def command(
     if output is not None:
         document.write(output, plan_file)
     if as_json:
+        from ..planner import risks
+
         render.print_json(
             {
                 "label": plan_file.label,
                 "plan": plan_file.plan,
                 "estimate": plan_file.estimate,
                 "memory": memory_report(plan_file.plan),
+                "quality": risks(plan_file.plan),
             }
         )
     else:
@@ -114,3 +117,4 @@ def command(
         render.print_plans([plan_file])
         render.print_terms(plan_file.estimate)
         render.print_memory(memory_report(plan_file.plan))
+        render.print_quality(plan_file.plan)

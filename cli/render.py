@@ -197,6 +197,14 @@ def _term_rows(
     ]
 
 
+def print_quality(plan: Plan) -> None:
+    """Print what a plan risks in quality, and on whose evidence."""
+    from ..planner.quality import lines, risks
+
+    for line in lines(risks(plan)):
+        print_line(line)
+
+
 def print_search(result: SearchResult) -> None:
     """Print what binds, and how far the winner can be from the best."""
     from ..planner import why

@@ -35,8 +35,25 @@ def report_html(comparison: Mapping[str, Any]) -> str:
         "'predicted' width='12' height='12'/></svg> predicted, <svg width='12' height='12'>"
         "<rect class='measured' width='12' height='12'/></svg> measured</p>\n"
         + "\n".join(sections)
+        + quality(comparison.get("quality", ()))
         + "\n</body></html>\n"
     )
+
+
+def quality(risks: Sequence[Mapping[str, Any]]) -> str:
+    """What was used that is not exact, at what risk, and on whose evidence."""
+    if not risks:
+        return "<h2>quality</h2><p>exact: nothing changes results beyond rounding</p>"
+    parts: list[str] = []
+    for risk in risks:
+        beyond = f"<br>Beyond the evidence: {escape(risk['beyond'])}" if risk["beyond"] else ""
+        recalled = " (recalled)" if risk["recalled"] else ""
+        parts.append(
+            f"<p><b>{escape(risk['technique'])}</b> ({escape(risk['setting'])}), "
+            f"{escape(risk['quality'])}: {escape(risk['title'])}.<br>{escape(risk['claim'])}<br>"
+            f"{escape(risk['paper'])}{recalled}. {escape(risk['conditions'])}{beyond}</p>"
+        )
+    return "<h2>quality risks</h2>" + "".join(parts)
 
 
 def emulation(comparison: Mapping[str, Any]) -> str:

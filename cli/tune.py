@@ -27,6 +27,7 @@ from .options import (
     is_traced,
     job_options,
     output_option,
+    quality_options,
     read_job,
     say,
     say_job,
@@ -79,6 +80,7 @@ OFF = 0.1
     type=click.Path(path_type=Path, dir_okay=False),
     help="Keep what was measured in this file, and go on from it.",
 )
+@quality_options
 @fit_option
 @space_option
 @output_option("the fastest plan")

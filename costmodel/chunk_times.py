@@ -73,11 +73,12 @@ def _terms(sim: Simulation, load: Load, kind: str) -> Terms:
         f"exposed.{axis}": float(load.communication(sim.costs, axis)[way][0])
         for axis in IN_LAYER_AXES
     }
+    host_s = float(load.host_s(sim.costs)[way][0])
     if kind == "F":
-        return {"forward": of("forward_s", "host_forward_s"), **exposed}
+        return {"forward": of("forward_s") + host_s, **exposed}
     later_s = of("weight_s") if kind == "I" else 0.0
     return {
-        "backward": of("backward_s", "host_backward_s") - later_s,
+        "backward": of("backward_s") + host_s - later_s,
         "recompute": of("recompute_s"),
         **exposed,
     }

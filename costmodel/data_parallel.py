@@ -131,7 +131,7 @@ def _units(
     num_units = load.num_layers + _expert_units(load, costs, layouts)
     gathers = num_units * layer_gathers + rest_gathers
     unit_scatters = (num_units + 1) * scatters
-    host_s = load.total(costs, "host_forward_s") + load.total(costs, "host_backward_s")
+    host_s = sum(load.host_s(costs))
     compute_s = m * (load.total(costs, "forward_s") + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
     exposed = np.where(units, sharded, replicated) + waiting + replicas_s
@@ -139,7 +139,7 @@ def _units(
         units,
         gathers * prices.host("fsdp_unit_forward")
         + unit_scatters * prices.host("fsdp_unit_backward"),
-        np.where((layouts.dp > 1) & alone, prices.host("ddp_step"), 0.0),
+        np.where((layouts.dp * layouts.cp > 1) & alone, prices.host("ddp_step"), 0.0),
     )
     return DataParallel(
         exposed_s=exposed * prices.scale("exposed.dp"),

@@ -79,7 +79,8 @@ def wire_bytes(group: Sequence[Collective], sizes: Sizes, layouts: Layouts) -> d
     total: dict[str, Array] = {}
     for c in group:
         key = f"{c.kind}@{mesh_axis(c.axis)}"
-        moved = np.where(ranks_of(c.axis, layouts) > 1, c.buffer.num_bytes(sizes), 0.0)
+        moved = c.buffer.num_bytes(sizes) * (sizes[c.sent] if c.sent is not None else 1.0)
+        moved = np.where(ranks_of(c.axis, layouts) > 1, moved, 0.0)
         moved = np.round(moved, 3)  # rows per token may be a fraction, all rows are not
         total[key] = total.get(key, np.zeros(len(layouts))) + moved
     return total
@@ -107,17 +108,21 @@ def exposed_s(
 ) -> dict[str, Array]:
     """Exposed seconds by mesh axis.
 
-    At each collective that stands between operators the ranks, which computed for `compute_s` in
-    all, wait for the slowest. Those beside one operator are hidden together, up to a part of its
-    time.
+    At each collective that stands between operators, and at each round of one that cannot run
+    beside them, the ranks, which computed for `compute_s` in all, wait for the slowest. Those
+    beside one operator are hidden together, up to a part of its time.
     """
     stack = prices.pool.stack
     seconds: dict[str, Array] = {}
     hidden: dict[tuple[str, str], Array] = {}
-    known: dict[tuple[str, str, Axes, str], Array] = {}
+    known: dict[tuple[str, str, Axes, str, str | None], Array] = {}
     meetings = np.zeros(1)
     for c in group:
-        meetings = meetings + ((ranks_of(c.axis, layouts) > 1) & (c.overlaps is None))
+        several = ranks_of(c.axis, layouts) > 1
+        if c.overlaps is None:
+            meetings = meetings + several
+        elif c.passes is not None and not stack.can_overlap:
+            meetings = meetings + several * sizes[c.passes]
     for c in group:
         ranks = ranks_of(c.axis, layouts)
         if np.all(ranks == 1):
@@ -125,16 +130,21 @@ def exposed_s(
                 seconds.setdefault(mesh_axis(c.axis), np.zeros(len(layouts)))
             continue
         stride, groups = stride_of(c.axis, layouts), layouts.world / ranks
-        key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype)
+        key = (c.kind, c.axis, c.buffer.axes, c.buffer.dtype, c.passes)
         if key not in known:
-            bytes_ = c.buffer.num_bytes(sizes)
-            known[key] = prices.collective(c.kind, bytes_, ranks, stride, groups)
+            moved = c.buffer.num_bytes(sizes)
+            if c.passes is None:
+                known[key] = prices.collective(c.kind, moved, ranks, stride, groups)
+            else:
+                known[key] = sizes[c.passes] * round_s(moved, ranks, stride, groups, prices)
         one, axis = known[key], mesh_axis(c.axis)
+        lost = prices.wait(compute_s / np.maximum(meetings, 1.0), ranks, groups)
         if c.overlaps is not None:
+            if c.passes is not None and not stack.can_overlap:
+                one = one + sizes[c.passes] * lost
             place = (axis, c.overlaps)
             hidden[place] = hidden.get(place, 0.0) + np.where(ranks > 1, one, 0.0)
             continue
-        lost = prices.wait(compute_s / np.maximum(meetings, 1.0), ranks, groups)
         if axis == "tp":
             one = _tensor_parallel_s(c, one, ranks, prices, options, beside)
         if axis == "ep":
@@ -146,6 +156,15 @@ def exposed_s(
         left = np.maximum(0.0, total - share * beside.operators[name])
         seconds[axis] = seconds.get(axis, 0.0) + left * prices.scale(f"exposed.{axis}")
     return seconds
+
+
+def round_s(message: Array, ranks: Array, stride: Array, groups: Array, prices: Prices) -> Array:
+    """Seconds of one round in which every rank passes a message on.
+
+    An all-gather of all ranks' messages is ranks - 1 such rounds, in a ring and as measured.
+    """
+    whole = prices.collective("all_gather", message * ranks, ranks, stride, groups)
+    return whole / np.maximum(ranks - 1, 1.0)
 
 
 def _tensor_parallel_s(

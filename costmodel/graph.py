@@ -56,10 +56,14 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """A collective over one mesh axis on a tensor: its full logical buffer."""
+    """A collective over one mesh axis on a tensor: its full logical buffer.
+
+    A send is a round in which every rank of the group may hand a message to another and get one;
+    its buffer is one message.
+    """
 
     kind: str
-    """all_reduce, all_gather, reduce_scatter, all_to_all"""
+    """all_reduce, all_gather, reduce_scatter, all_to_all, send"""
     axis: str
     """Mesh axis: tp, dp, ep, ...; ulysses and ring are the two parts of cp."""
     buffer: Tensor
@@ -67,6 +71,10 @@ class Collective:
     """Name of the operator that it runs beside; None = between dependent operators."""
     once: bool = False
     """Whether it is left out when its operator runs again in backward."""
+    passes: str | None = None
+    """Of a send: the axis whose size is the rounds that follow one another."""
+    sent: str | None = None
+    """Of a send: the axis whose size is the messages that a rank sends, in the mean."""
     edge: str | None = None
     """Of tensor parallelism: name of the edge that it stands on."""
     sums_gradients: bool = False
@@ -92,6 +100,9 @@ class Operator:
     forward_collectives: tuple[Collective, ...] = ()
     """After the operator, on its outputs (or before it, on its inputs)."""
     backward_collectives: tuple[Collective, ...] = ()
+    held_forward: tuple[Tensor, ...] = ()
+    """What stands in memory while it runs, beside inputs and outputs: buffers of its messages."""
+    held_backward: tuple[Tensor, ...] = ()
     recomputed: bool = False
     """Whether backward runs the forward again."""
     compute: str | None = None
@@ -100,6 +111,8 @@ class Operator:
     """Whether the inputs need a gradient (token ids do not)."""
     copies_over: str | None = None
     """Of an edge without collectives: it copies its input, each way, where this axis is above 1."""
+    unpacks: tuple[Tensor, ...] = ()
+    """What backward makes anew, while it runs, of tensors that are saved in other dtypes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +125,8 @@ class Graph:
     """The input: what full recompute keeps and what pipelines and checkpoints hand over."""
     checkpointed: bool = False
     """Whether only the boundary is kept and all operators run again in backward."""
+    kept: tuple[Tensor, ...] = ()
+    """What a checkpointed graph keeps beside its boundary; what makes it does not run again."""
     weights: tuple[Tensor, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -35,6 +35,8 @@ class Kept:
 
     embedding: Liveness
     layers: tuple[Liveness, ...]
+    stores: tuple[bool, ...]
+    """Whether layers store what they keep in another form than they are given it."""
     head: Liveness
     loss_peak: Array | None
     """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
@@ -51,6 +53,7 @@ class Kept:
         return Kept(
             embedding=costs.embedding.live,
             layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
+            stores=tuple(piece.options.activations is not None for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
@@ -61,6 +64,7 @@ class Kept:
         return Kept(
             embedding=taken(self.embedding, rows),
             layers=tuple(taken(live, rows) for live in self.layers),
+            stores=self.stores,
             head=taken(self.head, rows),
             loss_peak=taken(self.loss_peak, rows),
             sequence_buffers=taken(self.sequence_buffers, rows),

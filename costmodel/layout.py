@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..model import Experts, LatentAttention, Layer, Model
 from ..plan import SCHEDULES, Phase
 from .graph import Array, Sizes
+from .layers.rings import ring_sizes
 from .layers.stacks import stack_sizes
 
 Ints = NDArray[np.int64]
@@ -82,8 +83,9 @@ class Layouts:
 
     @property
     def shards(self) -> Ints:
-        """Ranks over which ZeRO divides states: cp ranks hold the same weights as dp ranks do."""
-        return self.dp_shard * self.cp
+        """Ranks over which states are divided: under ZeRO those of cp too, which hold the same
+        weights."""
+        return self.dp_shard * np.where(self.zero > 0, self.cp, 1)
 
     @property
     def expert_holders(self) -> Array:
@@ -197,20 +199,22 @@ def _core_sizes(layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
     """Sizes in the attention core, behind ulysses' exchange: longer sequences of fewer heads.
 
     "kv_heads_sent" are the heads of K and V before it, repeated where there are fewer than ulysses
-    ranks; "zigzag_squares" and "ring_squares" the causal squares of `seq_core` tokens that a ring
-    rank works through, balanced and on the slowest rank (see `costmodel/layers/attention.py`);
+    ranks; "zigzag_squares", "ring_squares" and "lightseq_squares" the causal squares of `seq_core`
+    tokens that the busiest ring rank works through (see `costmodel/layers/attention.py`);
     "core_dim" is the mean size of query and value heads, "kv_dims" a key's and a value's together;
     "if_ulysses" is one where there is an exchange, else zero.
     """
     tp, ulysses = layouts.tp.astype(float), layouts.ulysses.astype(float)
     ring = layouts.ring.astype(float)
+    heads_core = layer.heads / tp / ulysses
     both = 2.0 * layer.head_dim
     if layer.latent is not None:
         a = layer.latent
         both = float(a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
     sent = np.maximum(layer.kv_heads / tp, ulysses)
+    keys, queries = sent / ulysses * both, heads_core * both / 2
     return {
-        "heads_core": layer.heads / tp / ulysses,
+        "heads_core": heads_core,
         "kv_heads_sent": sent,
         "kv_heads_core": sent / ulysses,
         "seq_core": seq_tokens / ring,
@@ -219,6 +223,7 @@ def _core_sizes(layer: Layer, layouts: Layouts, seq_tokens: int) -> Sizes:
         "core_dim": np.full(len(layouts), both / 2),
         "kv_dims": np.full(len(layouts), both),
         "if_ulysses": (ulysses > 1).astype(float),
+        **ring_sizes(ring, keys, queries),
     }
 
 

@@ -17,7 +17,9 @@ import numpy as np
 from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
 from .operators import transients
 
-NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise")
+NO_INPUT_NEEDED = (
+    "add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise", "quantize_weight"
+)  # fmt: skip
 """Kinds whose backward reads none of their inputs."""
 INSIDE: dict[str, tuple[Axes, float]] = {
     "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
@@ -57,9 +59,10 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
     if graph.checkpointed:
         boundary = graph.boundary.num_bytes(sizes)
         again = forward_kept + boundary  # the incoming gradient waits during recomputation
-        forward_free, _ = _forward(graph, sizes, set())
+        kept = {t.name for t in graph.kept}
+        forward_free, more = _forward(graph, sizes, kept)
         return Liveness(
-            saved=boundary,
+            saved=sum(more.values(), boundary),
             forward_peak=forward_free,
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
@@ -76,9 +79,10 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
 
 def saved_tensors(graph: Graph, sizes: Sizes) -> dict[str, Array]:
     """What a graph keeps from forward to backward: bytes by tensor, the largest first."""
+    names = {t.name for t in graph.kept} if graph.checkpointed else _saved_names(graph)
+    _, kept = _forward(graph, sizes, names)
     if graph.checkpointed:
-        return {graph.boundary.name: graph.boundary.num_bytes(sizes)}
-    _, kept = _forward(graph, sizes, _saved_names(graph))
+        kept[graph.boundary.name] = graph.boundary.num_bytes(sizes)
     return dict(sorted(kept.items(), key=lambda item: -float(np.max(item[1]))))
 
 
@@ -104,6 +108,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
             peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
         else:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
+            extra = extra + _total(op.held_forward, sizes)
             peak = np.maximum(peak, before + added + extra)
         live.update(new)
         made, read = _names(op), {t.name for t in op.inputs}
@@ -157,6 +162,10 @@ def _inside(op: Operator, sizes: Sizes) -> Array:
     return volume(axes, sizes) * element_bytes
 
 
+def _total(tensors: tuple[Tensor, ...], sizes: Sizes) -> Array:
+    return sum((t.num_bytes(sizes) for t in tensors), np.zeros(1))
+
+
 def _names(op: Operator) -> set[str]:
     return {t.name for t in op.outputs}
 
@@ -184,6 +193,8 @@ def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
+        making = sum((t.num_bytes(sizes) for t in op.unpacks), making)
+        making = making + _total(op.held_backward, sizes)
         peak = np.maximum(peak, standing + making + weights)
         stayed = stayed + weights
         fresh = np.maximum(fresh, standing + making + stayed)

@@ -15,7 +15,7 @@ policies; what they keep, and their working set, is added by `activations`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from .graph import Array
 from .kept import Kept
 from .layout import Layouts
 from .liveness import Liveness
+from .optimizers import excess_bytes
 from .options import Options
 from .pieces import Pieces
 from .stages import Load
@@ -84,9 +85,8 @@ class RankMoments:
     moments: tuple[Moment, ...]
     load: Load
     chunks: Array
-    sent: Array
-    """Outputs that chunks hand to other stages and keep until their backward, of one
-    micro-batch."""
+    boundary_bytes: Array
+    """What a chunk hands to the next stage, of one micro-batch."""
 
     @staticmethod
     def of(
@@ -97,19 +97,24 @@ class RankMoments:
             moments=tuple(_moments(load, costs, layouts, options, stack)),
             load=load,
             chunks=layouts.vpp.astype(float),
-            sent=(layouts.vpp - load.head) * costs.layers[0].boundary_bytes,
+            boundary_bytes=costs.layers[0].boundary_bytes,
         )
 
     def per_chunk(self, kept: Kept) -> Array:
         """Saved activations of one micro-batch through a chunk of the rank, on average.
 
-        A chunk whose output goes to another stage keeps it until its backward.
+        A chunk whose output goes to another stage keeps it until its backward, and its input as
+        well: that is what its first layer keeps, unless it stores activations in another form.
+        Where layers differ in that, the first is like all of them on average.
         """
         load = self.load
         total = load.embedding * kept.embedding.saved + load.head * kept.head.saved
         for count, live in zip(load.layers, kept.layers, strict=True):
             total = total + count * live.saved
-        return (total + self.sent) / self.chunks
+        storing = sum((n for n, own in zip(load.layers, kept.stores, strict=True) if own), 0.0)
+        share = storing / np.maximum(load.num_layers, 1.0)
+        ends = self.chunks - load.head + (self.chunks - load.embedding) * share
+        return (total + ends * self.boundary_bytes) / self.chunks
 
     def activations(self, moment: Moment, kept: Kept, per_chunk: Array) -> Activations:
         """What layers keep and work with at a moment."""
@@ -178,6 +183,8 @@ def _moments(
 ) -> Iterator[Moment]:
     states, counts = StateBytes.of(stack, options), Counts.of(load, costs)
     hosted = expert_offload.MOMENT_BYTES if options.expert_offload else 0.0
+    rest = AtRest.of(counts, states, layouts, stack, hosted)
+    more = excess_bytes(load, costs, layouts, options, stack)
     rank = _Rank(
         load=load,
         costs=costs,
@@ -188,10 +195,10 @@ def _moments(
         units=in_units(layouts, options, stack),
         states=states,
         counts=counts,
-        rest=AtRest.of(counts, states, layouts, stack, hosted),
+        rest=replace(rest, optimizer=rest.optimizer + more),
         copies=WorkingCopies.of(load, costs, layouts, options, stack),
     )
-    rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
+    at_rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
     standing = rank.kept.sequence_buffers + _messages(rank)
     around = _gradients(rank)
     always = np.ones(1, dtype=bool)
@@ -205,7 +212,7 @@ def _moments(
             later: bool = bool(later),
             fresh: NDArray[np.bool_] = grads.fresh,
         ) -> Moment:
-            terms = {**rest, **terms, "comm_buffers": terms["comm_buffers"] + standing}
+            terms = {**at_rest, **terms, "comm_buffers": terms["comm_buffers"] + standing}
             return Moment(
                 kind=kind, layer=layer, later=later, exists=exists, fresh=fresh, terms=terms
             )
@@ -218,7 +225,7 @@ def _moments(
             yield moment("second", (count > 1) & (rank.copies.on_wire > 0), wire, which)
         yield moment("first", always, _first_layer(rank, grads))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
-    terms = {**rest, "gradients": around[1].after, "comm_buffers": exchange}
+    terms = {**at_rest, "gradients": around[1].after, "comm_buffers": exchange}
     if options.expert_offload:
         terms["workspace"] = expert_offload.piece_bytes(_largest_expert_tensor(rank))
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
@@ -253,7 +260,8 @@ def _bucket(rank: _Rank) -> Array:
     """The bucket in which replicas of a pipeline stage sum their gradients; it takes the place of
     the gradients in it once it is filled."""
     layouts = rank.layouts
-    sums = ~rank.units & (layouts.dp > 1) & (layouts.pp > 1) & (rank.stack.sharding == "fsdp")
+    several = layouts.dp * layouts.cp > 1
+    sums = ~rank.units & several & (layouts.pp > 1) & (rank.stack.sharding == "fsdp")
     bucketed = rank.rest.whole_gradients - _apart(rank)
     return np.where(sums, np.minimum(bucketed, BUCKET_BYTES), 0.0)
 
@@ -279,8 +287,8 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
         return always, always
     m, units = layouts.num_microbatches, rank.units
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    apart = _apart(rank)
-    buckets = np.where(~units & (layouts.dp > 1) & (layouts.pp == 1), full - apart, 0.0)
+    replicas, apart = layouts.dp * layouts.cp, _apart(rank)
+    buckets = np.where(~units & (replicas > 1) & (layouts.pp == 1), full - apart, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
     after = np.where((buckets > 0) & (m == 1), buckets + apart, local + buckets)
@@ -288,7 +296,7 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)
         return always, always
-    fresh = units | (layouts.dp == 1) | (layouts.pp > 1)
+    fresh = units | (replicas == 1) | (layouts.pp > 1)
     first = _Gradients(before=buckets, after=after, fresh=fresh)
     return first, _Gradients(before=after, after=after, fresh=streams)
 

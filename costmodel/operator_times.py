@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .by_shape import Times, cheapest
+from .cores import core_s, merges_s
 from .graph import Array, Collective, Graph, Operator, Sizes, volume
 from .layers.attention import CORE
 from .layout import Layouts
@@ -19,6 +21,7 @@ from .operators import KINDS
 from .options import Options
 from .prices import Prices
 from .rates import is_compute, is_matmul
+from .techniques.precision import BY_SHAPE
 
 FLASH_VERSIONS = {"flash1": 0.6, "flash2": 1.0, "flash3": 1.25}
 """Rate of a flash kernel relative to the stack's own constants, which stand for the second version.
@@ -71,21 +74,30 @@ def operator_times(
     beside_forward: dict[str, Array] = {}
     beside_backward: dict[str, Array] = {}
     again = runs_again(graph, prices.pool.stack.recompute_stops_early)
-    merged, merged_back = _merges(graph, sizes, prices)
+    merged, merged_back = merges_s(graph, sizes, options.cp_kind, prices)
+
+    def time_of(op: Operator) -> Times:
+        return operator_s(op, sizes, prices, options)
+
+    free = options.linears == BY_SHAPE
+    chosen = cheapest(graph, time_of) if free else {}
     for op in graph.operators:
         if op.kind == "edge":
             there, back = _edge_copies(op, sizes, prices)
         else:
-            there, back, of_weights = _operator(op, sizes, prices, options)
+            there, back, of_weights = chosen.get(op.name) or time_of(op)
             weight = weight + of_weights
+            exchanged = _exchange_copies(op, sizes, prices)
+            there, back = there + exchanged[0], back + exchanged[1]
             if op.name == CORE:
                 there, back = there + merged, back + merged_back
             if not is_compute(op.kind):
                 streaming = streaming + there + back
             if is_matmul(op.kind):
                 near.add(op, there, back, of_weights)
-            forward_launches += KINDS[op.kind].launches
-            backward_launches += 2 * KINDS[op.kind].launches
+            launches = 0 if free and not op.grad_inputs else KINDS[op.kind].launches
+            forward_launches += launches
+            backward_launches += 2 * launches
         forward, backward = forward + there, backward + back
         beside_forward[op.name], beside_backward[op.name] = there, back
         if op.name in again:
@@ -132,10 +144,12 @@ def runs_again(graph: Graph, stops_early: bool) -> frozenset[str]:
     """
     if not graph.checkpointed:
         return frozenset(op.name for op in graph.operators if op.recomputed)
+    kept = {t.name for t in graph.kept}
+    some = [op for op in graph.operators if not {t.name for t in op.outputs} <= kept]
     if not stops_early:
-        return frozenset(op.name for op in graph.operators)
-    last = max(index for index, op in enumerate(graph.operators) if op.saves)
-    return frozenset(op.name for op in graph.operators[:last])
+        return frozenset(op.name for op in some)
+    last = max(index for index, op in enumerate(some) if op.saves)
+    return frozenset(op.name for op in some[:last])
 
 
 class _Near:
@@ -169,18 +183,17 @@ class _Near:
             self.weights[reads] = self.weights[reads] + of_weights
 
 
-def _operator(
-    op: Operator, sizes: Sizes, prices: Prices, options: Options
-) -> tuple[Array, Array, Array]:
+def operator_s(op: Operator, sizes: Sizes, prices: Prices, options: Options) -> Times:
     """One operator: forward, backward, and of the backward the gradients of weights.
 
     Those of norms and embeddings, which are small, are left with the rest.
     """
     dtype = op.compute or (op.inputs[0].dtype if op.grad_inputs else op.outputs[0].dtype)
     shape = [volume(axes, sizes) for axes in op.price_axes]
-    if op.kind == "attention" and options.document_tokens is not None:
-        shape = _inside_documents(op, sizes, options.document_tokens)
-    forward, backward = prices.operator(op.kind, shape, dtype, options.runtime)
+    if op.kind.startswith("attention"):
+        forward, backward = core_s(op, sizes, dtype, options, prices)
+    else:
+        forward, backward = prices.operator(op.kind, shape, dtype, options.runtime)
     weight = np.zeros(1)
     if op.kind == "linear" and op.weights[0].trainable:
         weight = prices.operator("linear_wgrad", shape, dtype)[0]
@@ -191,13 +204,6 @@ def _operator(
         weight = backward
     factor = _factor(op.kind, dtype, prices, options)
     return forward * factor, backward * factor, weight * factor
-
-
-def _inside_documents(op: Operator, sizes: Sizes, document_tokens: int) -> list[Array]:
-    """Sizes of causal attention inside documents, of a rank's tokens, however these are cut."""
-    heads, head_size = volume(("batch", "heads_core"), sizes), volume(op.price_axes[2], sizes)
-    length = np.minimum(float(document_tokens), sizes["seq_core"])
-    return [heads * sizes["seq_core"] / length, length, head_size]
 
 
 def _factor(kind: str, dtype: str, prices: Prices, options: Options) -> float:
@@ -231,27 +237,25 @@ def _joins(graph: Graph, sizes: Sizes, prices: Prices) -> Array:
     return seconds
 
 
-MERGED_BYTES = 10.0
-"""Of adding a partial result to its sum: fp32 sum read and written, 16-bit part read."""
+def _exchange_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
+    """Copies around an operator's all-to-alls over ulysses ranks, forward and backward.
 
-
-def _merges(graph: Graph, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
-    """What a ring of context-parallel ranks adds to the attention core, forward and backward.
-
-    Each block of keys and values after the first gives a partial output, which is rescaled and
-    added, and in backward partial gradients of the queries and of that block.
+    What goes out is cut by heads in a copy, and so is its gradient; what comes back from them is
+    put together in another. Behind the core it is the other way round.
     """
-    core = next((op for op in graph.operators if op.name == CORE), None)
-    if core is None or np.all(sizes["ring"] == 1):
-        return np.zeros(1), np.zeros(1)
-    query, key, value = (volume(x.axes, sizes) for x in core.inputs)
-    byte_s = MERGED_BYTES * (sizes["ring"] - 1) / prices.memory_bytes_per_s
-    byte_s = byte_s * prices.pool.stack.elementwise_multiplier
-    waiting_s = prices.pool.stack.ring_step_s * (sizes["ring"] - 1)
-    return (
-        waiting_s + byte_s * volume(core.outputs[0].axes, sizes),
-        waiting_s + byte_s * (query + key + value),
-    )
+    zero = np.zeros(1)
+    if not prices.pool.stack.sequence_copies or np.all(sizes.get("ulysses", zero) <= 1):
+        return zero, zero
+    back_again = op.name == "wo"
+    forward, backward = zero, zero
+    for c in op.forward_collectives:
+        if c.axis == "ulysses":
+            shape = [volume(c.buffer.axes, sizes)]
+            one = prices.operator("copy", shape, c.buffer.dtype)[0]
+            one = np.where(sizes["ulysses"] > 1, one, 0.0)
+            forward = forward + (2 * one if back_again else one)
+            backward = backward + (one if back_again else 2 * one)
+    return forward, backward
 
 
 def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..cluster import DTYPE_BYTES
 from .graph import Array
+from .moment_bytes import FORMATS
 
 Sized = Callable[[Sequence[Array], float], Array]
 
@@ -95,6 +96,17 @@ def _streaming_each(bytes_per_element: float) -> Kind:
         forward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
         backward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
         backward_transient=0.0,
+    )
+
+
+def _updating(bytes_per_element: float) -> Kind:
+    """An optimiser's step."""
+    return Kind(
+        work=lambda s: s[0],
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: bytes_per_element * s[0],
+        backward_bytes=lambda s, x: 0.0 * s[0],
     )
 
 
@@ -242,6 +254,17 @@ KINDS: dict[str, Kind] = {
     "quantize": _casting(5, 7),
     # the same with scales by row: one more read each way
     "quantize_rowwise": _casting(7, 9),
+    # (weight): two reads and a write in forward; in backward, its scale known, a read and a write
+    # in the other order
+    "quantize_weight": Kind(
+        work=_product,
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: 5 * _product(s),
+        backward_bytes=lambda s, x: 3 * _product(s),
+        launches=2,
+        backward_transient=0.0,
+    ),
     # (stored tensors ...): 16-bit activations to fp8 with scales by group, and back in backward
     "quantize_store": _streaming_each(2 + DTYPE_BYTES["fp8_g16"]),
     # (weight): nf4 to 16 bits before its matmuls of forward and backward
@@ -304,14 +327,10 @@ KINDS: dict[str, Kind] = {
         backward_transient=2.0,
         forward_transient_16bit=1.0,
     ),
-    # (parameters, tensors): read and write of fp32 parameter and two moments, read of the gradient
-    "adamw": Kind(
-        work=lambda s: s[0],
-        forward_flops=lambda s: 0.0 * s[0],
-        backward_flops=lambda s: 0.0 * s[0],
-        forward_bytes=lambda s, x: 28 * s[0],
-        backward_bytes=lambda s, x: 0.0 * s[0],
-    ),
+    # (parameters, tensors): read and write of fp32 parameter and two moments, read of the gradient;
+    # with moments in other formats their bytes in place of 8
+    "adamw": _updating(28),
+    "adamw_fp8": _updating(12 + 2 * FORMATS["adamw_fp8"].rate),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..plan import TENSORS, Phase
 from ..stack import Stack
 from ..workload import Workload
+from .packing import Packing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,8 @@ class Options:
     recipe: str = "tensorwise"
     """Scaling of low-precision matmuls: tensorwise, rowwise, coat."""
     recompute: str = "none"
-    """none, selective (attention core), full, per_op (every second matmul, as torchtitan), or
-    tensors: what `keep` names."""
+    """none, selective (attention core), full, full_keep_attn (all but the attention core), per_op
+    (every second matmul, as torchtitan), or tensors: what `keep` names."""
     keep: tuple[str, ...] = ()
     """Tensors that a layer keeps from forward to backward under recompute mode tensors; names that
     a layer does not have say nothing there."""
@@ -36,7 +37,9 @@ class Options:
     """Mean length of the documents packed into a sequence, where attention stays inside each."""
     cp_kind: str = "zigzag"
     """How cp cuts the sequence: zigzag (balanced ring), ring (contiguous blocks, unbalanced),
-    ulysses."""
+    ulysses, lightseq (contiguous blocks, early ranks help late ones)."""
+    linears: tuple[str, ...] | None = None
+    """Linears of a layer that run in a compute dtype below 16 bits; None = all of them."""
     activations: str | None = None
     """Storage dtype of saved activations where it differs from compute (coat: fp8)."""
     lora_rank: int | None = None
@@ -46,7 +49,7 @@ class Options:
     base_dtype: str | None = None
     """Storage of frozen weights (nf4); None = 16-bit."""
     optimizer: str = "adamw"
-    """adamw, adamw8bit, adamw_fp8, sgd."""
+    """One of `forerun.workload.Optimizer`."""
     clips: bool = False
     """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
@@ -65,6 +68,8 @@ class Options:
     """Rows of the fullest expert-parallel rank over the mean; None = as the stack says."""
     expert_offload: bool = False
     """Whether moments of the experts' optimiser wait on the host."""
+    packing: Packing | None = None
+    """Documents packed into sequences; None = a sequence is one document."""
 
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
@@ -79,6 +84,7 @@ class Options:
         return Options(
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
+            linears=_names(precision.get("linears")),
             recompute=str(setting("recompute").get("mode", "none")),
             keep=tuple(setting("recompute").get("keep", ())),
             attention=str(setting("attention").get("kernel", "flash")),
@@ -98,15 +104,18 @@ class Options:
             expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
             expert_imbalance=placed.get("imbalance"),
             expert_offload=bool(setting("expert-offload").get("moments", False)),
+            packing=Packing.of(workload) if workload is not None else None,
         )
 
     def techniques(self) -> dict[str, dict[str, Any]]:
         """The settings of a plan that say the same: `of` read backwards; defaults are left out."""
         plain = Options(compute=self.compute)
-        precision = {"compute": self.compute}
+        precision: dict[str, Any] = {"compute": self.compute}
         for name in ("recipe", "activations"):
             if getattr(self, name) != getattr(plain, name):
                 precision[name] = getattr(self, name)
+        if self.linears is not None:
+            precision["linears"] = list(self.linears)
         chosen: dict[str, dict[str, Any]] = {"precision": precision}
         for technique, setting, field in _SETTINGS:
             value = getattr(self, field)
@@ -124,6 +133,10 @@ class Options:
     def tensor_dtype(self) -> str:
         """Dtype of the tensors between matmuls: 16-bit where matmuls are below that."""
         return self.compute if self.compute in ("fp32", "fp16", "bf16") else "bf16"
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    return None if value is None else tuple(map(str, value))
 
 
 _SETTINGS = (

@@ -31,14 +31,18 @@ from .exposed import (
 )
 from .graph import Array, Collective, Graph, Sizes, volume
 from .layers import decoder_layer, embedding, head
+from .layers.attention import CORE
 from .layers.profiles import stack_graph
+from .layers.rings import BLOCKS
 from .layout import Layouts, local_sizes
 from .liveness import Liveness, liveness, saved_tensors
 from .operator_times import OperatorTimes, operator_times, waiting_bytes
 from .options import Options
+from .packing import packing_sizes
 from .prices import Prices
 from .state_bytes import in_units
 from .techniques import apply, local_axes, precision
+from .trained import TrainedTensor, trained_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,11 @@ class Piece:
     """Exposed communication by mesh axis (tp, cp, ep)."""
     comm_backward_s: dict[str, Array]
     host_forward_s: Array
+    """What the host adds. Of a head it is negative by what its device work hides of the layers'."""
     host_backward_s: Array
+    spare_forward_s: Array
+    """What the device works on after the host has launched all of it."""
+    spare_backward_s: Array
     params: Array
     """Local parameters (elements), after tensor parallelism, before data-parallel sharding; those
     of routed experts not included."""
@@ -76,6 +84,8 @@ class Piece:
     """Parameter tensors."""
     expert_tensors: int
     """Those of them that hold routed experts."""
+    trained: tuple[TrainedTensor, ...]
+    """Those with optimiser states."""
     live: Liveness
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
@@ -122,9 +132,11 @@ def taken(value: T, rows: NDArray[np.intp]) -> T:
         return value if len(value) == 1 else value[rows]
     if isinstance(value, dict):
         return cast("T", {name: taken(part, rows) for name, part in value.items()})
-    if isinstance(value, Liveness):
+    if isinstance(value, tuple):
+        return cast("T", tuple(taken(part, rows) for part in value))
+    if isinstance(value, (Liveness, TrainedTensor)):
         own = {f.name: taken(getattr(value, f.name), rows) for f in fields(value)}
-        return cast("T", Liveness(**own))
+        return cast("T", type(value)(**own))
     return value
 
 
@@ -159,11 +171,41 @@ def pieces(
 
     first, last = model.layers[0], model.layers[-1]
     table = model.vocab * model.hidden / layouts.tp
-    return Pieces(
+    if options.runtime == "compiled" and not prices.pool.stack.compiles_ends:
+        options = replace(options, runtime="eager")
+    found = Pieces(
         embedding=one("embedding", first, options),
         layers=tuple(one("layer", x, own) for x, own in zip(model.layers, each, strict=True)),
         head=one("head", last, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
+    )
+    return replace(found, head=_hiding(found.head, model, [found.layers]))
+
+
+def _hiding(head: Piece, model: Model, policies: Sequence[Sequence[Piece]]) -> Piece:
+    """The head with what it hides of the layers' host time, whichever policy they are under.
+
+    The host runs ahead of a device that works on the head's large matmul and loss, so that layers
+    which take longer to launch than to compute catch up there:
+
+        max(0, sum over layers of host_s - spare_s)   at most for the rank that holds the head
+    """
+
+    def hidden(way: str) -> Array:
+        of_layers = [
+            sum(
+                (group.repeat * getattr(piece, f"host_{way}_s") for group, piece in
+                 zip(model.layers, layers, strict=True)), np.zeros(1),
+            )
+            for layers in policies
+        ]  # fmt: skip
+        return np.minimum(getattr(head, f"spare_{way}_s"), np.max(of_layers, axis=0))
+
+    there, back = hidden("forward"), hidden("backward")
+    return replace(
+        head,
+        host_forward_s=np.maximum(head.host_forward_s, 0.0) - there,
+        host_backward_s=np.maximum(head.host_backward_s, 0.0) - back,
     )
 
 
@@ -178,6 +220,8 @@ def pieces_of_each(
     """`pieces` under each of several options that differ in what layers keep for backward: the ends
     of the model, which keep all, are the same."""
     first = pieces(model, layouts, seq_tokens, prices, policies[0], None, known)
+    if len(policies) == 1:
+        return [first]
     others = [
         pieces(model, layouts, seq_tokens, prices, own, None, known).layers
         if model.traced is not None
@@ -187,7 +231,38 @@ def pieces_of_each(
         )
         for own in policies[1:]
     ]
-    return [first, *(replace(first, layers=layers) for layers in others)]
+    every = [first.layers, *others]
+    head = first.head if model.traced is not None else _hiding(first.head, model, every)
+    return [replace(first, layers=layers, head=head) for layers in every]
+
+
+def graph_and_sizes(
+    model: Model,
+    layer: Layer,
+    layout: Layouts,
+    seq_tokens: int,
+    prices: Prices,
+    options: Options,
+) -> tuple[Graph, Sizes]:
+    """The rewritten graph of a layer under one layout, and the local sizes of its axes."""
+    near, layer = _nearby(model, layer)
+    split = bool(layout.sequence_parallel[0])
+    graph = _graph("layer", near, layer, split, *_of_pool(prices.pool, options))
+    return graph, local_axes(local_sizes(near, layer, layout, seq_tokens), options)
+
+
+def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool, bool]:
+    """What a graph depends on besides its layer: fused norms, options, kept operands, casts, counts
+    of rows that ranks tell each other."""
+    stack, low = pool.stack, options.compute != options.tensor_dtype
+    fused = pool.device.kind == "gpu"
+    return (
+        fused,
+        options,
+        stack.keeps_operands and low,
+        stack.casts_weights and low,
+        stack.exchanges_counts,
+    )
 
 
 def _priced(
@@ -220,13 +295,12 @@ def _both(
     options: Options,
 ) -> Piece:
     """A piece under layouts with a split sequence and without."""
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
-    counted = prices.pool.stack.exchanges_counts
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
+    sizes = {**sizes, **packing_sizes(options.packing, options.cp_kind, layouts)}
     variants: list[Piece] = []
     for sp in np.unique(layouts.sequence_parallel):
-        graph = _graph(build, near, layer, bool(sp), fused, options, keeps, counted)
+        plain = replace(options, packing=None)  # which changes no operator
+        graph = _graph(build, near, layer, bool(sp), *_of_pool(prices.pool, plain))
         variants.append(_piece(graph, sizes, layouts, prices, options, bool(sp)))
     if len(variants) == 1:
         return variants[0]
@@ -250,11 +324,10 @@ def kept_by_tensor(
         graph = apply(traced.graph(build, operators), options)
         return saved_tensors(graph, traced.sizes(operators, layouts))
     near, layer = _nearby(model, layer)
-    fused = prices.pool.device.kind == "gpu"
-    keeps = prices.pool.stack.keeps_operands and options.compute != options.tensor_dtype
     sizes = local_axes(local_sizes(near, layer, layouts, seq_tokens), options)
-    sp, counted = bool(layouts.sequence_parallel[0]), prices.pool.stack.exchanges_counts
-    return saved_tensors(_graph(build, near, layer, sp, fused, options, keeps, counted), sizes)
+    split = bool(layouts.sequence_parallel[0])
+    graph = _graph(build, near, layer, split, *_of_pool(prices.pool, options))
+    return saved_tensors(graph, sizes)
 
 
 def _nearby(model: Model, layer: Layer) -> tuple[Model, Layer]:
@@ -275,13 +348,16 @@ def _key(
     options: Options,
 ) -> bytes:
     """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
-    losses and counts over all samples, dp."""
+    losses and counts over all samples and packed documents, dp."""
     degrees = [
         layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
         layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
     ]  # fmt: skip
-    if not near.is_decoder or options.balance_loss == "global-batch":
+    over_samples = options.packing is not None or options.balance_loss == "global-batch"
+    if not near.is_decoder or over_samples:
         degrees.append(layouts.dp)
+    if options.packing is not None:
+        degrees += [layouts.num_microbatches, layouts.pp]
     pool = msgspec.structs.replace(prices.pool, num_nodes=1)
     local = [degree.tolist() for degree in degrees]
     return msgspec.json.encode((build, near, layer, local, seq_tokens, pool, options))
@@ -341,10 +417,13 @@ def _graph(
     fused: bool,
     options: Options,
     keeps_operands: bool,
+    casts_weights: bool,
     counted: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
     graph = apply(_plain_graph(build, model, layer, sp, fused, options, counted), options)
+    if casts_weights:
+        graph = precision.cast_weights(graph)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
@@ -352,7 +431,7 @@ def layer_graph(model: Model, layer: Layer, options: Options, pool: Pool, sp: bo
     """The rewritten graph of a layer of a model on the devices and the stack of a pool."""
     near, layer = _nearby(model, layer)
     fused, counted = pool.device.kind == "gpu", pool.stack.exchanges_counts
-    return _graph("layer", near, layer, sp, fused, options, False, counted)
+    return _graph("layer", near, layer, sp, fused, options, False, False, counted)
 
 
 def _plain_graph(
@@ -388,7 +467,7 @@ def _piece(
     live = liveness(graph, sizes)
     there = forward_collectives(graph, options, prices)
     back = backward_collectives(graph, times.again)
-    host_forward, host_backward = _host(graph, layouts, prices, sp)
+    host_forward, host_backward = _host(graph, sizes, layouts, prices, options, times.again, sp)
     busy_backward = times.backward_s + times.recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
@@ -407,8 +486,10 @@ def _piece(
     host_scale = prices.scale("host")
     launching, launching_back = _launching(graph, times, prices, options)
     hooks, hooks_back = _hooks_s(graph, layouts, prices, options)
-    floor_forward = _floor(times.forward_s, comm_forward, launching + hooks, there, layouts, prices)
-    floor_backward = _floor(
+    floor_forward, spare_forward = _floor(
+        times.forward_s, comm_forward, launching + hooks, there, layouts, prices
+    )
+    floor_backward, spare_backward = _floor(
         busy_backward, comm_backward, launching_back + hooks_back, back, layouts, prices
     )
     return Piece(
@@ -423,12 +504,15 @@ def _piece(
         comm_backward_s=comm_backward,
         host_forward_s=zero + (host_forward + floor_forward) * host_scale,
         host_backward_s=zero + (host_backward + floor_backward) * host_scale,
+        spare_forward_s=zero + spare_forward * host_scale,
+        spare_backward_s=zero + spare_backward * host_scale,
         params=graph.num_params(sizes) + zero,
         expert_params=graph.num_params(sizes, experts=True) + zero,
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
         expert_tensors=sum("experts" in weight.axes for weight in graph.weights),
+        trained=trained_tensors(graph, sizes),
         live=live,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire_bytes([*there, *back], sizes, layouts),
@@ -474,23 +558,33 @@ def _floor(
     collectives: Sequence[Collective],
     layouts: Layouts,
     prices: Prices,
-) -> Array:
-    """What a piece takes beyond its device work because the host must launch it.
+) -> tuple[Array, Array]:
+    """What a piece takes beyond its device work because the host must launch it, and how much
+    longer the device works on it than the host.
 
     Host and device work side by side: together (device^q + host^q)^(1/q).
     """
     if not np.any(launching_s):
-        return np.zeros(1)
+        return np.zeros(1), np.zeros(1)
     stack = prices.pool.stack
     device_s = sum(comm_s.values(), compute_s)
     host_s = launching_s
     for c in collectives:
         host_s = host_s + np.where(ranks_of(c.axis, layouts) > 1, stack.host_s_per_collective, 0.0)
     q = stack.host_smoothness
-    return (device_s**q + host_s**q) ** (1 / q) - device_s
+    floor = (device_s**q + host_s**q) ** (1 / q) - device_s
+    return floor, np.maximum(device_s - host_s, 0.0)
 
 
-def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Array, Array]:
+def _host(
+    graph: Graph,
+    sizes: Sizes,
+    layouts: Layouts,
+    prices: Prices,
+    options: Options,
+    again: frozenset[str],
+    sp: bool,
+) -> tuple[Array, Array]:
     """Host time beyond the operators: Python and autograd glue, DTensor dispatch, checkpoints."""
     if graph.name != "layer":
         return np.zeros(1), np.zeros(1)
@@ -506,16 +600,21 @@ def _host(graph: Graph, layouts: Layouts, prices: Prices, sp: bool) -> tuple[Arr
     extra = prices.host(f"{prefix}_backward")
     if graph.checkpointed:
         extra += prices.host(f"{prefix}_forward")
-    ep_forward, ep_backward = prices.host("ep_layer_forward"), prices.host("ep_layer_backward")
-    if graph.checkpointed:
-        ep_backward += ep_forward
-    apart = (layouts.ep > 1) & routed
-    return (
-        forward
-        + np.where(tp, prices.host(f"{prefix}_forward"), 0.0)
-        + np.where(apart, ep_forward, 0.0),
-        backward + np.where(tp, extra, 0.0) + np.where(apart, ep_backward, 0.0),
-    )
+    forward = forward + np.where(tp, prices.host(f"{prefix}_forward"), 0.0)
+    backward = backward + np.where(tp, extra, 0.0)
+    if "ring" not in sizes:  # a traced module
+        return forward, backward
+    several = {"ring_block": (sizes[BLOCKS[options.cp_kind][0]], CORE in again),
+               "ulysses_layer": (layouts.ulysses > 1, graph.checkpointed),
+               "ep_layer": ((layouts.ep > 1) & routed, graph.checkpointed)}  # fmt: skip
+    if "documents" in sizes:  # those of a rank's share of the sequence, of every row
+        count = sizes["batch"] * np.maximum(sizes["documents"] / sizes["ring"], 1.0)
+        several["document"] = (count, CORE in again)
+    for name, (count, twice) in several.items():
+        one = prices.host(f"{name}_forward")
+        forward = forward + count * one
+        backward = backward + count * (prices.host(f"{name}_backward") + twice * one)
+    return forward, backward
 
 
 CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "vocab"})
@@ -552,6 +651,19 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         zero = np.zeros(1)
         return {n: pick(a.get(n, zero), b.get(n, zero)) for n in sorted({*a, *b})}
 
+    def pick_tensors() -> tuple[TrainedTensor, ...]:
+        cut, whole = ({t.name: t for t in piece.trained} for piece in (yes, no))
+        none = np.zeros(1)
+        return tuple(
+            replace(
+                tensor,
+                rows=pick(cut[name].rows if name in cut else none,
+                          whole[name].rows if name in whole else none),
+                columns=pick(cut.get(name, tensor).columns, whole.get(name, tensor).columns),
+            )
+            for name, tensor in {**whole, **cut}.items()
+        )  # fmt: skip
+
     return Piece(
         options=yes.options,
         forward_s=pick(yes.forward_s, no.forward_s),
@@ -564,12 +676,15 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         comm_backward_s=pick_each(yes.comm_backward_s, no.comm_backward_s),
         host_forward_s=pick(yes.host_forward_s, no.host_forward_s),
         host_backward_s=pick(yes.host_backward_s, no.host_backward_s),
+        spare_forward_s=pick(yes.spare_forward_s, no.spare_forward_s),
+        spare_backward_s=pick(yes.spare_backward_s, no.spare_backward_s),
         params=pick(yes.params, no.params),
         expert_params=pick(yes.expert_params, no.expert_params),
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
         expert_tensors=yes.expert_tensors,
+        trained=pick_tensors(),
         live=live(yes.live, no.live),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),
         wire_bytes=pick_each(yes.wire_bytes, no.wire_bytes),

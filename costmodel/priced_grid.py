@@ -4,6 +4,7 @@ agree in all that a formula depends on: pieces and what they keep per way of cut
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -18,11 +19,12 @@ from .memory import Peaks
 from .mixtures import PARTS
 from .moments import RankMoments
 from .options import Options
-from .pieces import Known, Pieces, pieces_of_each
+from .pieces import Known, Pieces, pieces, pieces_of_each
 from .prices import Prices
 from .ranks import rank_bytes, update
 from .seconds import Seconds, joined, seconds_of
 from .stages import Load
+from .techniques.precision import BY_SHAPE
 
 BLOCK_ROWS = 8192
 """Rows whose memory is computed at once: what fits the caches."""
@@ -45,6 +47,7 @@ class PricedGrid:
         """Of a pool whose processes share cores, `busy_ranks` are those of one pipeline stage; what
         is in `known` is not priced again."""
         self.model, self.layouts, self.policies = model, layouts, policies
+        self._seq_tokens, self._known = seq_tokens, known
         on_a_node = min(pool.num_devices, pool.devices_per_node)
         self.prices = self.alone = Prices(pool, profile, on_a_node)
         first, self.local = alike(cuts_of_a_layer(model, layouts, policies[0].balance_loss))
@@ -112,12 +115,29 @@ class PricedGrid:
         """By load and row, the least seconds of what a rank does once per step."""
         layouts = self.layouts.take(rows)
         least = np.full((len(loads), len(rows)), np.inf)
-        for which in self._hiding:
-            costs = self.pieces(which, rows)
+        for which, costs in self._hiding_pieces:
+            here = costs if len(self._cut) == 1 else costs.take(self.local[rows])
             for i, load in enumerate(loads):
-                once = update(load, costs, layouts, self.prices, self.policies[which])
+                once = update(load, here, layouts, self.prices, self.policies[which])
                 least[i] = np.minimum(least[i], once.total_s)
         return least
+
+    @cached_property
+    def _hiding_pieces(self) -> list[tuple[int, Pieces]]:
+        """The pieces behind whose work an exchange hides, with their policy: under a free choice of
+        linears as if none ran below 16 bits, which takes the device longest. Where ranks do not
+        meet on time less work may lose less at a meeting, so that both count."""
+        found: list[tuple[int, Pieces]] = []
+        for which in self._hiding:
+            policy = self.policies[which]
+            if policy.linears != BY_SHAPE or self.prices.profile is not None:
+                found.append((which, self.costs[which]))
+            if policy.linears == BY_SHAPE:
+                wide = replace(policy, compute=policy.tensor_dtype, recipe="tensorwise",
+                               linears=None)  # fmt: skip
+                args = (self.model, self._cut, self._seq_tokens, self.prices, wide)
+                found.append((which, pieces(*args, known=self._known)))
+        return found
 
     @cached_property
     def _hiding(self) -> Sequence[int]:

@@ -10,6 +10,8 @@ Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forwa
 `expert_layer_forward|backward` (glue of a block with routed experts, in the place of the former),
 `tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
 `ep_layer_forward|backward` (what expert parallelism adds per block),
+`ring_block_forward|backward` (per block of keys that comes round), `ulysses_layer_forward|backward`
+(per block), `document_forward|backward` (per block and packed document),
 `fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),
 `micro_batch`, `step`; on a GPU also `launch` (of one operator) and
 `compiled_layer_forward|backward` (of one compiled block, launches included). On a CPU they add to
@@ -50,6 +52,10 @@ class Prices:
             for entry in usable.collectives:
                 self._collectives.setdefault(entry.collective, []).append(entry)
 
+    def has_curve(self, kind: str) -> bool:
+        """Whether an operator was measured on this pool's device."""
+        return any(name == kind for name, _, _ in self._operators)
+
     @property
     def evidence(self) -> Evidence:
         """What compute times rest on."""
@@ -63,6 +69,10 @@ class Prices:
         if self._collectives:
             return "measured"
         return "assumed" if self.pool.device.kind == "cpu" else "catalog"
+
+    def measures(self, kind: str) -> bool:
+        """Whether the profile holds a curve of an operator kind."""
+        return any(operator == kind for operator, _, _ in self._operators)
 
     def host(self, name: str) -> float:
         """Host seconds of that name that operators wait for, which run on the same cores.
@@ -120,8 +130,11 @@ class Prices:
                 forward, backward = self.operator(kind, sizes, dtype)
                 return forward * factor, backward * factor
         else:
-            eager = (kind, dtype, "eager"), (kind, "fp32", "eager")
-            curves = self._operators.get(eager[0]) or self._operators.get(eager[1])
+            curves = self._operators.get((kind, dtype, "eager"))
+            if not curves and is_compute(kind) and self.pool.device.kind == "gpu":
+                return self._at_other_rate(kind, sizes, dtype)
+            for other in ("fp32", "bf16"):
+                curves = curves or self._operators.get((kind, other, "eager"))
         if not curves:
             return self._roofline(kind, sizes, dtype)
         levels = {curve.busy: curve for curve in curves}
@@ -130,28 +143,33 @@ class Prices:
             self._at_busy({n: self._read(c, sizes, True) for n, c in levels.items()}),
         )
 
+    def _at_other_rate(self, kind: str, sizes: Sequence[Array], dtype: str) -> tuple[Array, Array]:
+        """A GPU's matmul in a dtype that was not measured: by its constants, or by the measured one
+        in bf16 with the constants' ratio of the two dtypes."""
+        there, back = self._roofline(kind, sizes, dtype)
+        if (kind, "bf16", "eager") not in self._operators:
+            return there, back
+        known = self.operator(kind, sizes, "bf16")
+        wide = self._roofline(kind, sizes, "bf16")
+        return tuple(
+            measured * own / np.maximum(other, 1e-12)
+            for measured, own, other in zip(known, (there, back), wide, strict=True)
+        )  # pyright: ignore[reportReturnType]
+
     def _read(self, curve: OperatorCurve, sizes: Sequence[Array], backward: bool) -> Array:
         """Time of one operator from its curve; zero where the curve has no such direction.
 
-        Over one size it is read between the points. Of several sizes what is read is a rate; on a
-        GPU relative to that of the roofline, which knows tiles and waves between the points.
+        Over one size it is read between the points; of several sizes what is read is a rate.
         """
         seconds = np.asarray(curve.backward_s if backward else curve.forward_s)
         if not len(seconds):
             return 0.0 * sizes[0]
-        if len(curve.axes) == 1:
-            elements = sizes[0]
-            for size in sizes[1:]:
-                elements = elements * size
-            return interpolate_time([row[0] for row in curve.sizes], seconds, elements)
-        points = np.asarray(curve.sizes, dtype=float)
-        columns = [points[:, i] for i in range(points.shape[1])]
-        if self.pool.device.kind == "gpu" and is_compute(curve.operator):
-            there = self._roofline(curve.operator, columns, curve.dtype)[backward]
-            here = self._roofline(curve.operator, sizes, curve.dtype)[backward]
-            return here / interpolate_rate(points, there / seconds, sizes)
         entry = KINDS[curve.operator]
         work = entry.backward_work if backward and entry.backward_work else entry.work
+        if len(curve.axes) == 1:
+            return interpolate_time([row[0] for row in curve.sizes], list(seconds), work(sizes))
+        points = np.asarray(curve.sizes, dtype=float)
+        columns = [points[:, i] for i in range(points.shape[1])]
         return work(sizes) / interpolate_rate(points, work(columns) / seconds, sizes)
 
     def _at_busy(self, times: dict[int, Array]) -> Array:
@@ -206,7 +224,7 @@ class Prices:
             return 1.0
         if kind.startswith("quantize"):
             return stack.cast_multiplier
-        if kind == "adamw":
+        if kind.startswith("adamw"):
             return stack.optimizer_multiplier
         return stack.elementwise_multiplier
 

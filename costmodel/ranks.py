@@ -15,6 +15,7 @@ from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight, Peak, Peaks, peak_bytes, peak_memory
 from .moments import RankMoments
+from .optimizers import step_s
 from .options import Options
 from .pieces import Pieces
 from .prices import Prices
@@ -37,11 +38,9 @@ class StageTimes:
 
 def stage_times(load: Load, costs: Pieces, prices: Prices) -> StageTimes:
     """Forward and backward of a load, communication and host time on the critical path included."""
-    forward = load.total(costs, "forward_s") + load.total(costs, "host_forward_s")
-    backward = sum(
-        (load.total(costs, n) for n in ("backward_s", "recompute_s", "host_backward_s")),
-        np.zeros(1),
-    )
+    there, back = load.host_s(costs)
+    forward = load.total(costs, "forward_s") + there
+    backward = load.total(costs, "backward_s") + load.total(costs, "recompute_s") + back
     for axis in IN_LAYER_AXES:
         there, back = load.communication(costs, axis)
         forward, backward = forward + there, backward + back
@@ -101,8 +100,9 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
     )
-    seconds = prices.operator("adamw", [owned, np.maximum(tensors, 1.0)], "fp32")[0]
-    seconds = seconds * StateBytes.of(stack, options).update_share
+    share = StateBytes.of(stack, options).update_share
+    backward_s = load.total(costs, "backward_s")
+    seconds = step_s(owned, tensors, backward_s, prices, options, share)
     norm_s = np.zeros(1)
     if options.clips:  # the norm reads gradients, scaling reads and writes them
         seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]

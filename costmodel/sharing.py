@@ -29,7 +29,7 @@ class SharingGroup:
         """Of parameters outside of routed experts: the ranks of dp and cp."""
         return SharingGroup(
             shard=layouts.shards.astype(float),
-            replicate=layouts.dp_replicate.astype(float),
+            replicate=(layouts.dp * layouts.cp / layouts.shards).astype(float),
             stride=layouts.tp.astype(float),
         )
 

@@ -15,6 +15,7 @@ from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..model import Model
 from ..orders import Action
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
+from . import admissible
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
@@ -37,7 +38,6 @@ from .ranks import (
 )
 from .schedule import Played, orders, play, play_long, play_shared
 from .stages import Load, for_each, merge, stacked
-from .techniques import expert_offload
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -305,7 +305,7 @@ class Simulation:
             uncut = load.total(self.costs_of[pool], "uncut_gradient_bytes")
             add("all_reduce@tp", uncut / step.dp.shard)
         if self.options.clips and self.mesh.world > 1:
-            add(f"all_reduce@{self.mesh.wire_name()}", 4.0 * self.mesh.pp)
+            add(f"all_reduce@{self.mesh.reduction_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -351,11 +351,10 @@ class Simulation:
             return m * shared * float(sum(load.communication(costs, axis))[0])
 
         actions = self._actions_per_rank()
+        host, host_back = (m * shared * float(x[0]) for x in load.host_s(costs))
         terms = {
-            "forward": micro("forward_s") + micro("host_forward_s") + float(once.dp.forward_s[0]),
-            "backward": micro("backward_s")
-            + micro("host_backward_s")
-            + float(once.dp.backward_s[0]),
+            "forward": micro("forward_s") + host + float(once.dp.forward_s[0]),
+            "backward": micro("backward_s") + host_back + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
             "exposed.copy": exposed("copy") + float(once.copy_s[0]),
@@ -365,7 +364,7 @@ class Simulation:
             + actions * self.prices_of[pool].host("pp_action"),
         }
         if self.mesh.world > 1:
-            axis = f"exposed.{self.mesh.wire_name().partition('+')[0]}"
+            axis = f"exposed.{self.mesh.reduction_name().partition('+')[0]}"
             terms[axis] = terms.get(axis, 0.0) + float(once.norm_s[0])
         return terms
 
@@ -409,10 +408,10 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     """The predicted cost of one optimiser step of a plan's first phase.
 
     With `known` what plans have in common is priced once. Raises InputError when the plan
-    contradicts itself or its model is not covered.
+    contradicts itself, its devices lack what a technique needs, or its model is not covered.
     """
     plan.check()
-    expert_offload.check(plan)
+    admissible.check(plan)
     sim = Simulation(plan, plan.phase, known)
     played = sim.played()
     step, terms = sim.step_s(played), sim.time_terms(played)
@@ -423,7 +422,9 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     memory_spread = fullest.stack.memory_spread
     probability = _normal_cdf((capacity - total) / (memory_spread * total))
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
-    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens)
+    packing = sim.options.packing
+    attended = None if packing is None else packing.attended_tokens
+    flops = tokens * plan.model.flops_per_token(plan.phase.seq_tokens, attended)
     per_device = flops / step / sim.mesh.world
     peak_flops = sum(
         share.num_devices * _peak_flops(share, sim.options.compute) for share in sim.pools

@@ -70,6 +70,12 @@ class Load:
             value = value + count * getattr(piece, name)
         return value
 
+    def host_s(self, costs: Pieces) -> tuple[Array, Array]:
+        """What the host adds to a micro-batch's forward and backward; a head may hide some of it,
+        of its own rank's."""
+        there, back = (self.total(costs, f"host_{way}_s") for way in ("forward", "backward"))
+        return np.maximum(there, 0.0), np.maximum(back, 0.0)
+
     def communication(self, costs: Pieces, axis: str) -> tuple[Array, Array]:
         """Exposed communication of one mesh axis, forward and backward, per micro-batch."""
         forward, backward = np.zeros(1), np.zeros(1)

@@ -7,6 +7,8 @@ parameter has 16 bits, and the moments of its optimiser:
     fsdp (ours, torchtitan)            4          4        0       8
     megatron (mixed precision)         2        4 or 2     4       8
     16-bit throughout (torchtune)      2          2        0       4
+
+Optimisers with other formats have other moments (`moment_bytes.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +21,8 @@ from numpy.typing import NDArray
 from ..cluster import DTYPE_BYTES
 from ..stack import Stack
 from .layout import Layouts
+from .moment_bytes import moment_rate, moved_rate
 from .options import Options
-
-LOW_BIT_MOMENT_BYTES: dict[str, float] = {
-    "adamw8bit": 2 + 2 * 4 / 256,  # torchao: one fp32 scale per block of 256, for both moments
-    "adamw_fp8": 2 + 2 * 3 * 4 / 128,  # COAT: three fp32 numbers per group of 128
-    "sgd": 0.0,  # without momentum
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,17 +35,16 @@ class StateBytes:
     gradient: float
     optimizer: float
     """Master copy and moments."""
-    unpacked: float
-    """Master copy and moments as an update works on them."""
+    updated: float
+    """Master copy and moments as an update moves them."""
     frozen: float
     """Of a frozen weight of a layer; those of embedding and head stay as used."""
 
     @property
     def update_share(self) -> float:
         """Traffic of an update relative to AdamW in fp32: parameters, master copies and moments are
-        read and written, gradients read. Low-bit moments are unpacked and packed on the way, which
-        moves what it saves."""
-        moved = 2 * self.parameter + self.gradient + 2 * self.unpacked
+        read and written, gradients read."""
+        moved = 2 * self.parameter + self.gradient + 2 * self.updated
         return moved / (2 * 4.0 + 4.0 + 2 * 8.0)
 
     @staticmethod
@@ -60,13 +56,12 @@ class StateBytes:
         parameter = own_parameter if stack.parameter_bytes is None else stack.parameter_bytes
         own_master = 4.0 if whole and parameter < 4 else 0.0
         master = own_master if stack.master_bytes is None else stack.master_bytes
-        moments = LOW_BIT_MOMENT_BYTES.get(options.optimizer, stack.moment_bytes)
         return StateBytes(
             used=used,
             parameter=parameter,
             gradient=4.0 if stack.gradient_bytes is None else stack.gradient_bytes,
-            optimizer=master + moments,
-            unpacked=master + (stack.moment_bytes if options.optimizer != "sgd" else 0.0),
+            optimizer=master + moment_rate(options.optimizer, stack),
+            updated=master + moved_rate(options.optimizer, stack),
             frozen=DTYPE_BYTES[options.base_dtype] if options.base_dtype else used,
         )
 

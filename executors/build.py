@@ -1,7 +1,7 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, tensor parallel, expert parallel, compilation, recompute, FSDP2 or
-DDP, memory and initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, precision, context, tensor and expert parallel, compilation,
+recompute, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import data_parallel, init, tensor_parallel, traced
+from . import context_parallel, data_parallel, init, tensor_parallel, traced
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
 from .marks import Marks
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import expert_offload, recompute, runtime
+from .techniques import expert_offload, precision, recompute, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -41,15 +41,15 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
-def make_optimizer(
+def _optimizer(
     plan: Plan, pieces: Sequence[nn.Module], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW over this rank's parameters; moments of experts wait on the host where planned."""
+    """The workload's optimiser; moments of experts wait on the host where planned."""
     named = [pair for piece in pieces for pair in piece.named_parameters()]
     parameters = [parameter for _, parameter in named]
     setting = plan.phase.technique("expert-offload")
     if not setting.get("moments", False):
-        return make_adamw(parameters, plan.workload.learning_rate)
+        return make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate)
     hosted = [parameter for name, parameter in named if ".experts." in name]
     tier = expert_offload.HostTier(device, setting.get("host_bytes"))
     return expert_offload.OffloadedAdamW(parameters, hosted, plan.workload.learning_rate, tier)
@@ -61,6 +61,7 @@ def build_piece(
     mesh: DeviceMesh,
     device: torch.device,
     marks: Marks,
+    spread: context_parallel.Spread,
     experts: ExpertParallel | None = None,
     first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
@@ -72,7 +73,9 @@ def build_piece(
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last, first_piece)
+    piece.spread = spread
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
+    precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
         sequence_parallel, expert_tp = phase.sequence_parallel, phase.mesh.expert_tp
@@ -87,7 +90,7 @@ def build_piece(
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
     init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device, experts)
     if data_parallel.uses_ddp(phase):
-        return piece, data_parallel.apply_ddp(piece, mesh, experts), tp_dims
+        return piece, data_parallel.apply_ddp(piece, phase, mesh, experts), tp_dims
     return piece, piece, tp_dims
 
 
@@ -104,11 +107,12 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         return traced.build(plan, module, mesh, device)
     marks = Marks()
     stages = local_stages(phase, mesh.get_local_rank("pp"))
+    spread = context_parallel.over_mesh(phase)
     experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        built.append(build_piece(plan, stage, mesh, device, marks, experts, first_piece))
+        built.append(build_piece(plan, stage, mesh, device, marks, spread, experts, first_piece))
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
@@ -116,16 +120,18 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks, experts)
     if experts is not None:
         experts.watch(pieces, data_parallel.uses_fsdp(phase))
-    return Trainer(
+    trainer = Trainer(
         plan,
         device,
         mesh,
         pieces,
         modules,
         pipeline,
-        make_optimizer(plan, pieces, device),
+        _optimizer(plan, pieces, device),
         tied_groups(plan),
         tp_dims,
         marks,
         experts,
     )
+    trainer.spread = spread
+    return trainer

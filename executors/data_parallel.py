@@ -1,4 +1,8 @@
-"""Data parallelism: replicated fp32 states under DDP or, in a pipeline, `Replicas`; else FSDP2."""
+"""Data parallelism: replicated fp32 states under DDP or, in a pipeline, `Replicas`; else FSDP2.
+
+Ranks that share a sequence hold the same parameters and see different tokens: they are replicas as
+well, and states are sharded over them too.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from .experts.layer import Moe
 from .experts.parallel import ExpertParallel
 from .experts.sharding import shard_experts, whole_slots
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, fully_shard, ignore_in_ddp
+from .torch_compat import DeviceMesh, FSDPModule, flattened, fully_shard, ignore_in_ddp
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -25,17 +29,40 @@ def uses_fsdp(phase: Phase) -> bool:
     return phase.zero > 0 or phase.compute_dtype != "fp32"
 
 
+def state_mesh(phase: Phase, mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks over which states are replicated, where there are several, and sharded.
+
+    Under ZeRO states are divided over dp_shard and cp; without, no rank has a part only.
+    """
+    if phase.mesh.cp == 1:
+        replicated = phase.mesh.dp_replicate > 1
+        return mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
+    shards = ("dp_shard", "cp") if phase.zero else ("dp_shard",)
+    replicas = ("dp_replicate",) if phase.zero else ("dp_replicate", "dp_shard", "cp")
+    if phase.zero and phase.mesh.dp_replicate == 1:
+        return flattened(mesh, shards)
+    place = phase.mesh.coordinates(dist.get_rank())
+    alike = mesh.mesh[place["pp"], ..., place["tp"]].flatten()
+    groups = [flattened(mesh, axes).get_group() for axes in (replicas, shards)]
+    ranks = alike.view(groups[0].size(), groups[1].size())
+    return DeviceMesh.from_group(
+        groups, mesh.device_type, mesh=ranks, mesh_dim_names=("replicas", "shards")
+    )
+
+
 def apply_fsdp(
     piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
 ) -> None:
-    """Shard each block, then what is left of the piece, over dp_shard; replicate over dp_replicate.
+    """Shard each block, then what is left of the piece.
 
     Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
     its last backward. Experts that ep divides are a unit of their own, over the ranks that hold the
     same ones.
     """
-    dims = ("dp_replicate", "dp_shard") if phase.mesh.dp_replicate > 1 else ("dp_shard",)
-    options: dict[str, Any] = {"mesh": mesh[dims], "mp_policy": precision.policy(phase)}
+    options: dict[str, Any] = {
+        "mesh": state_mesh(phase, mesh),
+        "mp_policy": precision.policy(phase),
+    }
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
         moe = getattr(block, "mlp", None)
@@ -49,23 +76,36 @@ def apply_fsdp(
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
+def replicas(phase: Phase) -> int:
+    """Ranks that hold the same parameters and see different tokens."""
+    return phase.mesh.dp * phase.mesh.cp
+
+
 def copies(phase: Phase) -> int:
     """Ranks of different data that hold the same part of a gradient."""
-    return phase.mesh.dp // (phase.mesh.dp_shard if uses_fsdp(phase) else 1)
+    if not uses_fsdp(phase):
+        return replicas(phase)
+    return phase.mesh.dp_replicate if phase.zero else replicas(phase) // phase.mesh.dp_shard
 
 
 def uses_ddp(phase: Phase) -> bool:
     """Whether DDP averages gradients over replicas."""
-    return phase.mesh.pp == 1 and phase.mesh.dp > 1 and not uses_fsdp(phase)
+    return phase.mesh.pp == 1 and replicas(phase) > 1 and not uses_fsdp(phase)
 
 
 def uses_replicas(phase: Phase) -> bool:
     """Whether `Replicas` do, of a pipeline's stages."""
-    return phase.mesh.pp > 1 and phase.mesh.dp > 1 and not uses_fsdp(phase)
+    return phase.mesh.pp > 1 and replicas(phase) > 1 and not uses_fsdp(phase)
+
+
+def replica_group(phase: Phase, mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that hold the same parameters where nothing is sharded."""
+    axes = ("dp_replicate", "dp_shard", "cp") if phase.mesh.cp > 1 else ("dp_replicate",)
+    return flattened(mesh, axes).get_group()
 
 
 def apply_ddp(
-    piece: Decoder, mesh: DeviceMesh, experts: ExpertParallel | None = None
+    piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
 ) -> DistributedDataParallel:
     """The piece under DDP; initial parameters are equal already, so nothing is broadcast.
 
@@ -74,7 +114,7 @@ def apply_ddp(
     ignore_in_ddp(piece, experts.ignored(piece) if experts is not None else [])
     return DistributedDataParallel(
         piece,
-        process_group=mesh.get_group("dp_replicate"),
+        process_group=replica_group(phase, mesh),
         gradient_as_bucket_view=True,
         init_sync=False,
     )

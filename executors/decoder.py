@@ -16,6 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import GATED, Layer, Model
+from .context_parallel import (
+    Context,
+    Exchange,
+    Spread,
+    as_borders,
+    attend,
+    repeated,
+    to_tokens,
+)
 from .experts.layer import Moe
 from .latent import Latent
 from .linear import Linear
@@ -29,8 +38,12 @@ def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
     return nn.LayerNorm(hidden, eps=eps)
 
 
-def attention_core(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+def attention_core(
+    q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, context: Context | None = None
+) -> Tensor:
     """Causal attention (B, H, S, D); the part that selective recompute runs twice."""
+    if context is not None and context.method is not None:
+        return attend(q_BHSD, k_BGSD, v_BGSD, context.method)
     return F.scaled_dot_product_attention(
         q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
     )
@@ -42,7 +55,7 @@ class Attention(nn.Module):
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.head_dim = layer.head_dim
-        self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = attention_core
+        self.core: Callable[..., Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
         self.wq = Linear(model.hidden, width, bias=qkv_bias)
@@ -50,38 +63,69 @@ class Attention(nn.Module):
         self.wv = Linear(model.hidden, kv_width, bias=qkv_bias)
         self.wo = Linear(width, model.hidden, bias=layer.bias)
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        q_BSHD = self.wq(x_BSE).unflatten(-1, (-1, self.head_dim))
-        k_BSGD = self.wk(x_BSE).unflatten(-1, (-1, self.head_dim))
-        v_BSGD = self.wv(x_BSE).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        if context is not None and context.ulysses is not None:
+            return self.wo(self._exchanged(x_BSE, table_2SD, context).flatten(-2))
+        q_BSHD, k_BSGD, v_BSGD = (self._project(w, x_BSE) for w in (self.wq, self.wk, self.wv))
         if table_2SD is not None:
             q_BSHD, k_BSGD = rotate(q_BSHD, table_2SD), rotate(k_BSGD, table_2SD)
-        out_BHSD = self.core(q_BSHD.transpose(1, 2), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2))
+        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        out_BHSD = self.core(q_BHSD, k_BGSD, v_BGSD, context)
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
+
+    def _project(self, linear: nn.Module, x_BSE: Tensor) -> Tensor:
+        return linear(x_BSE).unflatten(-1, (-1, self.head_dim))
+
+    def _exchanged(self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context) -> Tensor:
+        """Attention (B, S, H, D) with heads exchanged for tokens around the core.
+
+        A tensor leaves as soon as it is there, while the next is projected.
+        """
+        assert context.ulysses is not None
+        q_way, k_way, v_way = (Exchange(context.ulysses) for _ in range(3))
+        v_BSGD = v_way.start(repeated(self._project(self.wv, x_BSE), v_way.ranks))
+        k_BSGD = self._project(self.wk, x_BSE)
+        if table_2SD is not None:
+            k_BSGD = rotate(k_BSGD, table_2SD)
+        k_BSGD = k_way.start(repeated(k_BSGD, k_way.ranks))
+        q_BSHD = self._project(self.wq, x_BSE)
+        if table_2SD is not None:
+            q_BSHD = rotate(q_BSHD, table_2SD)
+        q_BSHD = q_way.start(q_BSHD)
+        v_BSGD, k_BSGD, q_BSHD = v_way.finish(v_BSGD), k_way.finish(k_BSGD), q_way.finish(q_BSHD)
+        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        return to_tokens(self.core(q_BHSD, k_BGSD, v_BGSD, context).transpose(1, 2), q_way.group)
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "squared_relu": lambda up: F.relu(up).square(),
+}
+"""What stands between the matmuls of an MLP: of gate and up-projection, or of the latter."""
 
 
 class Mlp(nn.Module):
-    """Dense feed-forward block: SwiGLU, GEGLU, GELU, ReLU or squared ReLU."""
+    """Dense feed-forward block."""
 
     def __init__(self, hidden: int, layer: Layer, width: int, bias: bool) -> None:
         super().__init__()
         self.kind = layer.mlp
+        self.activation = ACTIVATIONS[layer.mlp]
         if layer.mlp in GATED:
             self.gate = Linear(hidden, width, bias=bias)
         self.up = Linear(hidden, width, bias=bias)
         self.down = Linear(width, hidden, bias=bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            inner_BSF = F.silu(self.gate(x_BSE)) * self.up(x_BSE)
-        elif self.kind == "geglu":
-            inner_BSF = F.gelu(self.gate(x_BSE)) * self.up(x_BSE)
-        elif self.kind == "gelu":
-            inner_BSF = F.gelu(self.up(x_BSE))
-        elif self.kind == "relu":
-            inner_BSF = F.relu(self.up(x_BSE))
+        if self.kind in GATED:
+            inner_BSF = self.activation(self.gate(x_BSE), self.up(x_BSE))
         else:
-            inner_BSF = F.relu(self.up(x_BSE)).square()
+            inner_BSF = self.activation(self.up(x_BSE))
         return self.down(inner_BSF)
 
 
@@ -107,8 +151,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.mlp = make_mlp(model.hidden, layer)
 
-    def forward(self, x_BSE: Tensor, table_2SD: Tensor | None) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD)
+    def forward(
+        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD, context)
         return x_BSE + self.mlp(self.mlp_norm(x_BSE))
 
 
@@ -129,8 +175,10 @@ class Decoder(nn.Module):
     Input is tokens (B, S) int64 on a piece that holds layer 0, hidden states (B, S, E) elsewhere;
     output is logits (B, S, V) on the piece with the last layer, hidden states elsewhere. Given
     targets (B, S), the last piece returns the mean loss instead, so that nobody else ever holds
-    the logits. `first_piece` is the piece with the embedding where the same process holds it and
-    the last one, so that tied tables are one parameter, that piece's.
+    the logits. S are the tokens of this rank where several share a sequence (`spread`). `documents`
+    (B, N) int64, on the host, holds the ends of documents packed into each whole sequence.
+    `first_piece` is the piece with the embedding where the same process holds it and the last one,
+    so that tied tables are one parameter, that piece's.
     """
 
     def __init__(
@@ -140,7 +188,9 @@ class Decoder(nn.Module):
         self.model = model
         self.is_first, self.is_last = first == 0, last == model.num_layers - 1
         self.sequence_shard: tuple[int, int] = (0, 1)
-        """(part, parts) of the sequence that hidden states hold between modules."""
+        """(part, parts) of the rank's tokens that hidden states hold between modules."""
+        self.spread = Spread()
+        """The ranks that share a sequence."""
         self.loss: Callable[[Tensor, Tensor], Tensor] = token_loss
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
         self.table: Callable[[], Tensor] = lambda: self.embedding.weight
@@ -161,26 +211,41 @@ class Decoder(nn.Module):
                 self.tied_head = TiedHead()
             else:
                 self.head = Linear(model.hidden, model.vocab, bias=False)
-        self.table_2SD: Tensor | None = None
+        self.tables: dict[tuple[int, Spread], Tensor] = {}
 
-    def rotary(self, seq_tokens: int, device: torch.device) -> Tensor | None:
-        """The rotary table for a sequence length; made once and kept."""
+    @property
+    def rotary_dim(self) -> int:
+        """Size of the part of a head that turns with its position."""
+        first = self.model.layers[0]
+        return first.head_dim if first.latent is None else first.latent.qk_rope_head_dim
+
+    def rotary(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """The rotary table of this rank's tokens, one after the other; made once and kept."""
         if self.model.positions != "rope":
             return None
-        if self.table_2SD is None or self.table_2SD.shape[1] != seq_tokens:
-            first = self.model.layers[0]
-            head_dim = first.head_dim if first.latent is None else first.latent.qk_rope_head_dim
-            self.table_2SD = rotary_table(seq_tokens, head_dim, self.model.rope_theta, device)
-        return self.table_2SD
+        if (num_tokens, self.spread) not in self.tables:
+            positions = self.spread.places(num_tokens * self.spread.ranks).to(device)
+            table = rotary_table(positions, self.rotary_dim, self.model.rope_theta)
+            self.tables = {(num_tokens, self.spread): table}
+        return self.tables[num_tokens, self.spread]
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
+    def rotary_of_documents(self, positions_BS: Tensor, x_BSE: Tensor) -> Tensor | None:
+        """The rotary table (2, B, S, D) of tokens at these places in their documents."""
+        if self.model.positions != "rope":
+            return None
+        table = rotary_table(positions_BS, self.rotary_dim, self.model.rope_theta)
+        return table.to(x_BSE.dtype)
+
+    def embed(self, tokens_BS: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states of tokens, (B, S/parts, E)."""
         x_BSE = self.embedding(tokens_BS)
         if self.model.positions == "learned":
+            num_tokens = tokens_BS.shape[1]
+            if positions is None:
+                positions = self.spread.places(num_tokens * self.spread.ranks).to(x_BSE.device)
             part, parts = self.sequence_shard
-            length = tokens_BS.shape[1] // parts
-            index_S = torch.arange(part * length, (part + 1) * length, device=x_BSE.device)
-            x_BSE = x_BSE + self.positions(index_S)
+            length = num_tokens // parts
+            x_BSE = x_BSE + self.positions(positions[..., part * length : (part + 1) * length])
         return x_BSE
 
     def logits(self, x_BSE: Tensor) -> Tensor:
@@ -190,13 +255,21 @@ class Decoder(nn.Module):
             return self.tied_head(x_BSE, self.table())
         return self.head(x_BSE)
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        seq_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        num_tokens = x.shape[1] * (1 if self.is_first else self.sequence_shard[1])
+        borders = None if documents is None else as_borders(documents)
+        positions = None if borders is None else self.spread.in_documents(borders).to(x.device)
         if self.is_first:
-            x = self.embed(x)
-        table_2SD = self.rotary(seq_tokens, x.device)
+            x = self.embed(x, positions)
+        if positions is None:
+            table = self.rotary(num_tokens, x.device)
+        else:
+            table = self.rotary_of_documents(positions, x)
+        context = self.spread.context(borders)
         for block in self.blocks.values():
-            x = block(x, table_2SD)
+            x = block(x, table, context)
         if self.is_last:
             x = self.logits(x)
             if targets is not None:

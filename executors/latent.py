@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import LatentAttention, Model
+from .context_parallel import Context
 from .linear import Linear
 from .rotary import rotate
 
@@ -75,7 +76,10 @@ class Latent(nn.Module):
             flat = self.q_b(self.enter(self.q_a_norm(self.q_a(x_BSE))))
         return flat.unflatten(-1, (-1, self.nope + self.rope))
 
-    def forward(self, x_BSE: Tensor, table_2SR: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, table_2SR: Tensor | None, context: Context | None = None
+    ) -> Tensor:
+        assert context is None, "sequences neither shared nor packed (`support.py`)"
         q_BSHD = self.queries(x_BSE)
         low_BSL, shared_BSR = self.kv_a(x_BSE).split((self.rank, self.rope), dim=-1)
         kv_BSHK = self.kv_b(self.enter(self.kv_a_norm(low_BSL)))

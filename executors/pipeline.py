@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from ..model import Model
 from ..orders import Orders
 from ..plan import SPLIT_SCHEDULES, Phase, rank_of
 from . import data_parallel, split_backward
+from .data import Rows
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
 from .marks import Marks
@@ -38,7 +42,8 @@ def phase_orders(phase: Phase) -> Orders:
 def hidden_example(phase: Phase, model: Model) -> Tensor:
     """The form of what stages send: hidden states of one micro-batch, on the meta device."""
     parts = phase.mesh.tp if phase.sequence_parallel else 1
-    shape: tuple[int, ...] = (phase.micro_batch_seqs, phase.seq_tokens // parts, model.hidden)
+    num_tokens = phase.seq_tokens // phase.mesh.cp
+    shape: tuple[int, ...] = (phase.micro_batch_seqs, num_tokens // parts, model.hidden)
     if model.traced is not None:
         shape = (phase.micro_batch_seqs, *model.traced.hidden)
     dtype = precision.compute_dtype(phase)
@@ -65,8 +70,8 @@ class Pipeline:
         self.has_first, self.has_last = 0 in indices, last in indices
         hidden = hidden_example(phase, model)
         self.group, self.hidden, self.device = mesh.get_group("pp"), hidden, device
-        tokens = torch.empty(hidden.shape[0], phase.seq_tokens, dtype=torch.int64, device="meta")
-        taken = first or (tokens,)
+        form = (hidden.shape[0], phase.seq_tokens // phase.mesh.cp)
+        taken = first or (torch.empty(form, dtype=torch.int64, device="meta"),)
         loss = torch.empty((), device="meta", requires_grad=True)
         self.stages: list[ObservedStage] = []
         for piece, index in zip(pieces, indices, strict=True):
@@ -85,7 +90,9 @@ class Pipeline:
             if data_parallel.uses_replicas(phase):
                 apart = set(experts.ignored(piece) if experts is not None else ())
                 same = [p for name, p in piece.named_parameters() if name not in apart]
-                stage.replicas = data_parallel.Replicas(same, mesh.get_group("dp_replicate"))
+                stage.replicas = data_parallel.Replicas(
+                    same, data_parallel.replica_group(phase, mesh)
+                )
             self.stages.append(stage)
         if self.has_first and self.has_last and model.tied_embeddings:
             self.stages[-1].table_stage = self.stages[0]
@@ -117,12 +124,21 @@ class Pipeline:
             taken_s.append(time.perf_counter() - start_s)
         return statistics.median(taken_s)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def step(self, rows: Rows) -> Tensor:
         """Forward and backward of all micro-batches; the mean loss on the last stage, else NaN."""
-        return self.run((inputs,), {"targets": targets}, targets)
+        every = {} if rows.documents_BN is None else {"documents": rows.documents_BN}
+        behind = {"targets": rows.targets_BS}
+        return self.run((rows.inputs_BS,), behind, rows.targets_BS, every)
 
-    def run(self, inputs: tuple[Tensor, ...], behind: dict[str, Tensor], target: Tensor) -> Tensor:
-        """The same with what the first stage takes and what the last one takes by name.
+    def run(
+        self,
+        inputs: tuple[Tensor, ...],
+        behind: Mapping[str, Any],
+        target: Tensor,
+        every: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
+        """The same with what the first stage takes, and what the last one and every one take by
+        name.
 
         The last stage computes its loss inside the module, where the logits die; the schedule's
         loss function only scales it, but wants a target of its own to cut into micro-batches.
@@ -132,10 +148,15 @@ class Pipeline:
         losses: list[Tensor] = []
         if self.has_last:
             self.schedule.step(
-                *arguments, **behind, target=target, losses=losses, return_outputs=False
+                *arguments,
+                **behind,
+                **every,
+                target=target,
+                losses=losses,
+                return_outputs=False,
             )
         else:
-            self.schedule.step(*arguments, return_outputs=False)
+            self.schedule.step(*arguments, return_outputs=False, **every)
         for stage in self.stages:
             if stage.replicas is not None:
                 stage.replicas.wait()

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(seq_tokens: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Cosines and sines of rotary positions, (2, S, D), fp32."""
-    half = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of rotary positions, (2, *positions, D), fp32."""
+    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = theta ** (-half / head_dim)
-    angle = torch.arange(seq_tokens, device=device, dtype=torch.float32)[:, None] * frequency
+    angle = positions.to(torch.float32)[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def rotate(x_BSHD: Tensor, table_2SD: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; computed in the dtype of `x`."""
-    cos, sin = table_2SD.to(x_BSHD.dtype)[:, None, :, None, :].unbind(0)
+def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions applied to queries or keys; computed in the dtype of `x`.
+
+    The table is (2, S, D), or (2, B, S, D) where rows differ.
+    """
+    rows = table.to(x_BSHD.dtype)
+    cos, sin = (rows if rows.dim() == 4 else rows[:, None])[:, :, :, None].unbind(0)
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from ..costmodel.techniques import expert_offload
-from ..errors import InputError
-from ..model import Layer, Model
-from ..plan import SPLIT_SCHEDULES, Phase, Plan
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
 
-TECHNIQUES = ("precision", "recompute", "runtime", "expert-placement", "expert-offload")
-"""Those that have a file in `executors/techniques/`."""
-COMPUTE_DTYPES = ("fp32", "bf16")
-RECOMPUTE_MODES = ("none", "selective", "full")
-RUNTIMES = ("eager", "compiled")
+from ..costmodel import admissible
+from ..costmodel.techniques import expert_offload
+from ..costmodel.techniques.storage import EXECUTED
+from ..errors import InputError, unknown_name
+from ..model import Layer, Model
+from ..plan import RECIPES, RUNTIMES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
+
+TECHNIQUES = (
+    "precision", "recompute", "runtime", "context-parallel", "expert-placement", "expert-offload"
+)  # fmt: skip
+"""Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
+COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
+TORCHAO_RECIPES = ("tensorwise", "rowwise")
+TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
+EXPERT_OPTIMIZERS = ("adamw", "sgd")
+"""Those whose states experts have been trained with: one per element, in the parameter's dtype."""
+LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
+RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
 
 
 def check_executed(plan: Plan) -> None:
@@ -23,29 +35,38 @@ def check_executed(plan: Plan) -> None:
         raise InputError("cluster.pools", len(plan.cluster.pools), "runs have one pool for now",
                          "plan for one kind of node")  # fmt: skip
     _check_phase(plan.phase)
-    expert_offload.check(plan)
     if plan.model.traced is None:
         check_model(plan.model)
         _check_runtime(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
         _check_shards(plan)
-    if plan.workload.optimizer != "adamw":
-        raise InputError("optimizer", plan.workload.optimizer, "not executed yet", "use adamw")
+        _check_beside(plan)
+    elif plan.workload.lengths is not None:
+        raise InputError("lengths", plan.workload.lengths.name,
+                         "documents are packed for decoders of the catalog alone",
+                         "drop --lengths")  # fmt: skip
+    if plan.workload.lengths is not None and _compiles(plan.phase):
+        raise InputError("lengths", plan.workload.lengths.name, "differ from step to step, and "
+                         "layers are compiled for one form", "use --runtime eager")  # fmt: skip
+    if plan.model.traced is not None and plan.phase.mesh.cp > 1:
+        raise InputError("cp", plan.phase.mesh.cp, "modules of one's own do not share sequences",
+                         "use --cp 1")  # fmt: skip
+    admissible.check(plan)
+    _check_precision(plan)
+    _check_optimizer(plan)
+
+
+def _compiles(phase: Phase) -> bool:
+    """Whether any layer is compiled."""
+    return any(s.techniques.get("runtime", {}).get("mode") == "compiled" for s in phase.settings)
 
 
 def _check_phase(phase: Phase) -> None:
-    if phase.mesh.cp > 1:
-        raise InputError("cp", phase.mesh.cp, "cannot be run yet", "use --cp 1")
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
                 raise InputError("settings.techniques", name, "cannot be run yet",
                                  f"use {', '.join(TECHNIQUES)} only")  # fmt: skip
-        precision = setting.techniques.get("precision", {})
-        for key in ("recipe", "activations"):
-            if key in precision:
-                raise InputError(f"precision.{key}", precision[key],
-                                 "not executed yet", "leave it out")  # fmt: skip
         mode = setting.techniques.get("recompute", {}).get("mode", "none")
         if mode not in RECOMPUTE_MODES:
             raise InputError("recompute", mode, "not executed yet",
@@ -53,22 +74,164 @@ def _check_phase(phase: Phase) -> None:
         runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
         if runtime not in RUNTIMES:
             raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
-        if runtime == "compiled" and mode == "selective":
+        if runtime == "compiled" and mode in ("selective", "full_keep_attn"):
             raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
                              "use none or full, or --runtime eager")  # fmt: skip
+        if runtime == "compiled" and phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, "exchanges messages inside of layers, which are "
+                             "compiled as a whole", "use --cp 1, or --runtime eager")  # fmt: skip
         if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
             raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
                              "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
+
+
+def _check_beside(plan: Plan) -> None:
+    """What layers with routed experts or latent attention are not run beside yet."""
+    phase, workload = plan.phase, plan.workload
+    for index in range(plan.model.num_layers):
+        layer = plan.model.layer_at(index)
+        if layer.is_plain:
+            continue
+        what = "routed experts" if layer.experts is not None else "latent attention"
+        if phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, f"layer {index} has {what}, which do not share "
+                             "sequences yet", "use --cp 1")  # fmt: skip
+        if workload.lengths is not None:
+            raise InputError("lengths", workload.lengths.name, f"layer {index} has {what}, beside "
+                             "which documents are not packed yet", "drop --lengths")  # fmt: skip
+        precision = phase.technique("precision", index)
+        for key, problem in (
+            ("compute", precision.get("compute") == "fp8"),
+            ("activations", "activations" in precision),
+        ):
+            if problem:
+                raise InputError(f"precision.{key}", precision[key], f"layer {index} has {what}, "
+                                 "which do not work in 8 bits yet",
+                                 "use bf16, and store activations as they come")  # fmt: skip
+        mode = phase.technique("recompute", index).get("mode", "none")
+        if mode == "full_keep_attn" and layer.latent is not None:
+            raise InputError("recompute", mode, f"layer {index} has latent attention, whose output "
+                             "is not kept apart", "use full or selective")  # fmt: skip
+        if layer.experts is not None and workload.optimizer not in EXPERT_OPTIMIZERS:
+            raise InputError("optimizer", workload.optimizer, f"layer {index} has routed experts, "
+                             "whose states it does not hold yet",
+                             f"use {' or '.join(EXPERT_OPTIMIZERS)}")  # fmt: skip
+
+
+def _check_precision(plan: Plan) -> None:
+    """Every layer's dtypes, recipe of scaling, and storage of activations."""
+    phase = plan.phase
     num_layers = phase.stages[-1].layers[1] + 1
-    dtypes = {str(phase.technique("precision", i).get("compute")) for i in range(num_layers)}
-    if len(dtypes) > 1:
-        raise InputError("precision", ", ".join(sorted(dtypes)),
-                         "layers of different precision cannot be run yet",
-                         "use one for all layers")  # fmt: skip
-    if phase.compute_dtype not in COMPUTE_DTYPES:
-        raise InputError("precision", phase.compute_dtype,
-                         "the executor has no such compute dtype",
+    each = [phase.technique("precision", i) for i in range(num_layers)]
+    dtypes = {str(settings.get("compute", "bf16")) for settings in each}
+    for dtype in sorted(dtypes - set(COMPUTE_DTYPES)):
+        raise InputError("precision", dtype, "the executor has no such compute dtype",
                          f"use one of {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+    if "fp32" in dtypes and len(dtypes) > 1:
+        raise InputError("precision", ", ".join(sorted(dtypes)),
+                         "hidden states of layers have one dtype",
+                         "mix bf16 and fp8 alone")  # fmt: skip
+    for index, settings in enumerate(each):
+        if plan.model.traced is not None:
+            _refuse_traced(settings)
+        else:
+            _check_layer(plan, index, settings)
+
+
+def _refuse_traced(settings: Mapping[str, Any]) -> None:
+    wide = settings.get("compute", "bf16") in ("fp32", "bf16")
+    for key, problem in (("compute", not wide), ("activations", "activations" in settings)):
+        if problem:
+            raise InputError(f"precision.{key}", settings[key],
+                             "linears of a user's module are left as they are",
+                             "use fp32 or bf16, and store activations as they come")  # fmt: skip
+
+
+def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
+    low, stored = settings.get("compute") == "fp8", "activations" in settings
+    for name in settings.get("linears", ()):
+        if name not in LINEARS:
+            raise unknown_name("precision.linears", name, LINEARS)
+    recipe = str(settings.get("recipe", "tensorwise"))
+    mode = str(plan.phase.technique("recompute", index).get("mode", "none"))
+    if recipe not in RECIPES:
+        raise InputError("precision.recipe", recipe, "unknown scaling of matmuls",
+                         f"use {', '.join(RECIPES)}")  # fmt: skip
+    if low and recipe in TORCHAO_RECIPES:
+        if stored:
+            raise InputError("precision.recipe", recipe,
+                             "torchao's linears keep their 16-bit input",
+                             "use recipe coat to store activations in fp8")  # fmt: skip
+        _need_torchao("precision.recipe", recipe, "recipe coat")
+        _check_multiples(plan, index, recipe)
+    if low or stored:
+        _check_whole_backward(plan.phase, index, "compute" if low else "activations")
+    if not stored:
+        return
+    if settings["activations"] not in STORAGE_DTYPES:
+        raise InputError("precision.activations", settings["activations"],
+                         "unknown storage of activations",
+                         f"use {', '.join(STORAGE_DTYPES)} or leave it out")  # fmt: skip
+    if mode not in ("none", "selective"):
+        raise InputError("precision.activations", settings["activations"],
+                         f"recompute {mode} does not keep the activations to be stored",
+                         "use recompute none or selective")  # fmt: skip
+    mlp = plan.model.layer_at(index).mlp
+    if mlp not in EXECUTED:
+        raise InputError("precision.activations", settings["activations"],
+                         f"layers with {mlp} cannot store theirs yet",
+                         "leave it out")  # fmt: skip
+
+
+def _check_whole_backward(phase: Phase, index: int, key: str) -> None:
+    """Functions of our own around 8-bit tensors run eagerly, and a backward at once."""
+    field, value = f"precision.{key}", phase.technique("precision", index)[key]
+    if phase.schedule in SPLIT_SCHEDULES:
+        raise InputError(field, value, f"layers that work in 8 bits do not split their backward, "
+                         f"which {phase.schedule} does", "use schedule 1f1b, or bf16")  # fmt: skip
+    if phase.technique("runtime", index).get("mode") == "compiled":
+        raise InputError(field, value, "layers that work in 8 bits are not compiled",
+                         "use --runtime eager, or bf16")  # fmt: skip
+
+
+def _check_multiples(plan: Plan, index: int, recipe: str) -> None:
+    """torchao's matmuls on GPUs take dimensions in multiples of 16; ours fill them up."""
+    if plan.cluster.pools[0].device.kind != "gpu":
+        return
+    layer, tp = plan.model.layer_at(index), plan.phase.mesh.tp
+    tokens = plan.phase.micro_batch_seqs * plan.phase.seq_tokens
+    sizes = {
+        "tokens of a micro-batch": tokens,
+        "hidden": plan.model.hidden,
+        "width of queries": layer.heads * layer.head_dim // tp,
+        "width of keys": layer.kv_heads * layer.head_dim // tp,
+        "ffn width": layer.ffn_hidden // tp,
+    }
+    for what, size in sizes.items():
+        if size % 16:
+            raise InputError("precision.recipe", recipe,
+                             f"{what} {size} of layer {index} is no multiple of 16",
+                             "use recipe coat, which fills it up, or bf16")  # fmt: skip
+
+
+def _check_optimizer(plan: Plan) -> None:
+    name, phase = plan.workload.optimizer, plan.phase
+    if name in TORCHAO_OPTIMIZERS:
+        _need_torchao("optimizer", name, "adamw_fp8 or adamw")
+    if name == "adamw_offload" and plan.workload.clip_norm is not None:
+        raise InputError("clip_norm", plan.workload.clip_norm,
+                         "adamw_offload takes gradients to the host before their norm is known",
+                         "drop it, or use adamw")  # fmt: skip
+    if name == "adamw_offload" and (phase.mesh.world > 1 or phase.compute_dtype != "fp32"):
+        what = "one process" if phase.mesh.world > 1 else "fp32, without FSDP's shards"
+        raise InputError("optimizer", name, f"torchao's offload runs with {what}",
+                         "use adamw_fp8, or adamw with more shards")  # fmt: skip
+
+
+def _need_torchao(field: str, value: str, instead: str) -> None:
+    if find_spec("torchao") is None:
+        raise InputError(field, value, "needs torchao",
+                         f"pip install 'forerun[torchao]', or use {instead}")  # fmt: skip
 
 
 def _check_runtime(plan: Plan) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw as adamw_update
 
+from ..kernels.fp8_cast import chunks
 from ..orders import Orders, action_text
 from .marks import Marks, Message
 from .split_backward import Later
@@ -41,7 +42,10 @@ __all__ = [
     "adamw_update",
     "all_gather_single",
     "destroy_process_groups",
+    "flattened",
     "fully_shard",
+    "fused_rms_norm",
+    "fused_rms_norm_backward",
     "grouped_matmul",
     "ignore_in_ddp",
     "is_fake",
@@ -49,6 +53,7 @@ __all__ = [
     "reduce_scatter_single",
     "resolve_group",
     "scale_all",
+    "scaled_matmul",
     "storage_key",
 ]
 
@@ -64,6 +69,11 @@ grouped_matmul: Callable[..., Tensor] | None = getattr(
     F, "grouped_mm", getattr(torch, "_grouped_mm", None)
 )
 """(rows, weights (X, in, out), offs): one kernel for the matmuls of all experts."""
+
+
+def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """One axis over neighbouring axes of a mesh; sliced from it by their names joined with _."""
+    return mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else mesh[axes]
 
 
 class ObservedStage(PipelineStage):
@@ -302,6 +312,60 @@ def scale_all(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply tensors by a number on their device, in place and in few kernels."""
     names: Any = torch
     names._foreach_mul_(tensors, factor)
+
+
+def scaled_matmul(
+    a_MK: Tensor, b_NK: Tensor, scale: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """a b^T of 8-bit floats, (M, N), times a scale: accumulated in fp32, rounded to `dtype` once.
+
+    On CUDA by the tensor cores, whose operands have both dimensions in multiples of 16: missing
+    codes are zeros. `fast` lets them accumulate in fewer bits. Elsewhere emulated in fp32 matmuls:
+    products of two codes are exact in fp32.
+    """
+    if not a_MK.is_cuda:
+        b_KN = b_NK.float().t()
+        out = torch.empty(a_MK.shape[0], b_NK.shape[0], dtype=dtype)
+        for rows in chunks(*a_MK.shape):
+            out[rows] = (a_MK[rows].float() @ b_KN).mul_(scale).to(dtype)
+        return out
+    (rows, inner), columns = a_MK.shape, b_NK.shape[0]
+    a_MK, b_NK = _padded(a_MK, inner), _padded(b_NK, inner, columns)
+    one = torch.ones_like(scale)
+    out = torch._scaled_mm(
+        a_MK, b_NK.t(), scale_a=scale, scale_b=one, out_dtype=dtype, use_fast_accum=fast
+    )
+    return out[:rows, :columns] if out.shape[1] != columns else out
+
+
+def _padded(codes: Tensor, inner: int, rows: int = 0) -> Tensor:
+    """Codes with zeros up to multiples of 16 columns, and rows where their number is given."""
+    missing = -inner % 16, -rows % 16
+    if not any(missing):
+        return codes
+    grown = torch.nn.functional.pad(codes.view(torch.uint8), (0, missing[0], 0, missing[1]))
+    return grown.view(codes.dtype)
+
+
+def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension, and the reciprocal root mean square of each row, fp32."""
+    return torch.ops.aten._fused_rms_norm(x, list(weight.shape), weight, eps)
+
+
+def fused_rms_norm_backward(
+    grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of input and weight; on a CPU, which has no kernel for it, in fp32 operators."""
+    if x.is_cuda:
+        return torch.ops.aten._fused_rms_norm_backward(
+            grad, x, list(weight.shape), rstd, weight, [True, True]
+        )
+    normed, wide = x.float() * rstd, grad.float()
+    of_weight = (wide * normed).flatten(0, -2).sum(0)
+    scaled = wide.mul_(weight.float())
+    mean = (scaled * normed).mean(-1, keepdim=True)
+    of_x = scaled.sub_(normed.mul_(mean)).mul_(rstd)
+    return of_x.to(x.dtype), of_weight.to(weight.dtype)
 
 
 def operator_name(operator: Any) -> str:

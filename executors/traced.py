@@ -19,7 +19,7 @@ from . import data_parallel, module_cuts, module_stages
 from .marks import Marks
 from .module_cuts import GroupLinks
 from .module_stages import Stage
-from .optimizer import make_adamw
+from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
 from .techniques.recompute import recomputed
 from .torch_compat import DeviceMesh
@@ -141,7 +141,7 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
     trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
-    optimizer = make_adamw(trained, plan.workload.learning_rate)
+    optimizer = make_optimizer(plan.workload.optimizer, trained, plan.workload.learning_rate)
     trainer = TracedTrainer(plan, device, mesh, pieces, modules, pipeline, optimizer,
                             tied_groups(plan), tp_dims, marks)  # fmt: skip
     trainer.shared = tuple(f"module.{weight.name}" for weight in traced.shared)
@@ -173,7 +173,7 @@ def _replicate_or_shard(piece: Trainable, phase: Phase, mesh: DeviceMesh) -> nn.
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     elif data_parallel.uses_ddp(phase):
-        return data_parallel.apply_ddp(piece, mesh)  # pyright: ignore[reportArgumentType]
+        return data_parallel.apply_ddp(piece, phase, mesh)  # pyright: ignore[reportArgumentType]
     return piece
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..errors import RunFailed
 from ..plan import Plan, rank_of
 from . import clipping, data_parallel
+from .context_parallel import Spread
+from .data import Rows
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
 from .marks import Marks, Observer
@@ -43,6 +45,8 @@ class Trainer:
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
         self.experts = experts
+        self.spread = Spread()
+        """The ranks that share a sequence."""
         self.shared: tuple[str, ...] = ("embedding.weight",)
         """Parameters that `tied_group` sums the gradients of: those of both ends of the model."""
 
@@ -55,30 +59,33 @@ class Trainer:
     def observer(self, observer: Observer) -> None:
         self.marks.observer = observer
 
-    def forward_backward(self, tokens_BS1: Tensor) -> Tensor:
+    def forward_backward(self, tokens_BS1: Tensor | Rows) -> Tensor:
         """Mean loss of this replica's sequences, whose gradients now stand on the parameters.
 
-        `tokens_BS1` holds all micro-batches, (micro_batch_seqs * num_microbatches, S + 1) int64.
-        A 0-dim tensor on ranks of the last stage, NaN elsewhere.
+        `tokens_BS1` holds all micro-batches, (micro_batch_seqs * num_microbatches, S + 1) int64, or
+        the same as rows; where ranks share sequences the loss is that of this rank's tokens, as
+        many as any other's. A 0-dim tensor on ranks of the last stage, NaN elsewhere.
         """
-        inputs, targets = tokens_BS1[:, :-1], tokens_BS1[:, 1:]
+        rows = tokens_BS1 if isinstance(tokens_BS1, Rows) else Rows.of(tokens_BS1)
+        part = self.spread.part
+        rows = Rows(part(rows.inputs_BS), part(rows.targets_BS), rows.documents_BN)
         if self.experts is not None:
             self.experts.begin_step()
         if self.pipeline is not None:
-            loss = self.pipeline.step(inputs, targets)
+            loss = self.pipeline.step(rows)
         else:
-            loss = self._accumulate(inputs, targets)
+            loss = self._accumulate(rows)
         self.reduce_shared_gradients()
         return loss
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _accumulate(self, rows: Rows) -> Tensor:
         num = self.phase.num_microbatches
         total = torch.zeros((), device=self.device)
-        for index, (x, y) in enumerate(zip(inputs.chunk(num), targets.chunk(num), strict=True)):
+        for index, some in enumerate(rows.chunks(num)):
             last = index == num - 1
             with data_parallel.microbatch(self.modules[0], self.phase, last):
                 with self.marks.chunk("forward", "F0"):
-                    loss = self.modules[0](x, y) / num
+                    loss = self.modules[0](*[x for x in some if x is not None]) / num
                 with self.marks.chunk("backward", "B0"):
                     loss.backward()
             total += loss.detach()

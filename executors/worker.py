@@ -152,6 +152,7 @@ class Run:
             | {
                 "collectives_matched": "yes" if matched else "no",
                 REFERENCE_MATMUL: f"{statistics.median(self.pace_s or [pace.matmul_s()]):.6g}",
+                **_skipped_groups(self.trainer.optimizer),
             },
         )
         results = [result]
@@ -211,15 +212,17 @@ class Run:
         """This replica's sequences of the next step, or the batches that a user's module takes."""
         self.progress.step = step = self.next_step
         self.next_step += 1
-        plan = self.work.plan
+        workload, phase = self.work.plan.workload, self.work.plan.phase
         made: Any = None
         if isinstance(self.trainer, TracedTrainer):
             made = self.trainer.own_batch(step, self.dp_rank)
             self.trainer.seed_step(step, self.dp_rank)
         if made is not None:
             return made
-        tokens = data.batch(self.corpus, plan.workload.seed, step, plan.phase, self.dp_rank)
-        return tokens.to(self.device)
+        if workload.lengths is not None:
+            rows = data.packed_batch(self.corpus, workload, step, phase, self.dp_rank)
+            return rows.to(self.device)
+        return data.batch(self.corpus, workload.seed, step, phase, self.dp_rank).to(self.device)
 
     def train_step(self) -> tuple[float, float, tuple[bool, bool]]:
         """Seconds and mean loss of one step, and whether any rank wishes to stop or has no time.
@@ -316,7 +319,7 @@ class Run:
         phase = self.work.plan.phase
         if not any(piece.is_last for piece in self.trainer.pieces):
             return None
-        tokens = phase.micro_batch_seqs * phase.seq_tokens
+        tokens = phase.micro_batch_seqs * phase.seq_tokens // phase.mesh.cp
         return tokens, self.work.plan.model.vocab // phase.mesh.tp
 
     def profile_steps(self, calls: list[Call]) -> tuple[dict[str, float], bool]:
@@ -347,6 +350,12 @@ class Run:
             self.trainer.optimizer_step()
 
         return profile_step(ready, step, marks, calls, self.device)
+
+
+def _skipped_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """How many groups of an optimiser with 8-bit moments had gradients that were not finite."""
+    skipped = getattr(optimizer, "num_skipped", 0)
+    return {"skipped_groups": str(skipped)} if skipped else {}
 
 
 def _kind_of_run(work: job.Job) -> type[Run]:

@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..workload import Workload
 from .activations.portfolio import Names
 from .choosing import Choice, choices
-from .keeping import policies, sets_worth_keeping
+from .keeping import policies, policies_under, sets_worth_keeping
 from .pins import Pins
 from .space import base_options, enumerate_grid, everything, ordinary, plan_at, routes
 
@@ -176,8 +176,9 @@ class Candidates:
         r = self.request
         row = self.grid.take(slice(index, index + 1))
         route = self.routes[int(self.route[index])]
+        kept = policies_under(row, self.policies, route.pools, r.pins)
         chosen = r.cost.choices(
-            r.model, route, r.workload, row, self.policies, r.capacities(route), r.stages
+            r.model, route, r.workload, row, kept, r.capacities(route), r.stages
         )
         for choice in chosen:
             yield plan_at(r.model, route, r.workload, self.grid, index, choice.layers, choice.sizes)
@@ -250,7 +251,7 @@ def _policies(request: Request, grid: Layouts) -> tuple[Options, ...]:
     sets: Sequence[Names] = ()
     if r.pins.recompute is None and base.activations is None and everything(pools, r.pins):
         sets = r.cost.keep_sets(r.model, r.cluster, r.workload, grid, base)
-    return policies(pools, r.workload, base, r.pins, sets)
+    return policies(r.model, pools, r.workload, base, r.pins, sets)
 
 
 @dataclass(frozen=True)

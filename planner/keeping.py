@@ -7,10 +7,10 @@
     full       its input alone
     offload    everything, a fraction of it on the host
     fp8        everything, in fp8 where that is published to train as well (COAT), or a fraction of
-               that on the host; only where the workload allows the class `published`
+               that on the host; only where the workload allows it (`quality.py`)
 
-Executors run none, selective and full; where plans are made to be run here, the others are left
-out.
+Executors run none, selective, full and fp8; where plans are made to be run here, the others are
+left out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from ..cluster import Cluster, Pool
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
 from ..costmodel.prices import Prices
+from ..costmodel.techniques.storage import EXECUTED
 from ..model import Model
-from ..plan import TENSORS
+from ..plan import SCHEDULES, SPLIT_SCHEDULES, TENSORS
 from ..workload import Workload
 from .activations import Setting, layer_types
 from .activations.portfolio import Names, keep_sets
 from .pins import Pins
+from .quality import LOW_COMPUTE, is_allowed
 from .space import everything
 
 SEARCHED_MODES = ("none", "selective", "full")
@@ -43,7 +45,12 @@ MOST_GROUPS = 4
 
 
 def policies(
-    pools: Sequence[Pool], workload: Workload, base: Options, pins: Pins, sets: Sequence[Names]
+    model: Model,
+    pools: Sequence[Pool],
+    workload: Workload,
+    base: Options,
+    pins: Pins,
+    sets: Sequence[Names],
 ) -> tuple[Options, ...]:
     """The options of a layer, the plainest first; `sets` are the tensors worth keeping."""
     all_of_it = everything(pools, pins)
@@ -62,11 +69,36 @@ def policies(
     moved = pins.offload is None and "none" in modes and all_of_it
     if moved and all(pool.host for pool in pools):
         found += [replace(plain, offload=fraction) for fraction in SEARCHED_OFFLOADS]
-    if "published" in workload.quality and "none" in modes and all_of_it:
-        if base.activations is None and on_gpus:
-            stored = [replace(x, activations="fp8") for x in found if x.recompute == "none"]
-            found += [x for x in stored if x.offload in (offload, 1.0)]
+    stores = on_gpus and _may_store(model, base, runs=not all_of_it)
+    if "none" in modes and stores and is_allowed(workload, "storage"):
+        stored = [replace(x, activations="fp8") for x in found if x.recompute == "none"]
+        found += [x for x in stored if x.offload in (offload, 1.0)]
     return tuple(dict.fromkeys(found))
+
+
+def _may_store(model: Model, base: Options, runs: bool) -> bool:
+    """Whether activations may be stored in fp8 where the pins leave them as they are; `runs` where
+    executors must be able to.
+
+    Not those of a user's module, nor beside torchao's linears below 16 bits, which keep their
+    16-bit inputs.
+    """
+    if model.traced is not None or base.activations is not None:
+        return False
+    if base.compute in LOW_COMPUTE and base.recipe != "coat":
+        return False
+    return not runs or all(x.mlp in EXECUTED and x.is_plain for x in model.layers)
+
+
+def policies_under(
+    layout: Layouts, found: Sequence[Options], pools: Sequence[Pool], pins: Pins
+) -> tuple[Options, ...]:
+    """Those of the policies that go with one layout: where plans are made to be run here, layers
+    that store in 8 bits have no backward that can be split."""
+    if everything(pools, pins) or SCHEDULES[int(layout.schedule[0])] not in SPLIT_SCHEDULES:
+        return tuple(found)
+    stored = [own for own in found if own.activations is not None]
+    return tuple(own for own in found if own not in stored) or tuple(found)
 
 
 def sets_worth_keeping(

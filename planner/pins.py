@@ -16,9 +16,13 @@ from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
+    RECIPES,
     RECOMPUTE_MODES,
+    RUNTIMES,
     SCHEDULES,
+    STORAGE_DTYPES,
 )
+from .quality import LOW_COMPUTE
 
 
 class Pins(Value, frozen=True, kw_only=True):
@@ -40,6 +44,10 @@ class Pins(Value, frozen=True, kw_only=True):
     recompute: str | None = None
     precision: str | None = None
     """Dtype of the matmuls."""
+    recipe: str | None = None
+    """Scaling of matmuls below 16 bits."""
+    activations: str | None = None
+    """Storage dtype of saved activations; free means that of the tensors."""
     cp: int | None = None
     cp_kind: str | None = None
     """How cp cuts the sequence: one of `KINDS_OF_CP`."""
@@ -48,6 +56,8 @@ class Pins(Value, frozen=True, kw_only=True):
     """Fraction of saved activations that waits on the host."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
+    runtime: str | None = None
+    """How layers are launched, eager or compiled; free means eager."""
     stages: tuple[int, ...] | Literal["even"] | None = None
     """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
@@ -100,7 +110,11 @@ def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
     _check_choice("cp_kind", pins.cp_kind, KINDS_OF_CP)
     _check_choice("attention", pins.attention, ATTENTION_KERNELS)
+    _check_choice("runtime", pins.runtime, RUNTIMES)
     _check_choice("precision", pins.precision, COMPUTE_DTYPES)
+    _check_choice("recipe", pins.recipe, RECIPES)
+    _check_choice("activations", pins.activations, STORAGE_DTYPES)
+    check_precision(pins)
     if pins.offload is not None and not 0.0 <= pins.offload <= 1.0:
         raise InputError("offload", pins.offload, "not a fraction of the saved activations",
                          "give 0 to 1")  # fmt: skip
@@ -119,6 +133,29 @@ def check_stages(pins: Pins, model: Model) -> None:
     if total != model.num_layers:
         raise InputError("stages", text, f"are {total} layers, {model.name} has {model.num_layers}",
                          "give every stage its number of layers")  # fmt: skip
+
+
+def check_precision(pins: Pins) -> None:
+    """Raise InputError for precision, recipe and storage that do not go together."""
+    low = pins.precision in LOW_COMPUTE
+    if pins.recipe is not None and not low:
+        raise InputError("recipe", pins.recipe, "scales matmuls below 16 bits, and there are none",
+                         f"add --precision {LOW_COMPUTE[0]}, or drop it")  # fmt: skip
+    if pins.activations is None:
+        return
+    if low and pins.recipe in ("tensorwise", "rowwise"):
+        raise InputError("recipe", pins.recipe, "keeps 16-bit inputs of matmuls",
+                         "use --recipe coat, or drop --activations")  # fmt: skip
+    if pins.recompute not in (None, "none", "selective"):
+        raise InputError("activations", pins.activations,
+                         f"recompute {pins.recompute} does not keep the activations to be stored",
+                         "use --recompute none or selective")  # fmt: skip
+
+
+def recipe_of(pins: Pins) -> str:
+    """The scaling of matmuls: as pinned, else coat where operands are stored, else tensorwise."""
+    stored = pins.activations is not None and pins.precision in LOW_COMPUTE
+    return pins.recipe or ("coat" if stored else "tensorwise")
 
 
 RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4"}

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster import Cluster
+from ..costmodel.optimizers import refuse
 from ..costmodel.options import Options
 from ..document import Value, to_raw
 from ..estimate import Estimate
@@ -45,6 +46,7 @@ from .candidates import (
 from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
 from .pins import Pins, check_pins, check_stages
+from .quality import risks
 
 TOLERANCE = 0.01
 TRIES_PER_PLAN = 2
@@ -80,7 +82,9 @@ class SearchResult(Value, frozen=True, kw_only=True):
     def document(self) -> dict[str, Any]:
         """The JSON document of `forerun plan`."""
         return {
-            "plans": [to_raw(ranked) for ranked in self.plans],
+            "plans": [
+                {**to_raw(ranked), "quality": to_raw(risks(ranked.plan))} for ranked in self.plans
+            ],
             "search": to_raw(self.stats),
             "infeasible": to_raw(self.infeasible),
         }
@@ -121,6 +125,10 @@ def search(
     pins = Pins() if pins is None else pins
     check_pins(pins, [pool.device for pool in cluster.pools])
     check_stages(pins, model)
+    for pool in cluster.pools:
+        refused = refuse(workload.optimizer, pool)
+        if refused is not None:
+            raise refused
     request = Request(
         model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
     )

@@ -15,8 +15,9 @@ each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
 below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
-with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp and
-offload, which the executors lack, are off unless they are asked for.
+with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here,
+offload, which the executors lack, is off unless it is asked for, and so is cp beside experts and
+latent attention.
 
 Of several pools each holds the next stages of the pipeline, in either order (`routes`): the ranks
 of a stage divide the devices of every pool, and chunks of models with unlike layers are left out.
@@ -37,7 +38,10 @@ from numpy.typing import NDArray
 from ..cluster import Cluster, Pool
 from ..costmodel.layer_tensors import only_own
 from ..costmodel.layout import Ints, Layouts
+from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
+from ..costmodel.packing import Packing
+from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
@@ -57,7 +61,7 @@ from ..plan import (
 )
 from ..traced import Traced
 from ..workload import Workload
-from .pins import Pins
+from .pins import Pins, recipe_of
 
 GPIPE = SCHEDULES.index("gpipe")
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
@@ -117,13 +121,19 @@ CP_TOKENS = 2048
 
 def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
+    compute = compute_dtype(pools, pins)
     return Options(
-        compute=compute_dtype(pools, pins),
+        compute=compute,
+        recipe=recipe_of(pins),
+        linears=BY_SHAPE if compute in LOW_PRECISION else None,
+        activations=pins.activations,
         attention=pins.attention or "flash",
-        cp_kind="ring" if pins.cp_kind == "ring" else "zigzag",
+        runtime=pins.runtime or "eager",
+        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
         balance_loss=workload.balance_loss,
         clips=workload.clip_norm is not None,
+        packing=Packing.of(workload),
     )
 
 
@@ -176,14 +186,18 @@ def _contexts(
     """Pairs (cp, ulysses)."""
     shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if everything(pools, pins) and model.traced is None:
+    shares = all(layer.is_plain for layer in model.layers) or everything(pools, pins)
+    if model.traced is None and shares:
         most = min(pool.num_devices for pool in pools)
         free = [n for n in _powers(most) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
     for cp in _free_or(pins.cp, free):
         inside = max(1, gcd(*(pool.devices_per_node for pool in pools)) // tp)
         hybrids = [n for n in _powers(min(cp, inside)) if 1 < n < cp and cp % n == 0]
-        kinds = {"zigzag": [1], "ring": [1], "ulysses": [cp], "usp": hybrids}
+        paired = [1] if cp % 2 == 0 else []
+        kinds = {
+            "zigzag": [1], "ring": [1], "lightseq": paired, "ulysses": [cp], "usp": hybrids
+        }  # fmt: skip
         mixed = hybrids[-1:] if cp > inside else []
         ways = kinds[pins.cp_kind] if pins.cp_kind else [1, *mixed, cp]
         if cp == 1:
@@ -218,7 +232,9 @@ def _block(
         n for n in divisors(replica_seqs) if pins.micro_batch is None or n == pins.micro_batch
     ]
     sp_options = _free_or(pins.sp, [0, 1] if tp > 1 else [0])
-    schedules = _schedules(model.num_layers, pins, pp)
+    in_8_bits = pins.activations is not None or pins.precision in LOW_PRECISION
+    whole_backward = in_8_bits and not everything(pools, pins)
+    schedules = _schedules(model.num_layers, pins, pp, whole_backward)
     per_node = gcd(*(pool.devices_per_node for pool in pools))
     shards = _shards(pins, pp, dp, max(1, per_node // (tp * shape.cp)))
     experts = _experts(model, pools, pins, shape)
@@ -248,8 +264,11 @@ def _block(
     return grid if pins.zero is not None else grid.take(np.flatnonzero((zero != 2) | (count > 1)))
 
 
-def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
-    """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own."""
+def _schedules(num_layers: int, pins: Pins, pp: int, whole_backward: bool) -> list[tuple[int, int]]:
+    """Pairs (schedule, vpp) of a pipeline of pp ranks; one rank has no schedule of its own.
+
+    `whole_backward` says that layers do not split theirs; a pinned schedule is taken as it is.
+    """
     if pp == 1:
         kind = ONE_F_ONE_B if pins.schedule is None else SCHEDULES.index(pins.schedule)
         pairs = [(kind, 1)]
@@ -258,7 +277,8 @@ def _schedules(num_layers: int, pins: Pins, pp: int) -> list[tuple[int, int]]:
         if isinstance(pins.stages, tuple):
             chunks = [len(pins.stages) // pp] if pins.vpp is None else chunks
         pairs = [(ONE_F_ONE_B, 1), (GPIPE, 1), *((INTERLEAVED, n) for n in chunks if n > 1)]
-        pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
+        if not whole_backward or pins.schedule is not None:
+            pairs += [(kind, n) for kind in SPLIT for n in _chunks_of_split(kind, chunks)]
     return [
         (kind, vpp)
         for kind, vpp in pairs
@@ -420,6 +440,8 @@ def plan_at(
             for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
         }
     )
+    here = grid.take(np.array([row]))
+    layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
     split = bool(grid.sequence_parallel[row])
     groups = [group for group, layer in enumerate(model.layers) for _ in range(layer.repeat)]
     wanted = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)

@@ -13,10 +13,11 @@ import click
 import pytest
 
 import forerun
+from forerun.catalogs import load_technique, names
 from forerun.cli.reference import commands_markdown, every_command, with_demo_output
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/commands.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/commands.md", "docs/techniques.md")
 
 
 def text(page: str) -> str:
@@ -97,6 +98,12 @@ def modules_without_torch() -> list[str]:
 @pytest.mark.parametrize("name", modules_without_torch())
 def test_examples_in_docstrings_hold(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_technique_has_its_line_with_its_class() -> None:
+    line = r"^\| `([a-z0-9-]+)` \|.*\| ([a-z-]+) \|[^|]*\|$"
+    rows = re.findall(line, text("docs/techniques.md"), re.MULTILINE)
+    assert dict(rows) == {name: load_technique(name).exactness for name in names("techniques")}
 
 
 def test_changelog_keeps_its_form() -> None:

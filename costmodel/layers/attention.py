@@ -5,8 +5,8 @@ Context parallelism over cp = ulysses * ring ranks, s tokens of which a rank hol
     ulysses   all-to-alls turn a part of the sequence with all heads into a longer part with heads /
               ulysses: of Q, K, V before the core and of its output after it, 4 forward and 4
               backward; with fewer K and V heads than ulysses these are repeated before they go
-    ring      blocks of K and V pass ring - 1 neighbours while the core works on those it has, and
-              in backward again with their gradients
+    ring      blocks of K and V pass from rank to rank while the core works on those it has, and in
+              backward again with their gradients (`rings.py`)
 
 A core sees s / ring tokens. Of the causal square of s tokens a ring rank owns the share that a
 number of causal squares of s / ring tokens makes up, so the operator is priced by local squares:
@@ -14,6 +14,8 @@ number of causal squares of s / ring tokens makes up, so the operator is priced 
     zigzag    ring squares on every rank: two blocks from opposite ends each
     ring      2 ring - 1 on the slowest rank: one causal and ring - 1 full squares of two each;
               2 - 1 / ring times the balanced share
+    lightseq  ring + 1: one causal and ring / 2 full squares; the balanced share is
+              ring / (ring + 1) of that
 
 Sources: Liu, Zaharia, Abbeel 2023 (Ring Attention); Jacobs et al. 2023 (DeepSpeed-Ulysses).
 """
@@ -26,6 +28,7 @@ from ...model import Layer, Model
 from ..graph import Axes, Collective, Operator, Tensor
 from ..options import Options
 from .parts import TOKENS, elementwise, enter, leave, linear, norm, part, whole
+from .rings import SQUARES, messages
 
 CORE = "attention_core"
 
@@ -39,7 +42,8 @@ def self_attention(
     kv_width: Axes = ("kv_heads", "head_dim")
     q0 = Tensor(name="q0", axes=(*TOKENS, *width))
     k0 = Tensor(name="k0", axes=(*TOKENS, *kv_width))
-    v = Tensor(name="v", axes=(*TOKENS, *kv_width))
+    sent_width: Axes = ("kv_heads_sent", "head_dim")  # as ulysses sends them, repeated if few
+    v = Tensor(name="v", axes=(*TOKENS, *sent_width))
     o = Tensor(name="o", axes=(*TOKENS, *width))
     qkv_bias = layer.bias or layer.qkv_bias
     wq = linear("wq", n1g, q0, ("hidden",), width, qkv_bias)
@@ -50,19 +54,20 @@ def self_attention(
         enter("attention.enter", n1, n1g, sp),
     ]
     if model.positions == "rope":
-        q, k = Tensor(name="q", axes=q0.axes), Tensor(name="k", axes=k0.axes)
+        q, k = Tensor(name="q", axes=q0.axes), Tensor(name="k", axes=v.axes)
         rope_q = elementwise("rope_q", "rope", (q0,), q)
-        rope_k = elementwise("rope_k", "rope", (k0,), k)
+        rope_k = replace(elementwise("rope_k", "rope", (k0,), k), price_axes=(k0.axes,))
         projections = [
             wq,
             wk,
-            send_kv(wv, v, "head_dim"),
+            send(wv, v),
             send(rope_q, q),
-            send_kv(rope_k, k, "head_dim"),
+            send(rope_k, k),
         ]
     else:
-        q, k = q0, k0
-        projections = [send(wq, q), send_kv(wk, k, "head_dim"), send_kv(wv, v, "head_dim")]
+        q, k = q0, replace(k0, axes=v.axes)
+        wk = replace(wk, outputs=(k,))
+        projections = [send(wq, q), send(wk, k), send(wv, v)]
     return [
         *before,
         *projections,
@@ -73,22 +78,21 @@ def self_attention(
 
 def core(q: Tensor, k: Tensor, v: Tensor, o: Tensor, cp_kind: str) -> Operator:
     """The attention core; priced by (batch x heads x local squares, tokens, head size)."""
-    squares = "ring_squares" if cp_kind == "ring" else "zigzag_squares"
+    around = messages(cp_kind, CORE)
     lse = Tensor(name="lse", axes=(*TOKENS, "heads"), dtype="fp32")
     # with ulysses the core's output and the one sent back are two tensors, both kept
     sent = Tensor(name="o.sent", axes=(*o.axes, "if_ulysses"))
-    kv = Tensor(name="kv", axes=("batch", "seq_whole", "kv_heads_core", "kv_dims"))
-    around = Collective(kind="all_gather", axis="ring", buffer=kv, overlaps=CORE)
-    back = Collective(kind="reduce_scatter", axis="ring", buffer=kv, overlaps=CORE)
     return Operator(
         name=CORE,
         kind="attention",
-        price_axes=(("batch", "heads_core", squares), ("seq_core",), ("core_dim",)),
+        price_axes=(("batch", "heads_core", SQUARES[cp_kind]), ("seq_core",), ("core_dim",)),
         inputs=(q, k, v),
         outputs=(o,),
         saves=(q, k, v, o, lse, sent),
-        forward_collectives=(around,),
-        backward_collectives=(around, back),
+        forward_collectives=around.forward,
+        backward_collectives=around.backward,
+        held_forward=around.held_forward,
+        held_backward=around.held_backward,
     )
 
 

@@ -72,18 +72,22 @@ def _rank_params(layer: Layer, hidden: int, phase: Phase, index: int) -> float:
     return held * matrices * hidden * layer.experts.ffn_hidden / mesh.expert_tp
 
 
-def check(plan: Plan) -> None:
-    """Raise InputError for a setting that cannot be meant, or a budget that is too small."""
+def refuse(plan: Plan) -> InputError | None:
+    """Why the setting cannot be meant, or that its budget is too small; None where all is well."""
     setting = plan.phase.technique(NAME)
     if not setting:
-        return
+        return None
     unknown = sorted(setting.keys() - {"moments", "host_bytes"})
     if unknown:
-        raise InputError(NAME, unknown[0], "unknown setting", "give moments and host_bytes")
+        return InputError(NAME, unknown[0], "unknown setting", "give moments and host_bytes")
     if all(layer.experts is None for layer in plan.model.layers):
-        raise InputError(NAME, plan.model.name, "has no routed experts", "leave it out")
+        return InputError(NAME, plan.model.name, "has no routed experts", "leave it out")
+    if plan.workload.optimizer != "adamw":
+        return InputError("optimizer", plan.workload.optimizer, f"{NAME} keeps moments of adamw "
+                          "on the host", "use adamw, or leave it out")  # fmt: skip
     budget, needed = setting.get("host_bytes"), host_bytes(plan)
     if budget is not None and (not isinstance(budget, int) or needed > budget):
-        raise InputError(f"{NAME}.host_bytes", budget, f"the experts' moments take {needed} bytes "
-                         f"({format_bytes(needed)}) of a rank's host memory",
-                         "raise the budget, or raise ep or dp_shard")  # fmt: skip
+        return InputError(f"{NAME}.host_bytes", budget, f"the experts' moments take {needed} bytes "
+                          f"({format_bytes(needed)}) of a rank's host memory",
+                          "raise the budget, or raise ep or dp_shard")  # fmt: skip
+    return None

@@ -19,9 +19,10 @@ def rewrite(graph: Graph, mode: str, keep: Sequence[str] = ()) -> Graph:
     functions, rotary positions and the up-projections of latent attention run again, so that what
     they make is not kept (Megatron-Core's recompute modules). per_op: of the layer's tensors only
     its input, the attention's output and the output of every second matmul are kept, and all other
-    operators run again. full: only the layer's input is kept. tensors: the layer's input and the
-    tensors of `keep` are kept, and whatever makes the others again from them runs again. Embedding
-    and head are never recomputed.
+    operators run again. full: only the layer's input is kept. full_keep_attn: that, and the output
+    of attention with its statistics, so that attention does not run again (Li et al. 2023,
+    LightSeq, section 3.3). tensors: the layer's input and the tensors of `keep` are kept, and
+    whatever makes the others again from them runs again. Embedding and head are never recomputed.
     """
     if mode not in (*RECOMPUTE_MODES, TENSORS):
         raise InputError("recompute", mode, "unknown mode",
@@ -32,11 +33,25 @@ def rewrite(graph: Graph, mode: str, keep: Sequence[str] = ()) -> Graph:
         return _tensors(graph, keep)
     if mode == "full":
         return replace(graph, checkpointed=True)
+    if mode == "full_keep_attn":
+        return replace(graph, checkpointed=True, kept=_of_attention(graph))
     if mode == "per_op":
         return _per_op(graph)
     if mode == "elementwise":
         return _elementwise(graph)
     return replace(graph, operators=tuple(map(_selective, graph.operators)))
+
+
+def _of_attention(graph: Graph) -> tuple[Tensor, ...]:
+    """Outputs of attention and what it alone makes."""
+    kept: list[Tensor] = []
+    for op in graph.operators:
+        if op.kind.startswith("attention_unfused"):
+            problem = "keeps attention's output and statistics, and this kernel has scores instead"
+            raise InputError("recompute", "full_keep_attn", problem, "use --attention flash")
+        if op.kind.startswith("attention"):
+            kept += [*op.outputs, *(t for t in op.saves if t.name == "lse")]
+    return tuple(kept)
 
 
 def tensor_names(graph: Graph) -> tuple[str, ...]:
@@ -90,7 +105,10 @@ def _tensors(graph: Graph, keep: Sequence[str]) -> Graph:
 def _selective(op: Operator) -> Operator:
     if not op.kind.startswith("attention"):
         return op
-    return replace(op, saves=op.inputs, recomputed=True)
+    inputs = {t.name for t in op.inputs}
+    made = tuple(t for t in op.saves if t.name not in inputs and t.name in ("o", "lse"))
+    there = (*op.held_backward, *made)  # what a fused kernel keeps is made again for its backward
+    return replace(op, saves=op.inputs, recomputed=True, held_backward=there)
 
 
 CHEAP = ("rmsnorm", "layernorm", "swiglu", "geglu", "gelu", "squared_relu", "relu", "rope")

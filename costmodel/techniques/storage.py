@@ -4,7 +4,8 @@ As in COAT (Xi et al. 2024, arXiv 2410.19313): what norms and activation functio
 fp8 with a scale per group of 16 elements, what linears save as the fp8 operand of their
 weight-gradient matmul, with one scale; what attention saves stays in 16 bits, its output included,
 which the projection behind it reads. A linear whose matmul is fp8 has its operand already; all
-other stored tensors take a conversion in forward and another in backward.
+other stored tensors take a conversion in forward and another in backward, where one of them at a
+time stands beside the gradients that are made of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .precision import is_low_precision
 GROUPED = "fp8_g16"
 NORMS: tuple[str, ...] = get_args(Norm)
 ACTIVATIONS: tuple[str, ...] = get_args(Mlp)
+EXECUTED = ("swiglu", "geglu", "gelu", "squared_relu")
+"""MLPs whose executors store what their activation function saves."""
 
 
 def rewrite(graph: Graph, activations: str | None, recompute: str) -> Graph:
@@ -47,7 +50,8 @@ def rewrite(graph: Graph, activations: str | None, recompute: str) -> Graph:
         there |= {s.name for _, s in new}
         if new:
             operators.append(_convert(op, new))
-        operators.append(replace(op, saves=tuple(s for _, s in pairs)))
+        unpacks = tuple(t for t, s in pairs if s is not t and op.compute is None)[:1]
+        operators.append(replace(op, saves=tuple(s for _, s in pairs), unpacks=unpacks))
     return replace(graph, operators=tuple(operators))
 
 

@@ -12,7 +12,8 @@ Which axis a collective belongs to is known by its place in the order of issue, 
 as in the counted step before. When several are in flight the first to end is the one waited for.
 Messages of a pipeline are posted long before they are needed, and sends are waited for when they
 are long over: their waiting is what the pipeline marks as such. What a message itself takes is
-measured apart (`Pipeline.message_s`).
+measured apart (`Pipeline.message_s`). Messages between ranks that share a sequence are awaited
+where they arrive, and count as other collectives do.
 
 Limits: a gap between two operators while a collective is in flight counts as exposed though it may
 be Python at work. The profiler
@@ -163,15 +164,24 @@ def _with_axes(flights: Sequence[Any], calls: Sequence[Call]) -> tuple[list[Span
     """
     ordered = sorted(flights, key=lambda event: event.time_range.start)
     if len(ordered) == len(calls):
-        names = [c.kind if c.kind in ("send", "recv") else c.axis for c in calls]
+        names = map(awaited, calls)
         return [_span(event, name) for event, name in zip(ordered, names, strict=True)], True
     others = [call.axis for call in calls if call.kind not in ("send", "recv")]
     usual = statistics.mode(others) if others else "dp"
-    return [_span(event, _guess(event.name.lower(), usual)) for event in ordered], False
+    received = [awaited(call) for call in calls if call.kind == "recv"]
+    arriving = statistics.mode(received) if received else "recv"
+    return [_span(event, _guess(event.name.lower(), usual, arriving)) for event in ordered], False
 
 
-def _guess(name: str, usual: str) -> str:
-    return "recv" if "recv" in name else "send" if "send" in name else usual
+def awaited(call: Call) -> str:
+    """The axis of what a rank waits for; sends and a pipeline's messages are named as such."""
+    if call.kind == "send" or (call.kind == "recv" and call.axis == "pp"):
+        return call.kind
+    return call.axis
+
+
+def _guess(name: str, usual: str, arriving: str) -> str:
+    return arriving if "recv" in name else "send" if "send" in name else usual
 
 
 def attribute(seen: StepProfile, message_s: float = 0.0) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...mesh import Mesh
+from ...mesh import Mesh, reduced_over
 from ..torch_compat import is_fake, operator_name, resolve_group
 
 KINDS = {
@@ -105,6 +105,17 @@ def axis_of(mesh: Mesh, ranks: Sequence[int]) -> str:
     return mesh.wire_name(varying)
 
 
+def purpose(kind: str, axis: str) -> str:
+    """The axis that a collective serves: ranks that share a sequence send and exchange for it, and
+    reduce and gather as data-parallel ranks.
+
+    >>> purpose("all_reduce", "dp+cp"), purpose("send", "cp")
+    ('dp', 'cp')
+    """
+    own = ("send", "recv", "all_to_all")
+    return axis if kind in own else reduced_over(axis)
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Lists the collectives issued while entered, in order."""
 
@@ -139,7 +150,8 @@ class CollectiveCounter(TorchDispatchMode):
         if len(ranks) > 1:
             message_bytes = _message_bytes(func, kind, args, len(ranks))
             named = NAMED_GROUPS.get(getattr(group, "group_desc", ""))
-            self.calls.append(Call(kind, named or axis_of(self.mesh, ranks), message_bytes))
+            axis = named or purpose(kind, axis_of(self.mesh, ranks))
+            self.calls.append(Call(kind, axis, message_bytes))
 
 
 def _group(args: Sequence[Any]) -> Any:

@@ -25,6 +25,11 @@ ATTENTION = [
     (8, 64, 32), (16, 128, 16), (8, 128, 64), (32, 256, 32), (16, 256, 64), (8, 512, 32),
     (8, 512, 64), (4, 1024, 64), (8, 256, 128), (64, 128, 32),
 ]  # fmt: skip
+ATTENTION_FULL = [
+    (16, 64, 16, 32), (32, 64, 32, 64), (8, 128, 64, 64), (32, 128, 32, 128), (16, 256, 64, 128),
+    (8, 512, 32, 512), (8, 256, 128, 256),
+]  # fmt: skip
+FEW_ATTENTION_FULL = [(16, 64, 32, 32), (32, 128, 32, 128), (8, 512, 64, 256)]
 FEW_ATTENTION = [(8, 64, 32), (16, 128, 32), (32, 256, 32), (8, 512, 64)]
 NORM = [
     (64, 32), (256, 128), (1024, 64), (2048, 128), (2048, 256), (1024, 512), (8192, 128),
@@ -51,6 +56,10 @@ GROUPED = [
 FEW_GROUPED = [(64, 32, 32, 4), (1024, 320, 128, 8), (1024, 128, 320, 8), (4096, 256, 256, 8)]
 ROUTING = [(64, 8), (512, 8), (2048, 8), (2048, 64), (8192, 16)]
 PERMUTE = [(2**10, 2), (2**14, 2), (2**16, 2), (2**16, 4), (2**18, 2), (2**18, 8), (2**20, 2)]
+
+
+CASTS = ("quantize", "quantize_weight", "quantize_store")
+CAST_ELEMENTS = [2**12, 2**16, 2**20]
 
 
 def _few(points: list[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
@@ -91,6 +100,7 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
         "linear": _by_work(linear),
         "linear_wgrad": _by_work(linear),
         "attention": FEW_ATTENTION if few else ATTENTION,
+        "attention_full": FEW_ATTENTION_FULL if few else ATTENTION_FULL,
         "rmsnorm": FEW_NORM if few else NORM,
         "layernorm": FEW_NORM if few else NORM,
         **_elementwise(FEW_ELEMENTS if few else ELEMENTS),
@@ -103,6 +113,8 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
+        grid["adamw_fp8"] = _few(ADAMW[:6], 3)
+        grid |= {name: [(count,) for count in CAST_ELEMENTS] for name in CASTS}
     return grid
 
 
@@ -113,6 +125,8 @@ def cuda_grid(dtype: str) -> Grid:
               (8192, 28672), (512, 4096), (4096, 512), (128256, 4096)]  # fmt: skip
     rows = (256, 2048, 8192) if dtype == "fp32" else (256, 2048, 8192, 32768)
     linear: list[tuple[int, ...]] = [(m, n, k) for m, (n, k) in product(rows, shapes)]
+    if dtype == "fp8":
+        return {"linear": _by_work(linear), "linear_wgrad": _by_work(linear)}
     tokens = [(256, 1024), (2048, 1024), (2048, 4096), (8192, 4096), (8192, 8192), (32768, 8192)]
     elements = [2**count for count in (10, 14, 17, 20, 22, 24, 26, 28)]
     grid: Grid = {
@@ -121,6 +135,10 @@ def cuda_grid(dtype: str) -> Grid:
         "attention": [
             (16, 512, 64), (32, 1024, 64), (64, 2048, 64), (32, 2048, 128), (32, 4096, 128),
             (32, 8192, 128), (8, 16384, 128), (8, 32768, 128),
+        ],
+        "attention_full": [
+            (32, 1024, 64, 512), (32, 2048, 128, 1024), (32, 2048, 128, 2048),
+            (32, 4096, 128, 4096), (8, 8192, 128, 8192), (8, 16384, 128, 16384),
         ],
         "rmsnorm": list(tokens),
         "layernorm": list(tokens),
@@ -142,6 +160,9 @@ def cuda_grid(dtype: str) -> Grid:
     }  # fmt: skip
     if dtype == "fp32":
         grid["adamw"] = [(2**16, 20), (2**20, 20), (2**24, 100), (2**27, 100), (2**28, 300)]
+        grid["adamw_fp8"] = grid["adamw"][:4]
+    else:
+        grid |= {name: [(count,) for count in elements[1:7]] for name in CASTS}
     return grid
 
 

@@ -156,6 +156,8 @@ class HostTimes:
             "full": tiny_plan(MANY, recompute="full"),
             "experts.few": tiny_plan(FEW, experts=steps.EXPERTS),
             "experts.many": tiny_plan(MANY, experts=steps.EXPERTS),
+            "documents.few": tiny_plan(FEW, documents=True),
+            "documents.many": tiny_plan(MANY, documents=True),
         }
         times = steps.run_interleaved(plans)
         few, many = times["few"], times["many"]
@@ -169,6 +171,9 @@ class HostTimes:
         layers_s = FEW * (self.forward_s + self.backward_s)
         self._keep("layer_forward", self.forward_s - self.block_s[0])
         self._keep("layer_backward", self.backward_s - self.block_s[1])
+        for name, whole in (("forward", self.forward_s), ("backward", self.backward_s)):
+            packed = per_layer_s(times["documents.few"], times["documents.many"], name)
+            self._keep(f"document_{name}", (packed - whole) / SEQ)
         few, many = times["experts.few"], times["experts.many"]
         self.expert_forward_s = per_layer_s(few, many, "forward")
         self.expert_backward_s = per_layer_s(few, many, "backward")
@@ -191,6 +196,8 @@ class HostTimes:
             plans[f"tp_sp.{label}"] = tiny_plan(layers, mesh=Mesh(tp=2), sequence_parallel=True)
             apart = Mesh(dp_replicate=2, ep=2)
             plans[f"ep.{label}"] = tiny_plan(layers, mesh=apart, experts=steps.EXPERTS)
+            plans[f"ring.{label}"] = tiny_plan(layers, mesh=Mesh(cp=2))
+            plans[f"ulysses.{label}"] = tiny_plan(layers, mesh=Mesh(cp=2, ulysses=2))
         times = steps.run_interleaved(plans)
         kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p")
         calls = {kind: _call_s(kind, self.rank) for kind in kinds}
@@ -201,6 +208,12 @@ class HostTimes:
         self._extra("tp_layer", times, "tp", 2 * calls["all_reduce"], 2 * calls["all_reduce"])
         both = 2 * (calls["all_gather"] + calls["reduce_scatter"])
         self._extra("tp_sp_layer", times, "tp_sp", both, both)
+        self._extra("ulysses_layer", times, "ulysses", *[4 * calls["all_to_all"]] * 2)
+        block = self.operators.of("attention_full", HEADS, SEQ // 2, HEAD_DIM, SEQ // 4)
+        add = self.operators.of("add", SEQ * HIDDEN)[0]
+        # a round is priced as an all-gather's, and there are two of them in backward
+        self._extra("ring_block", times, "ring", calls["all_gather"] + block[0] + add,
+                    2 * calls["all_gather"] + block[1] + 2 * add)  # fmt: skip
         few, many = times["ep.few"], times["ep.many"]
         for name, alone_s, num_calls in (
             ("forward", self.expert_forward_s, 3),
@@ -219,7 +232,8 @@ class HostTimes:
         forward_calls_s: float,
         backward_calls_s: float,
     ) -> None:
-        """Time per layer beyond that of one process and beyond the calls of collectives."""
+        """Time per layer beyond that of one process and beyond what is priced: calls of
+        collectives, further operators."""
         few, many = times[f"{family}.few"], times[f"{family}.many"]
         forward, backward = per_layer_s(few, many, "forward"), per_layer_s(few, many, "backward")
         self._keep(f"{name}_forward", forward - self.forward_s - forward_calls_s)
@@ -254,7 +268,7 @@ def _num_tensors(timed: TimedTrainer) -> int:
 
 def _call_s(kind: str, rank: int) -> float:
     """This thread's processor time of one small collective, which its measured curve includes."""
-    whole, other, shard = torch.ones(1024), torch.ones(1024), torch.ones(512)
+    whole, shard, other = torch.ones(1024), torch.ones(512), torch.ones(1024)
     calls: dict[str, Callable[[], object]] = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "all_gather": lambda: dist.all_gather_into_tensor(whole, shard),

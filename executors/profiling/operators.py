@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...experts import Experts
+from ...kernels.fp8_cast import E4M3, E5M2, cast, pack_groups, unpack_groups
+from ..adamw_fp8 import AdamWFp8
 from ..decoder import token_loss
 from ..experts.grouped import GroupedLinear, Groups
 from ..experts.routing import route
 from ..experts.rows import Permute, Unpermute, sorted_places
 from ..rotary import rotary_table, rotate
+from ..torch_compat import scaled_matmul
 from .timing import Buffers, Call, Clock, Ring
 
 Sizes = tuple[int, ...]
@@ -52,10 +55,8 @@ class Bench:
     work: Callable[[Sizes], float]
     """Proportional to the time of large sizes; to skip those that would take too long."""
 
-    @property
-    def engine(self) -> bool:
-        """Whether backward goes through autograd's engine (a linear's is two plain GEMMs)."""
-        return self.prepare is not _linear
+    engine: bool = True
+    """Whether backward goes through autograd's engine (a linear's is two plain GEMMs)."""
 
 
 def _leaves(tensors: list[Tensor]) -> list[Tensor]:
@@ -138,6 +139,24 @@ def _attention(buffers: Buffers, sizes: Sizes) -> Case:
     return _through_autograd(core, triples[0], triples, buffers)
 
 
+def _attention_full(buffers: Buffers, sizes: Sizes) -> Case:
+    """Attention of some queries on all of some keys, of which there may be more or fewer."""
+    batch_heads, queries, head_dim, keys = sizes
+    heads = next(h for h in (4, 2, 1) if batch_heads % h == 0)
+    batch = batch_heads // heads
+
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+
+    count = max(2, buffers.copies(batch_heads * (queries + 2 * keys) * head_dim))
+    asking = _leaves(buffers.rotating(batch, queries, heads, head_dim, count=count))
+    given = _leaves(buffers.rotating(batch, keys, heads, head_dim, count=2 * count))
+    triples = list(zip(asking, given[::2], given[1::2], strict=False))
+    return _through_autograd(core, triples[0], triples, buffers)
+
+
 def _norm(kind: type[nn.Module]) -> Callable[[Buffers, Sizes], Case]:
     def prepare(buffers: Buffers, sizes: Sizes) -> Case:
         rows, width = sizes
@@ -177,7 +196,7 @@ def rope_shape(elements: int) -> tuple[int, int, int, int]:
 
 def _rope(buffers: Buffers, sizes: Sizes) -> Case:
     shape = rope_shape(sizes[0])
-    table = rotary_table(shape[1], shape[3], 10000.0, buffers.device)
+    table = rotary_table(torch.arange(shape[1], device=buffers.device), shape[3], 10000.0)
     rotating = [(x,) for x in _leaves(buffers.rotating(*shape))]
     return _through_autograd(lambda x: rotate(x, table), rotating[0], rotating, buffers)
 
@@ -323,6 +342,101 @@ def _adamw(buffers: Buffers, sizes: Sizes) -> Case:
     return Case(lambda: next(turn).step())
 
 
+def _adamw_fp8(buffers: Buffers, sizes: Sizes) -> Case:
+    """AdamW with moments in 8 bits, on matrices of 256 columns."""
+    elements, tensors = sizes
+    rows = max(1, elements // tensors // COLUMNS)
+    count = max(1, min(6, buffers.cold_bytes // (10 * elements)))
+    optimizers: list[torch.optim.Optimizer] = []
+    for _ in range(count):
+        params = [
+            nn.Parameter(torch.zeros(rows, COLUMNS, device=buffers.device)) for _ in range(tensors)
+        ]
+        for param in params:
+            param.grad = torch.full_like(param, 1e-3)
+        optimizers.append(AdamWFp8(params, lr=1e-6))
+        optimizers[-1].step()  # makes the states
+    turn = itertools.cycle(optimizers)
+    return Case(lambda: next(turn).step())
+
+
+COLUMNS = 256
+"""Width of the matrices that are cast."""
+
+
+def _matrices(buffers: Buffers, elements: int) -> Iterator[Tensor]:
+    columns = min(COLUMNS, elements)
+    return itertools.cycle(buffers.rotating(elements // columns, columns))
+
+
+def _quantize(buffers: Buffers, sizes: Sizes) -> Case:
+    """The cast of a matmul's input; as backward that of an output's gradient. In both orders on a
+    GPU, where matmuls want them."""
+    inputs, both = _matrices(buffers, sizes[0]), buffers.device.type == "cuda"
+    return Case(
+        lambda: _drop(cast(next(inputs), E4M3, transposed=both)),
+        lambda: lambda: _drop(cast(next(inputs), E5M2, transposed=both)),
+    )
+
+
+def _quantize_weight(buffers: Buffers, sizes: Sizes) -> Case:
+    """The cast of a weight; as backward in the other order, its scale known."""
+    weights = _matrices(buffers, sizes[0])
+    scale = torch.ones((), device=buffers.device)
+    on_cuda = buffers.device.type == "cuda"
+    return Case(
+        lambda: _drop(cast(next(weights), E4M3)),
+        lambda: (
+            lambda: _drop(cast(next(weights), E4M3, scale, plain=not on_cuda, transposed=on_cuda))
+        ),
+    )
+
+
+def _quantize_store(buffers: Buffers, sizes: Sizes) -> Case:
+    """Activations to 8 bits with scales by group, and back."""
+    inputs = _matrices(buffers, sizes[0])
+    packed = [pack_groups(next(inputs)) for _ in range(2)]
+    turn = itertools.cycle(packed)
+    return Case(
+        lambda: _drop(pack_groups(next(inputs))),
+        lambda: lambda: _drop(unpack_groups(*next(turn), buffers.dtype)),
+    )
+
+
+def _drop(_: object) -> None:
+    """A result that nobody keeps."""
+
+
+def _low_linear(buffers: Buffers, sizes: Sizes) -> Case:
+    """x W^T on 8-bit operands; backward = the input's gradient, whose operands are as long."""
+    m, n, k = sizes
+    return Case(
+        _low_matmul(buffers, m, n, k, fast=True),
+        lambda: _low_matmul(buffers, m, k, n, fast=False),
+    )
+
+
+def _low_linear_wgrad(buffers: Buffers, sizes: Sizes) -> Case:
+    """g^T x on 8-bit operands, both turned."""
+    m, n, k = sizes
+    return Case(_low_matmul(buffers, n, k, m, fast=False))
+
+
+def _low_matmul(buffers: Buffers, rows: int, columns: int, inner: int, *, fast: bool) -> Call:
+    a = cast(buffers.take(rows, inner), E4M3)
+    others = [cast(b, E4M3) for b in buffers.rotating(columns, inner)]
+    turn = itertools.cycle([b.codes_MK for b in others])
+    assert a.codes_MK is not None
+    codes, scale = a.codes_MK, a.scale
+
+    def call() -> None:
+        b = next(turn)
+        assert b is not None
+        scaled_matmul(codes, b, scale, buffers.dtype, fast=fast)
+
+    return call
+
+
 def _host_copy(to_device: bool) -> Callable[[Buffers, Sizes], Case]:
     def prepare(buffers: Buffers, sizes: Sizes) -> Case:
         host = torch.zeros(sizes, dtype=buffers.dtype, pin_memory=True)
@@ -352,9 +466,12 @@ ROWS = ("rows", "width")
 ELEMENTS = ("elements",)
 
 BENCHES: dict[str, Bench] = {
-    "linear": Bench(("m", "n", "k"), _linear, _volume),
+    "linear": Bench(("m", "n", "k"), _linear, _volume, engine=False),
     "linear_wgrad": Bench(("m", "n", "k"), _linear_wgrad, _volume),
     "attention": Bench(("batch_heads", "seq", "head_dim"), _attention, _attention_work),
+    "attention_full": Bench(
+        ("batch_heads", "queries", "head_dim", "keys"), _attention_full, _volume
+    ),
     "rmsnorm": Bench(ROWS, _norm(nn.RMSNorm), _volume),
     "layernorm": Bench(ROWS, _norm(nn.LayerNorm), _volume),
     "swiglu": Bench(ELEMENTS, _elementwise(lambda g, u: F.silu(g) * u, 2), _volume),
@@ -374,9 +491,24 @@ BENCHES: dict[str, Bench] = {
     "permute": Bench(("elements", "copies"), _permute, _volume),
     "unpermute": Bench(("elements", "copies"), _unpermute, _volume),
     "adamw": Bench(("elements", "tensors"), _adamw, lambda sizes: float(sizes[0])),
+    "adamw_fp8": Bench(("elements", "tensors"), _adamw_fp8, lambda sizes: float(sizes[0])),
+    "quantize": Bench(ELEMENTS, _quantize, _volume, engine=False),
+    "quantize_weight": Bench(ELEMENTS, _quantize_weight, _volume, engine=False),
+    "quantize_store": Bench(ELEMENTS, _quantize_store, _volume, engine=False),
     "copy_h2d": Bench(ELEMENTS, _host_copy(True), _volume),
     "copy_d2h": Bench(ELEMENTS, _host_copy(False), _volume),
 }
+
+LOW_BENCHES: dict[str, Bench] = {
+    "linear": Bench(("m", "n", "k"), _low_linear, _volume, engine=False),
+    "linear_wgrad": Bench(("m", "n", "k"), _low_linear_wgrad, _volume, engine=False),
+}
+"""Operators on 8-bit operands."""
+
+
+def benches(dtype: str) -> dict[str, Bench]:
+    """The operators of a phase."""
+    return LOW_BENCHES if dtype == "fp8" else BENCHES
 
 
 def engine_start_s(clock: Clock, device: torch.device) -> float:

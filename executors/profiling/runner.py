@@ -72,7 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def phases(self) -> list[Phase]:
         """In the order of measurement."""
         if self.device == "cuda":
-            found = [Phase(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16")]
+            found = [Phase(dtype, 1) for dtype in self.dtypes or ("fp32", "bf16", "fp8")]
             compiled = not self.quick and self.grid is None
             return [*found, Phase("bf16", 1, "compiled")] if compiled else found
         busy = self.busy or ((1, 2) if self.quick else (1, 2, 4))

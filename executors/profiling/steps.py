@@ -16,10 +16,12 @@ import torch
 
 from ...catalogs import load_cluster
 from ...experts import Experts
+from ...lengths import Lengths
 from ...mesh import Mesh
 from ...model import Layer, Model
 from ...plan import Phase, Plan, Setting, even_stages, techniques
 from ...workload import Workload
+from ..data import Rows
 
 if TYPE_CHECKING:
     from ..trainer import Trainer
@@ -44,8 +46,10 @@ def tiny_plan(
     runtime: str = "eager",
     num_microbatches: int = 1,
     experts: Experts | None = None,
+    documents: bool = False,
 ) -> Plan:
-    """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch."""
+    """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch; with
+    `documents` each token is one."""
     layer = Layer(
         repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN,
         experts=experts,
@@ -68,7 +72,11 @@ def tiny_plan(
     return Plan(
         model=Model(name="negligible", hidden=HIDDEN, vocab=VOCAB, layers=(layer,)),
         cluster=load_cluster(f"{mesh.world}xcpu"),
-        workload=Workload(seq_tokens=SEQ, global_batch_seqs=num_microbatches * mesh.dp),
+        workload=Workload(
+            seq_tokens=SEQ,
+            global_batch_seqs=num_microbatches * mesh.dp,
+            lengths=Lengths.of("tokens", [1], "made up") if documents else None,
+        ),
         phases=(phase,),
     )
 
@@ -102,7 +110,9 @@ class TimedTrainer:
         self.trainer: Trainer = build(plan, device=device)
         count = plan.phase.num_microbatches * plan.phase.micro_batch_seqs
         tokens = torch.arange(count * (SEQ + 1)).remainder(VOCAB).view(count, SEQ + 1)
-        self.tokens = tokens.to(device)
+        self.rows = Rows.of(tokens.to(device))
+        if plan.workload.lengths is not None:
+            self.rows = self.rows._replace(documents_BN=torch.arange(1, SEQ + 1).repeat(count, 1))
         self.samples: list[dict[str, float]] = []
 
     def step(self) -> None:
@@ -112,7 +122,7 @@ class TimedTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         start = self.clock()
-        self.trainer.forward_backward(self.tokens)
+        self.trainer.forward_backward(self.rows)
         self.trainer.optimizer_step()
         times.seconds["total"] = self.clock() - start
         self.samples.append(times.seconds)

@@ -21,11 +21,12 @@ from ...measurement import REFERENCE_MATMUL
 from ..measure.pace import matmul_s
 from . import collectives, gpu_host, grids, host
 from .collectives import Groups, Setting
-from .operators import BENCHES, Bench, Sizes, engine_start_s
+from .operators import Bench, Sizes, benches, engine_start_s
 from .runner import Findings, Phase, Request, Timing
 from .timing import Buffers, Clock, CpuClock, CudaClock, median
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of the tensors between operators."""
 PHASE_S = {("fp32", 1): 8.0, ("fp32", 2): 7.0, ("fp32", 4): 4.0,
            ("bf16", 1): 3.0, ("bf16", 2): 2.0, ("bf16", 4): 1.0}  # fmt: skip
 QUICK_PHASE_S = 5.0
@@ -95,7 +96,7 @@ class Worker:
         if self.request.budget_s is not None:
             return self.request.budget_s
         if self.device.type == "cuda":
-            return 30.0
+            return 10.0 if dtype == "fp8" else 30.0
         return QUICK_PHASE_S if self.request.quick else PHASE_S.get((dtype, busy), 8.0)
 
     def operators(self, phase: Phase) -> None:
@@ -105,7 +106,9 @@ class Worker:
         of a shared machine drifts within minutes; `settled` turns units into seconds.
         """
         dtype, busy, runtime = phase
-        buffers = Buffers(self.device, DTYPES[dtype], runtime)
+        if dtype == "fp8" and not has_fp8(self.device):
+            return
+        buffers, known = Buffers(self.device, DTYPES[dtype], runtime), benches(dtype)
         engine_s = engine_start_s(self.clock, self.device) / self.pace_s()
         grid = self.grid(phase)
         rounds = 2 if dtype == "fp32" and busy <= self.cores and not self.request.quick else 1
@@ -115,9 +118,9 @@ class Worker:
         samples: dict[tuple[str, Sizes], tuple[list[float], list[float]]] = {}
         for _ in range(rounds):
             for name, points in grid.items():
-                self._sweep(name, points, buffers, point_budget_s, busy, samples)
+                self._sweep(name, known[name], points, buffers, point_budget_s, busy, samples)
         for (name, size), (forward, backward) in samples.items():
-            bench = BENCHES[name]
+            bench = known[name]
             backward_s = None
             if backward:
                 less = engine_s if bench.engine else 0.0
@@ -130,6 +133,7 @@ class Worker:
     def _sweep(
         self,
         name: str,
+        bench: Bench,
         points: list[Sizes],
         buffers: Buffers,
         budget_s: float,
@@ -137,7 +141,7 @@ class Worker:
         samples: dict[tuple[str, Sizes], tuple[list[float], list[float]]],
     ) -> None:
         """One round over an operator's points; the time of each bounds that of the next."""
-        bench, slowest_rate = BENCHES[name], 0.0
+        slowest_rate = 0.0
         taken: list[tuple[Sizes, list[float], list[float]]] = []
         pace_s = self.pace_s()
         for size in points:
@@ -262,6 +266,11 @@ class Worker:
             found["device_memory_bytes"] = str(properties.total_memory)
             found |= gpu_host.card()
         return found
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has matmuls on 8-bit floats; CPUs emulate them."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def training_process_bytes() -> float:

@@ -94,7 +94,9 @@ def offload_experts(plan: Plan, host_bytes: int | None) -> Plan:
         for phase in plan.phases
     )
     changed = msgspec.structs.replace(plan, phases=phases)
-    expert_offload.check(changed)
+    reason = expert_offload.refuse(changed)
+    if reason is not None:
+        raise reason
     return changed
 
 

@@ -5,12 +5,12 @@
 from the cost model (`model_costs`) or from coefficients measured elsewhere.
 """
 
+from ...catalogs import read_lengths
 from .assignment import Assignment, MicroBatch, Pass
 from .check import WrongAssignment, check
 from .costs import Costs, published_costs
 from .groups import solve_groups
 from .hybrid import hybrid_bound, solve_hybrid
-from .lengths import read_lengths
 from .priced import model_costs
 from .static import Static, best_static, solve
 

@@ -99,6 +99,15 @@ class Mesh(Value, frozen=True, kw_only=True):
         over = [axis for axis in self.AXES if getattr(self, axis) > 1] if axes is None else axes
         return "+".join(dict.fromkeys("dp" if a.startswith("dp_") else a for a in over))
 
+    def reduction_name(self) -> str:
+        """What a sum over all ranks is filed under: ranks that share a sequence reduce as
+        data-parallel ones.
+
+        >>> Mesh(cp=2, dp_shard=2).reduction_name(), Mesh(cp=2, pp=2).reduction_name()
+        ('dp', 'pp+cp')
+        """
+        return reduced_over(self.wire_name())
+
     def stride(self, axis: str) -> int:
         """Rank distance of neighbours along an axis: the product of the axes inside it."""
         stride = 1
@@ -127,3 +136,8 @@ class Mesh(Value, frozen=True, kw_only=True):
             equation = " * ".join(f"{axis}={n}" for axis, n in self.shape().items())
             raise InputError("mesh", equation, f"multiplies to {self.world}, not to {num_devices}",
                              "change a degree or the number of GPUs")  # fmt: skip
+
+
+def reduced_over(name: str) -> str:
+    """The name of a reduction over the axes of a wire name."""
+    return "dp" if name in ("cp", "dp+cp") else name

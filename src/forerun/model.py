@@ -72,6 +72,11 @@ class Layer(Value, frozen=True, kw_only=True):
         return self.seq_tokens or math.ceil(self.seq_share * seq_tokens)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it has neither routed experts nor latent attention."""
+        return self.experts is None and self.latent is None
+
+    @property
     def mlp_widths(self) -> tuple[int, ...]:
         """Widths of the MLP that tensor parallelism divides: the dense one, or the experts'."""
         if self.experts is None:
@@ -131,7 +136,7 @@ class Layer(Value, frozen=True, kw_only=True):
         params = self.attention_params(hidden) + self.mlp_params(hidden) + self.norm_params(hidden)
         return params + self.cross_params(hidden, source_hidden) + modulation
 
-    def forward_flops_per_token(self, hidden: int, tokens: int) -> float:
+    def forward_flops_per_token(self, hidden: int, tokens: float) -> float:
         """FLOPs of one token's forward through one such layer with `tokens` in the sequence.
 
         Causal attention at half of the full square; attention over an encoder's output and
@@ -317,11 +322,12 @@ class Model(Document, frozen=True, kw_only=True):
         layers = sum(layer.repeat * self.layer_params(layer) for layer in self.layers)
         return self.embedding_params + layers + self.head_params
 
-    def flops_per_token(self, seq_tokens: int) -> float:
+    def flops_per_token(self, seq_tokens: int, attended_tokens: float | None = None) -> float:
         """Model FLOPs of one token, forward and backward (a multiply-add is two).
 
         Three times the forward matmuls, causal attention counted at half of the full square,
-        head included, embedding look-up and recomputation not: the numerator of MFU.
+        head included, embedding look-up and recomputation not: the numerator of MFU. Where
+        documents are packed, a token attends within its own, of `attended_tokens` in the mean.
         """
         if self.traced is not None:
             return self.traced.flops_per_sample / seq_tokens
@@ -329,7 +335,8 @@ class Model(Document, frozen=True, kw_only=True):
             return self.flops_per_sample(seq_tokens) / seq_tokens
         forward = 2.0 * self.hidden * self.vocab
         for layer in self.layers:
-            forward += layer.repeat * layer.forward_flops_per_token(self.width(layer), seq_tokens)
+            tokens = seq_tokens if attended_tokens is None else attended_tokens
+            forward += layer.repeat * layer.forward_flops_per_token(self.width(layer), tokens)
         return 3.0 * forward
 
     def flops_per_sample(self, seq_tokens: int) -> float:

@@ -31,15 +31,24 @@ V_SCHEDULES: tuple[str, ...] = ("zb-v", "dualpipev")
 """Those of two chunks per rank, placed in a V."""
 LOOPED_SCHEDULES: tuple[str, ...] = ("interleaved", "interleaved-zb")
 """Those of two or more chunks per rank, placed in rounds."""
-RECOMPUTE_MODES: tuple[str, ...] = ("none", "selective", "full", "per_op", "elementwise")
+RECOMPUTE_MODES: tuple[str, ...] = (
+    "none", "selective", "full", "full_keep_attn", "per_op", "elementwise"
+)  # fmt: skip
 TENSORS = "tensors"
 """The recompute mode that names every tensor of a layer that is kept (setting `keep`)."""
-CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses")
-"""How the sequence is cut: balanced ring, contiguous blocks in a ring, or all by all-to-all."""
+CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
+"""How the sequence is cut: balanced ring, contiguous blocks in a ring, all by all-to-all, or
+contiguous blocks whose early ranks help the late ones."""
 KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 """What a user may ask for; usp is a balanced ring of groups that exchange by all-to-all."""
+RUNTIMES: tuple[str, ...] = ("eager", "compiled")
+"""How a run launches a layer's operators: one by one, or compiled as a whole."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
 COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
+RECIPES: tuple[str, ...] = ("tensorwise", "rowwise", "coat")
+"""How matmuls below 16 bits are scaled."""
+STORAGE_DTYPES: tuple[str, ...] = ("fp8",)
+"""Of saved activations, where it is not the dtype of the tensors."""
 
 
 MOST_SIZES = 8
@@ -123,7 +132,9 @@ class Phase(Value, frozen=True, kw_only=True):
             else:
                 parts.append(f"{kind}{mesh.dp}")
         if mesh.cp > 1:
-            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else ""))
+            kind = str(self.technique("context-parallel").get("kind", CP_KINDS[0]))
+            parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else "")
+                         + (f"-{kind}" if kind in ("ring", "lightseq") else ""))  # fmt: skip
         if mesh.ep > 1:
             parts.append(f"ep{mesh.ep}{self._placement()}")
         if mesh.tp > 1:
@@ -136,7 +147,7 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append("single")
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
-        parts.append(self.compute_dtype)
+        parts.append(self._precision())
         runtime = str(self.technique("runtime").get("mode", "eager"))
         parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
@@ -151,6 +162,12 @@ class Phase(Value, frozen=True, kw_only=True):
         if not placed:
             return ""
         return f"-placed~{sha256(msgspec.json.encode(placed)).hexdigest()[:4]}"
+
+    def _precision(self) -> str:
+        """Compute dtype with its recipe."""
+        settings = self.technique("precision")
+        recipe = f"-{settings['recipe']}" if "recipe" in settings else ""
+        return f"{self.compute_dtype}{recipe}"
 
     def _schedule_label(self) -> str:
         """The schedule's name; a hash where the orders are the user's or a solver's."""
@@ -222,8 +239,12 @@ class Plan(Document, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The labels of the phases."""
-        return "+".join(phase.label for phase in self.phases)
+        """The labels of the phases, an optimiser that is not AdamW with plain moments, and whether
+        documents are packed into sequences."""
+        label = "+".join(phase.label for phase in self.phases)
+        if self.workload.optimizer != "adamw":
+            label += f"_{self.workload.optimizer.replace('_', '-')}"
+        return f"{label}_packed" if self.workload.lengths is not None else label
 
     def check(self) -> None:
         """Raise InputError when the plan contradicts itself, its model or its cluster."""
@@ -318,6 +339,10 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if kind == "ulysses" and mesh.ulysses != mesh.cp:
         raise _refuse("cp-kind", kind, f"is all of cp={mesh.cp}, not ulysses={mesh.ulysses} of it",
                       f"set ulysses to {mesh.cp}, or use zigzag")  # fmt: skip
+    ring = mesh.cp // mesh.ulysses
+    if kind == "lightseq" and ring > 1 and ring % 2:
+        raise _refuse("cp-kind", kind, f"pairs up the ranks of its ring, and {ring} is odd",
+                      "use an even --cp, or zigzag")  # fmt: skip
 
 
 def _check_recompute(technique: Mapping[str, Any]) -> None:

@@ -82,6 +82,8 @@ class Stack(Value, frozen=True, kw_only=True):
     """Per collective of data parallelism, times log2 of the ranks: launch, protocol, skew."""
     rowwise_fraction: float = 0.8
     """Rate of matmuls with a scale per row relative to one scale per tensor: assumed."""
+    casts_weights: bool = False
+    """Whether weights of matmuls below 16 bits are cast at every use, or once per step."""
     low_precision_gather: bool = False
     """Whether weights and split sequences are gathered in the dtype of fp8 matmuls."""
     selective_recompute: Literal["selective", "per_op"] = "selective"
@@ -104,6 +106,8 @@ class Stack(Value, frozen=True, kw_only=True):
     that wait for one another, tails of smaller kernels. Assumed where it is not fitted."""
     compiled_elementwise: float = 1.0
     """Time of operators bound by memory in compiled layers relative to eager ones: fused."""
+    compiles_ends: bool = True
+    """Whether embedding, head and loss are compiled as well where layers are."""
     scatters_boundary: bool = False
     """Whether ranks of one tp group send a part each of what they all hold to the next stage."""
     pipeline_rounds: int | None = None
@@ -119,6 +123,9 @@ class Stack(Value, frozen=True, kw_only=True):
     """Linears that get adapters where a table does not say: the stack's recipe."""
     optimizer_multiplier: float = 1.0
     """Traffic of the optimiser step relative to one pass over its states."""
+    packed_updates: bool = False
+    """Whether low-bit moments are moved as they are stored, by one kernel, or unpacked in memory on
+    the way."""
     drift_per_doubling: float = 0.0
     """Relative slow-down per doubling of the devices beyond eight: jitter, slow nodes."""
     expert_efficiency: float = 1.0

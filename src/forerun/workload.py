@@ -7,10 +7,13 @@ from typing import ClassVar, Literal
 
 from .document import Document
 from .errors import InputError
+from .lengths import Lengths
 
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
 Objective = Literal["throughput", "cost", "memory"]
-Optimizer = Literal["adamw", "adamw8bit", "adamw_fp8", "sgd"]
+Optimizer = Literal[
+    "adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "adamw_fp8_block", "adamw_offload", "sgd"
+]
 BalanceLoss = Literal["none", "micro-batch", "global-batch"]
 
 
@@ -22,10 +25,14 @@ class Workload(Document, frozen=True, kw_only=True):
     schema: str = "forerun.workload/1"
     seq_tokens: int
     """Tokens per sequence; images and towers of fixed length keep their own (docs/models.md)."""
+    lengths: Lengths | None = None
+    """How long documents are that fill a sequence, attention staying within each; None = a sequence
+    is one document."""
     global_batch_seqs: int
     steps: int = 10
     optimizer: Optimizer = "adamw"
-    """AdamW with fp32, 8-bit or fp8 moments, or plain SGD."""
+    """AdamW with moments in fp32; in 8 bits, 4 bits or 8-bit floats by block (torchao); in 8-bit
+    floats of expanded range (adamw_fp8, COAT); or on the host (torchao). Or SGD, no momentum."""
     learning_rate: float = 3e-4
     clip_norm: float | None = None
     """Largest norm of all gradients together, above which they are scaled down; None: as they are.
@@ -35,7 +42,9 @@ class Workload(Document, frozen=True, kw_only=True):
     """File or folder of text or JSONL; None = the Python standard library's own source."""
     objective: Objective = "throughput"
     quality: tuple[Quality, ...] = ("exact",)
-    """Classes of techniques that the planner may use."""
+    """Classes of techniques that the planner may use (`planner/quality.py`)."""
+    accepted: tuple[str, ...] = ()
+    """Single techniques that it may use whatever their class, by the names of their records."""
     balance_loss: BalanceLoss = "none"
     """Load-balancing loss of every router, E sum_i f_i p_i: the fractions f of choices that fall on
     an expert are those of one micro-batch, or of all replicas and of the step's micro-batches so

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,20 @@ def test_context_and_expert_parallelism_reach_the_plan() -> None:
     assert phase.technique("context-parallel") == {"kind": "ulysses"}
     assert phase.technique("offload") == {"activations": 0.5}
     assert phase.technique("attention") == {"kernel": "unfused"}
+
+
+def test_documents_are_packed_and_cheaper_than_whole_sequences(
+    invoke: Any, refused: Any, tmp_path: Path
+) -> None:
+    job = ["predict", "--model", "llama-3.1-8b", "--gpus", "8xH100", "--seq-len", "65536"]
+    job += ["--global-batch", "8", "--cp", "8", "--zero", "3", "--cp-kind", "lightseq", "--json"]
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("512\n2048\n\n16384\n")
+    whole = json.loads(invoke(*job).stdout)
+    packed = json.loads(invoke(*job, "--lengths", lengths).stdout)
+    assert packed["label"] == whole["label"] + "_packed"
+    assert packed["estimate"]["step_s"]["median"] < whole["estimate"]["step_s"]["median"]
+    assert packed["estimate"]["bytes_on_wire"] == whole["estimate"]["bytes_on_wire"]
+    lengths.write_text("512\nmany\n")
+    assert "line 2" in refused([*job, "--lengths", lengths], 2)
+    assert "lengths=prose" in refused([*job, "--lengths", "prose"], 2)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from forerun.catalogs import load_cluster, load_model
 from forerun.cluster import Cluster
 from forerun.costmodel import Layouts, bound_layouts, estimate
-from forerun.costmodel.exposed import HIDDEN_SHARE
+from forerun.costmodel.exposed import HIDDEN_SHARE, wire_bytes
 from forerun.costmodel.graph import volume
+from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operator_times import operator_times
 from forerun.costmodel.operators import KINDS
@@ -77,10 +78,48 @@ def test_ulysses_repeats_keys_and_values_where_heads_are_few() -> None:
 def test_bytes_sent_around_the_ring() -> None:
     """Seven eighths of K and V of the whole sequence: 29,360,128 per layer, forward."""
     graph, sizes = layer_graph(MODEL, SEQ, cp=8)
-    assert num_bytes(moved(graph, "ring"), sizes) * 7 / 8 == 29_360_128
-    back = moved(graph, "ring", "backward")
-    assert [c.kind for c in back] == ["all_gather", "reduce_scatter"]
-    assert num_bytes(back, sizes) == 2 * num_bytes(moved(graph, "ring"), sizes)
+    layouts = layouts_of(cp=8)
+    there = wire_bytes(moved(graph, "ring"), sizes, layouts)
+    assert there == {"send@cp": 29_360_128}
+    back = wire_bytes(moved(graph, "ring", "backward"), sizes, layouts)
+    assert back == {"send@cp": 2 * 29_360_128}  # keys and values again, and their gradients
+
+
+def test_contiguous_blocks_are_not_sent_where_nobody_looks_at_them() -> None:
+    """28 of the 56 transfers of eight ranks: blocks stop at the last rank."""
+    graph, sizes = layer_graph(MODEL, SEQ, cp=8, cp_kind="ring")
+    there = wire_bytes(moved(graph, "ring"), sizes, layouts_of(cp=8))
+    one_transfer = (SEQ // 8) * 2 * 8 * 128 * 2
+    assert there == {"send@cp": 28 * one_transfer / 8}
+
+
+def test_bytes_sent_by_lightseq() -> None:
+    """Of eight ranks together 22 transfers of keys and values, and 6 of queries and outputs."""
+    graph, sizes = layer_graph(MODEL, SEQ, cp=8, cp_kind="lightseq")
+    tokens = SEQ // 8
+    keys, queries, statistics = tokens * 2 * 8 * 128 * 2, tokens * 32 * 128 * 2, tokens * 32 * 4
+    there = wire_bytes(moved(graph, "ring"), sizes, layouts_of(cp=8))
+    assert there["send@cp"] * 8 == 22 * keys + 6 * (2 * queries + statistics)
+    back = wire_bytes(moved(graph, "ring", "backward"), sizes, layouts_of(cp=8))
+    assert back["send@cp"] * 8 == 22 * 2 * keys + 6 * (4 * queries + statistics)
+
+
+@pytest.mark.parametrize("ring", [2, 4, 6, 8, 16])
+def test_lightseq_is_what_its_schedule_does(ring: int) -> None:
+    """Transfers counted step by step; makespan P/2 + 1/2 of P/2: efficiency P / (P + 1)."""
+    sizes = local_sizes(
+        load_model(MODEL), load_model(MODEL).layers[0], layouts_of(cp=ring), ring * 1024
+    )
+    half = ring // 2
+    pairs = [(r, t) for t in range(1, half + 1) for r in range(ring)]
+    keys = sum(r >= t for r, t in pairs)
+    queries = sum(r < t < half for r, t in pairs)
+    assert sizes["lightseq_keys"] * ring == keys
+    assert sizes["lightseq_queries"] * ring == queries
+    squares = float(sizes["lightseq_squares"][0])
+    assert squares / 2 == half + 0.5
+    assert float(sizes["zigzag_squares"][0]) / squares == ring / (ring + 1)
+    assert (keys, queries) == {2: (1, 0), 4: (5, 1), 6: (12, 3), 8: (22, 6), 16: (92, 28)}[ring]
 
 
 def test_saved_activations_shrink_with_cp() -> None:
@@ -110,7 +149,7 @@ def _exposed(slower: float) -> tuple[float, float, float]:
     core_s = operator_times(graph, sizes, layouts, prices, options).beside_forward[core.name]
     (kv,) = moved(graph, "ring")
     ranks, one = np.array([8.0]), np.ones(1)
-    ring_s = prices.collective(kv.kind, kv.buffer.num_bytes(sizes), ranks, one, one)
+    ring_s = prices.collective("all_gather", 8 * kv.buffer.num_bytes(sizes), ranks, one, one)
     return float(piece.comm_forward_s["cp"][0]), float(ring_s[0]), float(core_s[0])
 
 
@@ -179,13 +218,13 @@ def test_kinds_are_checked_and_change_the_time(make_plan: MakePlan) -> None:
         estimate(_with_kind(plan, "ulysses"))
     exchanged = make_plan(cp=8, ulysses=8, seq_tokens=65536, global_batch_seqs=1)
     result = estimate(_with_kind(exchanged, "ulysses"))
-    assert "all_to_all@cp" in result.bytes_on_wire and "all_gather@cp" not in result.bytes_on_wire
+    assert "all_to_all@cp" in result.bytes_on_wire and "send@cp" not in result.bytes_on_wire
     assert result.time_terms_s["exposed.cp"] > 0
 
 
 @given(
     cp=st.sampled_from([1, 2, 4]), ulysses=st.sampled_from([1, 2, 4]), tp=st.sampled_from([1, 2]),
-    zero=st.sampled_from([0, 3]), kind=st.sampled_from(["zigzag", "ring"]),
+    zero=st.sampled_from([0, 3]), kind=st.sampled_from(["zigzag", "ring", "lightseq"]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=20)
 def test_bound_never_exceeds_the_simulator(

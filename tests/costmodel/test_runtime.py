@@ -14,6 +14,7 @@ from forerun.costmodel.liveness import liveness
 from forerun.costmodel.options import Options
 from forerun.costmodel.pieces import pieces
 from forerun.costmodel.prices import Prices
+from forerun.costmodel.stages import Load
 from forerun.costmodel.techniques import apply
 
 from .graphs import layouts_of
@@ -81,18 +82,34 @@ def test_compiled_operators_take_their_own_curve() -> None:
     assert eager.operator("rope", size, "bf16", "compiled")[0] == pytest.approx(8e-5 * fused)
 
 
-def test_matmuls_between_measured_sizes_know_tiles_and_waves() -> None:
-    """A measured shape is returned as measured; one tile more than the waves hold costs a wave."""
+def test_matmuls_between_measured_sizes_run_at_rates_between() -> None:
+    """A measured shape is returned as measured, others at a rate between those beside them."""
     points = [(4096.0, n, 4096.0) for n in (2048.0, 4096.0, 8192.0)]
-    plain = prices(None)
-    columns = [np.array([p[i] for p in points]) for i in range(3)]
-    seconds = 1.25 * plain.operator("linear", columns, "bf16")[0]
+    rates = np.array([600e12, 650e12, 700e12])
+    work = np.array([2 * m * n * k for m, n, k in points])
+    seconds = tuple((work / rates).tolist())
     curve = OperatorCurve(operator="linear", dtype="bf16", axes=("m", "n", "k"),
-                          sizes=tuple(points), forward_s=tuple(seconds.tolist()),
-                          backward_s=tuple(seconds.tolist()))  # fmt: skip
+                          sizes=tuple(points), forward_s=seconds, backward_s=seconds)  # fmt: skip
     measured = prices(profile(operators=(curve,)))
-    there = measured.operator("linear", columns, "bf16")[0]
-    np.testing.assert_allclose(there, seconds, rtol=1e-6)
+    columns = [np.array([p[i] for p in points]) for i in range(3)]
+    np.testing.assert_allclose(measured.operator("linear", columns, "bf16")[0], seconds, rtol=1e-6)
     between = [np.array([4096.0]), np.array([4224.0]), np.array([4096.0])]
-    expected = 1.25 * plain.operator("linear", between, "bf16")[0]
-    np.testing.assert_allclose(measured.operator("linear", between, "bf16")[0], expected, rtol=1e-6)
+    rate = 2 * 4096 * 4224 * 4096 / measured.operator("linear", between, "bf16")[0]
+    assert 650e12 < rate < 660e12
+
+
+def test_a_head_hides_what_the_host_takes_longer_for_than_layers_take() -> None:
+    """Launches of layers go on while the device works on the head: a step takes the longer sum."""
+    model = load_model("qwen2.5-0.5b")
+    slow = prices(profile(host_s={"launch": 3e-5}))
+    costs = pieces(model, layouts_of(), 2048, slow, Options(compute="bf16"))
+    one = Load(layers=tuple(np.array([float(x.repeat)]) for x in model.layers),
+               embedding=np.ones(1), head=np.ones(1))  # fmt: skip
+    of_layers = sum(x.repeat * p.host_forward_s for x, p in zip(model.layers, costs.layers,
+                                                               strict=True))  # fmt: skip
+    assert np.all(of_layers > costs.head.spare_forward_s) and np.all(costs.head.spare_forward_s > 0)
+    there, _ = one.host_s(costs)
+    np.testing.assert_allclose(there, of_layers - costs.head.spare_forward_s, rtol=0.05)
+    quick = profile(host_s=LAUNCHES | {"launch": 1e-6, "layer_forward": 0.0})
+    fast = pieces(model, layouts_of(), 2048, prices(quick), Options(compute="bf16"))
+    np.testing.assert_allclose(one.host_s(fast)[0], 0.0, atol=1e-6)

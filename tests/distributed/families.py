@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
+import context_families
 import msgspec
 import torch
+from context_families import CLIPPED
 from torch import Tensor
 
 from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.executors import init
+from forerun.executors.data import Rows
 from forerun.executors.decoder import Decoder
 from forerun.executors.measure.comm import CollectiveCounter
+from forerun.executors.measure.memory import LiveTensors
 from forerun.executors.trainer import Trainer
 from forerun.experts import Experts
+from forerun.lengths import Lengths
 from forerun.mesh import Mesh
 from forerun.model import LatentAttention, Layer, Model
 from forerun.plan import Phase, Plan, Setting, Stage, even_stages, techniques
@@ -24,8 +30,6 @@ from forerun.workload import Workload
 
 SEQ, STEPS, BATCH, VOCAB = 32, 10, 8, 256
 SPLIT_BATCH = {"micro_batch_seqs": 2}
-CLIP = 0.3
-"""Below the norm of the gradients of every step."""
 
 LLAMA = Model(
     name="tiny-llama",
@@ -45,6 +49,7 @@ GPT = Model(
     positions="learned",
     max_positions=SEQ,
 )  # fmt: skip
+LENGTHS = Lengths.of("documents", [1, 3, 6, 9, 14, 32], "made up")
 MODELS = {"llama": LLAMA, "gpt": GPT}
 
 ROUTED = Layer(repeat=3, heads=4, kv_heads=2, head_dim=8,
@@ -110,6 +115,9 @@ def make_plan(
     micro_batch_seqs: int = 0,
     mesh: dict[str, int] | None = None,
     cut: tuple[int, ...] = (),
+    clip_norm: float | None = None,
+    cp_kind: str | None = None,
+    packed: bool = False,
     more: dict[str, dict[str, Any]] | None = None,
     workload: dict[str, Any] | None = None,
     **phase: Any,
@@ -131,11 +139,14 @@ def make_plan(
     chosen = techniques(dtype, recompute)
     if runtime != "eager":
         chosen["runtime"] = {"mode": runtime}
+    if cp_kind is not None:
+        chosen["context-parallel"] = {"kind": cp_kind}
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
         workload=Workload(seq_tokens=SEQ, global_batch_seqs=BATCH, steps=STEPS, seed=7,
-                          learning_rate=1e-3, **(workload or {})),
+                          learning_rate=1e-3, clip_norm=clip_norm,
+                          lengths=LENGTHS if packed else None, **(workload or {})),
         phases=(
             Phase(
                 steps=STEPS,
@@ -155,7 +166,6 @@ def make_plan(
 
 PP = {"micro_batch_seqs": 2}
 ONE = {"micro_batch_seqs": 1}
-CLIPPED = {"workload": {"clip_norm": CLIP}}
 V22 = {"pp": 2, "vpp": 2}
 ORDERS = {
     "0": ("0F1", "0F0", "0F2", "0F3", "0B1", "0I0", "0I2", "0W2", "0W0", "0B3"),
@@ -249,6 +259,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "pp4 zb-h1 x ddp2": {"mesh": {"pp": 4, "dp_replicate": 2}, "schedule": "zb-h1"} | ONE,
     },
 }  # fmt: skip
+for _world, _families in context_families.FAMILIES.items():
+    FAMILIES.setdefault(_world, {}).update(_families)
 
 GLOBAL = {
     "workload": {
@@ -376,7 +388,14 @@ SLOW = (
 def names(world: int, slow: bool = False) -> list[tuple[str, str]]:
     """(model, family) of the default run or of the long one."""
     every = [(model, family) for model in MODELS for family in FAMILIES[world]]
-    return [name for name in every if (" ".join(name) in SLOW) == slow]
+    return [name for name in every if is_slow(world, *name) == slow]
+
+
+def is_slow(world: int, model: str, family: str) -> bool:
+    """Whether a family of a model is left to the long run."""
+    name = f"{model} {family}"
+    of_context = family in context_families.FAMILIES.get(world, {})
+    return name not in context_families.QUICK if of_context else name in SLOW
 
 
 def expert_names(world: int, slow: bool = False) -> list[tuple[str, str]]:
@@ -400,20 +419,36 @@ def tokens(step: int) -> Tensor:
     return (start_B + stride_B * torch.arange(SEQ + 1)) % VOCAB
 
 
-def replica_tokens(plan: Plan, coordinates: dict[str, int], step: int) -> Tensor:
+def document_ends(step: int) -> list[tuple[int, ...]]:
+    """Ends of the documents packed into each sequence of a step's batch."""
+    return [LENGTHS.packed(SEQ, 7, step, index) for index in range(BATCH)]
+
+
+def replica_rows(plan: Plan, coordinates: dict[str, int], step: int) -> Rows:
     """The contiguous slice of the global batch that a data-parallel rank trains on."""
+    dp = plan.phase.mesh.dp
     rank = coordinates["dp_replicate"] * plan.phase.mesh.dp_shard + coordinates["dp_shard"]
-    return tokens(step).chunk(plan.phase.mesh.dp)[rank]
+    rows = Rows.of(tokens(step).chunk(dp)[rank])
+    if plan.workload.lengths is None:
+        return rows
+    ends = document_ends(step)
+    most = max(map(len, ends))
+    filled = torch.tensor([row + row[-1:] * (most - len(row)) for row in ends])
+    return rows._replace(documents_BN=filled.chunk(dp)[rank])
 
 
 def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
-    """Losses of all steps, gradients of the first, collectives of the last."""
+    """Losses of all steps, gradients of the first, collectives and live bytes of the last."""
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
-    counter = CollectiveCounter(trainer.mesh)
+    counter, live = CollectiveCounter(trainer.mesh), LiveTensors()
     for step in range(steps):
-        with counter if step == steps - 1 else nullcontext():
-            batch = replica_tokens(trainer.plan, trainer.coordinates, step)
+        batch = replica_rows(trainer.plan, trainer.coordinates, step)
+        counted = step == steps - 1
+        if counted:
+            trainer.observer = live
+            hold_states(trainer, live)
+        with counter if counted else nullcontext(), live if counted else nullcontext():
             local = trainer.forward_backward(batch)
         losses.append(trainer.global_loss(local))
         if step == 0:
@@ -427,10 +462,36 @@ def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
         "gradients": gradients,
         "collectives": dict(calls),
         "bytes_on_wire": counter.bytes_on_wire(),
+        "live_bytes": sum(live.peak().values()),
     }
 
 
-def reference(model: Model, steps: int = STEPS, clip_norm: float | None = None) -> dict[str, Any]:
+def hold_states(trainer: Trainer, live: LiveTensors) -> None:
+    """Tell the counter of live tensors what is there before the step."""
+    parameters = [p for piece in trainer.pieces for p in piece.parameters()]
+    states = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    live.hold(parameters, "parameters")
+    live.hold([v for v in states if isinstance(v, Tensor)], "optimizer")
+
+
+def plain_loss(piece: Decoder, step: int, packed: bool) -> Tensor:
+    """The mean loss of a step's batch; of packed documents one by one, as if each were alone."""
+    batch = tokens(step)
+    if not packed:
+        logits = piece(batch[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    total = torch.zeros(())
+    for row, ends in zip(batch, document_ends(step), strict=True):
+        for start, end in pairwise((0, *ends)):
+            logits = piece(row[None, start:end])[0]
+            targets = row[start + 1 : end + 1]
+            total = total + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return total / (BATCH * SEQ)
+
+
+def reference(
+    model: Model, steps: int = STEPS, clip_norm: float | None = None, packed: bool = False
+) -> dict[str, Any]:
     """The same training as a plain loop over one plain module; gradients as they are clipped."""
     plan = make_plan(model)
     piece = Decoder(model, 0, model.num_layers - 1)
@@ -443,9 +504,7 @@ def reference(model: Model, steps: int = STEPS, clip_norm: float | None = None) 
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
-        batch = tokens(step)
-        logits = piece(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = plain_loss(piece, step, packed)
         loss.backward()
         losses.append(loss.item())
         if clip_norm is not None:

@@ -90,7 +90,7 @@ def train(folder: Path, target: str, settings: dict[str, Any]) -> dict[str, Any]
         with counter:
             batch: Any = trainer.own_batch(step, dp_rank)
             if batch is None:
-                batch = families.replica_tokens(plan, trainer.coordinates, step)
+                batch = families.replica_rows(plan, trainer.coordinates, step)
             loss = trainer.forward_backward(batch)
         losses.append(trainer.global_loss(loss))
         if step == 0:

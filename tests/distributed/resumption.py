@@ -24,16 +24,19 @@ SAME = {1: ("accumulation",), 2: ("1f1b",), 4: ("ddp4",)}
 """Families of the default run that go on in their own layout; `ddp4` sums over more than two."""
 
 CHAIN = {
-    2: {"llama": ("zero3", "tp-sp", "zb-v"), "moe": ("ep2 ddp", "zero3", "ep2 zero2")},
+    2: {
+        "llama": ("zero3", "tp-sp", "zigzag zero3", "zb-v"),
+        "moe": ("ep2 ddp", "zero3", "ep2 zero2"),
+    },
     4: {"gpt": ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3")},
 }
 """Layouts of the default run that hand a training on, a step each."""
 
 LONG_CHAIN = {
     1: ("plain", "accumulation", "recompute full"),
-    2: ("zero3", "tp-sp", "interleaved", "ddp", "zb-v", "zero1", "tp", "1f1b"),
+    2: ("zero3", "tp-sp", "interleaved", "ddp", "zb-v", "zero1", "tp", "1f1b", "ring full"),
     4: ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3", "pp4", "hsdp zero3", "tp2 x pp2", "ddp4",
-        "pp2 x zero1"),
+        "pp2 x zero1", "cp2 x hsdp"),
 }  # fmt: skip
 LONG_EXPERT_CHAIN = {4: ("hsdp ep2", "ep2 x tp2-sp", "ep2 x fsdp2")}
 """The same of a mixture of experts."""
@@ -60,7 +63,7 @@ def steps(trainer: Trainer, first: int, last: int) -> list[float]:
     """Losses of the steps from `first` to before `last`."""
     losses: list[float] = []
     for step in range(first, last):
-        batch = families.replica_tokens(trainer.plan, trainer.coordinates, step)
+        batch = families.replica_rows(trainer.plan, trainer.coordinates, step)
         losses.append(trainer.global_loss(trainer.forward_backward(batch)))
         trainer.optimizer_step()
     return losses
@@ -90,7 +93,7 @@ def resumed(plan: Plan, place: Path, step: int, group: Any) -> tuple[Trainer, li
     trainer = build(plan, device=torch.device("cpu"))
     found, _ = reader.find([place], plan.model, group)
     assert found is not None and found[1].step == step
-    batch = families.replica_tokens(plan, trainer.coordinates, 0)
+    batch = families.replica_rows(plan, trainer.coordinates, 0)
     losses = reader.load(trainer, *found, group, lambda: trainer.forward_backward(batch))
     return trainer, losses
 

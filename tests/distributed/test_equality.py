@@ -23,8 +23,8 @@ have none in exact arithmetic (softmax ignores a shift), so that theirs is round
 
 
 @cache
-def reference(model: str, clip_norm: float | None = None) -> dict[str, Any]:
-    return families.reference(families.MODELS[model], clip_norm=clip_norm)
+def reference(model: str, clip_norm: float | None = None, packed: bool = False) -> dict[str, Any]:
+    return families.reference(families.MODELS[model], clip_norm=clip_norm, packed=packed)
 
 
 def gradient_error(found: Tensor, expected: Tensor, floor: float) -> float:
@@ -48,8 +48,9 @@ def check(group: Group, selection: str, world: int, model: str, family: str) -> 
     if family.startswith("bf16"):
         expected, dtype = group(1, "quick")[0][model, "bf16"], "bf16"
     else:
-        clip_norm = families.CLIP if family.startswith("clip") else None
-        expected, dtype = reference(model, clip_norm), "fp32"
+        settings = families.FAMILIES[world][family]
+        clip_norm, packed = settings.get("clip_norm"), settings.get("packed", False)
+        expected, dtype = reference(model, clip_norm, packed), "fp32"
     for rank in ranks:
         compare(rank[model, family], expected, dtype)
     covered = {name for rank in ranks for name in rank[model, family]["gradients"]}

@@ -1,5 +1,5 @@
 """One rank of a group that runs families, and checkpoints, in turn: worker.py RANK WORLD FOLDER
-quick|slow."""
+SELECTION."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 import families
+import low_precision
 import modules
+import pairs
 import resumption
 
 from forerun.executors.build import build
@@ -32,11 +34,24 @@ def run_family(model: str, family: str, world: int) -> dict[str, Any]:
     return families.train(build(plan, device=torch.device("cpu")))
 
 
-def tasks(world: int, folder: Path, slow: bool) -> dict[tuple[str, str], Task]:
-    """What this rank does, by (model, what)."""
+def run_pair(first: str, second: str) -> dict[str, Any]:
+    """What a plan of two techniques gives on this rank."""
+    plan = pairs.plan_of(first, second)
+    return families.train(build(plan, device=torch.device("cpu")), steps=4)
+
+
+def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Task]:
+    """What this rank does, by (model, what): a selection of `quick`, `slow` and `pairs`."""
+    if selection == "pairs":
+        return {pair: partial(run_pair, *pair) for pair in pairs.executed()}
+    slow = selection == "slow"
     found: dict[tuple[str, str], Task] = {
         (model, family): partial(run_family, model, family, world)
         for model, family in families.names(world, slow) + families.expert_names(world, slow)
+    }
+    found |= {
+        (model, family): partial(low_precision.run, family, world)
+        for model, family in low_precision.names(world, slow)
     }
     found |= resumption.tasks(world, folder, slow)
     return found | modules.tasks(world, folder, slow)
@@ -46,7 +61,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     results: dict[tuple[str, str], dict[str, Any]] = {}
-    for index, (name, task) in enumerate(tasks(world, folder, sys.argv[4] == "slow").items()):
+    for index, (name, task) in enumerate(tasks(world, folder, sys.argv[4]).items()):
         # Each has its own groups: those of all together would have hundreds of threads.
         store = f"file://{folder}/store{index}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)

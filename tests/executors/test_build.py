@@ -15,10 +15,11 @@ from forerun.executors.init import full_parameter, local_part
 from forerun.executors.support import check_kept
 from forerun.executors.trainer import Trainer
 from forerun.experts import Experts
+from forerun.lengths import Lengths
 from forerun.mesh import Mesh
 from forerun.model import LatentAttention, Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
-from forerun.workload import Workload
+from forerun.workload import Optimizer, Workload
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 CPU = torch.device("cpu")
@@ -205,6 +206,67 @@ def test_refused_with_the_reason(field: str, plan: Plan) -> None:
     assert caught.value.remedy
 
 
+LATENT_MODEL = msgspec.structs.replace(
+    MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT),)
+)
+
+
+@pytest.mark.parametrize("model", [MOE, LATENT_MODEL], ids=["experts", "latent"])
+@pytest.mark.parametrize(
+    ("field", "technique", "workload"),
+    [
+        ("lengths", {}, {"lengths": Lengths.of("two", [4, 8], "typed in")}),
+        ("precision.compute", {"precision": {"compute": "fp8", "recipe": "coat"}}, {}),
+        ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}, {}),
+    ],
+)
+def test_what_experts_and_latent_attention_do_not_run_beside(
+    model: Model, field: str, technique: dict[str, Any], workload: dict[str, Any]
+) -> None:
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | technique),)
+    plan = make_plan(model, settings=settings)
+    job = msgspec.structs.replace(plan.workload, **workload)
+    with pytest.raises(InputError, match=r"routed experts|latent attention") as caught:
+        check_supported(msgspec.structs.replace(plan, workload=job))
+    assert caught.value.field == field and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("field", "model", "recompute", "optimizer"),
+    [
+        ("optimizer", MOE, "none", "adamw_fp8"),
+        ("recompute", LATENT_MODEL, "full_keep_attn", "adamw"),
+    ],
+)
+def test_what_either_does_not_run_with(
+    field: str, model: Model, recompute: str, optimizer: Optimizer
+) -> None:
+    plan = make_plan(model, recompute)
+    job = msgspec.structs.replace(plan.workload, optimizer=optimizer)
+    with pytest.raises(InputError) as caught:
+        check_supported(msgspec.structs.replace(plan, workload=job))
+    assert caught.value.field == field and caught.value.remedy
+
+
+def test_hosted_moments_are_those_of_adamw() -> None:
+    hosted = {"expert-offload": {"moments": True}}
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | hosted),)
+    plan = make_plan(MOE, settings=settings)
+    job = msgspec.structs.replace(plan.workload, optimizer="sgd")
+    with pytest.raises(InputError, match="expert-offload keeps moments of adamw"):
+        check_supported(msgspec.structs.replace(plan, workload=job))
+
+
+@pytest.mark.parametrize("model", [MOE, LATENT_MODEL], ids=["experts", "latent"])
+def test_experts_and_latent_attention_do_not_share_sequences(model: Model) -> None:
+    cluster = load_cluster("2xcpu")
+    stages = even_stages(2, 1, cluster.pools[0].name)
+    plan = make_plan(model, mesh=Mesh(cp=2), stages=stages)
+    with pytest.raises(InputError, match="do not share sequences") as caught:
+        check_supported(msgspec.structs.replace(plan, cluster=cluster))
+    assert caught.value.field == "cp" and caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("value", "technique"),
     [
@@ -220,11 +282,21 @@ def test_what_checkpoints_do_not_keep_is_refused(value: str, technique: dict[str
     check_kept(make_plan(MOE))
 
 
-def test_context_parallel_is_refused_on_a_cluster_that_fits() -> None:
-    plan = make_plan(mesh=Mesh(cp=2))
-    cluster = load_cluster("2xcpu")
-    stages = even_stages(2, 1, cluster.pools[0].name)
-    phase = msgspec.structs.replace(plan.phase, stages=stages)
+@pytest.mark.parametrize(
+    ("field", "kind", "mesh"),
+    [
+        ("ulysses", "ulysses", Mesh(cp=3, ulysses=3)),  # of four heads
+        ("cp-kind", "lightseq", Mesh(cp=3)),  # ranks help each other in pairs
+        ("cp-kind", "spiral", Mesh(cp=2)),
+        ("cp", "zigzag", Mesh(cp=8)),  # 24 tokens make no 16 chunks
+    ],
+)
+def test_sequences_that_cannot_be_shared_so(field: str, kind: str, mesh: Mesh) -> None:
+    cluster = load_cluster(f"{mesh.world}xcpu")
+    shared = techniques("fp32", "none") | {"context-parallel": {"kind": kind}}
+    chosen = (Setting(layers=(0, 1), techniques=shared),)
+    plan = make_plan(mesh=mesh, settings=chosen, seq_tokens=24)
+    phase = msgspec.structs.replace(plan.phase, stages=even_stages(2, 1, cluster.pools[0].name))
     with pytest.raises(InputError) as caught:
         check_supported(msgspec.structs.replace(plan, cluster=cluster, phases=(phase,)))
-    assert caught.value.field == "cp"
+    assert caught.value.field == field and caught.value.remedy

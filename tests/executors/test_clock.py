@@ -10,8 +10,10 @@ from forerun.executors.measure.clock import (
     Span,
     StepProfile,
     attribute,
+    awaited,
     profile_step,
 )
+from forerun.executors.measure.comm import Call
 
 STEP = Span(0, 10)
 
@@ -54,6 +56,11 @@ def test_waiting_beyond_the_message_is_bubble() -> None:
     flights = [Span(0, 5, "recv"), Span(3, 7.5, "recv"), Span(5, 10, "send")]
     expected = {"forward": 5.5, "exposed.pp": 1.5, "bubble": 3}
     assert terms(marks, compute, flights, message_s=1.0) == expected
+
+
+def test_messages_of_a_shared_sequence_are_awaited_where_they_arrive() -> None:
+    calls = [Call("send", "cp", 8), Call("recv", "cp", 8), Call("recv", "pp", 8)]
+    assert [awaited(call) for call in calls] == ["send", "cp", "recv"]
 
 
 def test_overlapping_operators_and_what_lies_outside_the_step() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from forerun.executors import data
+from forerun.executors.context_parallel import Borders, as_borders
+from forerun.lengths import Lengths
 from forerun.mesh import Mesh
 from forerun.plan import Phase, Stage
+from forerun.workload import Workload
 
 CORPUS = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
 
@@ -62,3 +66,40 @@ def test_mapped_file_reads_the_same(tmp_path: Path) -> None:
     assert torch.equal(
         data.batch(mapped, 0, 0, phase(1, 2, 1), 0), data.batch(CORPUS, 0, 0, phase(1, 2, 1), 0)
     )
+
+
+LENGTHS = Lengths.of("some", [3, 5, 11, 40], "typed in")
+
+
+def packed(dp: int, micro_batch_seqs: int, num_microbatches: int, rank: int = 0) -> data.Rows:
+    shape = phase(dp, micro_batch_seqs, num_microbatches)
+    workload = Workload(seq_tokens=31, global_batch_seqs=8, seed=7, lengths=LENGTHS)
+    return data.packed_batch(CORPUS, workload, 3, shape, rank)
+
+
+def borders_of(rows: data.Rows) -> Borders:
+    assert rows.documents_BN is not None
+    return as_borders(rows.documents_BN)
+
+
+def test_packed_documents_are_the_same_in_every_layout() -> None:
+    alone = packed(1, 8, 1)
+    for dp, micro, num in ((2, 4, 1), (4, 1, 2)):
+        ranks = [packed(dp, micro, num, rank) for rank in range(dp)]
+        assert torch.equal(torch.cat([rows.inputs_BS for rows in ranks]), alone.inputs_BS)
+        assert torch.equal(torch.cat([rows.targets_BS for rows in ranks]), alone.targets_BS)
+        borders = [b for rows in ranks for b in borders_of(rows)]
+        assert borders == list(borders_of(alone))
+
+
+def test_a_packed_document_is_a_stretch_with_the_token_after_it() -> None:
+    rows, text = packed(1, 8, 1), CORPUS.tobytes()
+    every = zip(rows.inputs_BS, rows.targets_BS, borders_of(rows), strict=True)
+    lengths: list[int] = []
+    for x, y, ends in every:
+        assert ends[0] == 0 and ends[-1] == 31
+        for start, end in pairwise(ends):
+            document = [*x[start:end].tolist(), int(y[end - 1])]
+            assert bytes(document) in text and y[start:end].tolist() == document[1:]
+            lengths.append(end - start)
+    assert len(set(lengths)) > 3 and max(lengths) <= 31

@@ -23,13 +23,17 @@ pytestmark = pytest.mark.usefixtures("one_rank")
     ("field", "techniques"),
     [
         ("recompute", {"precision": {"compute": "fp32"}, "recompute": {"mode": "per_op"}}),
-        ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}),
-        ("precision.recipe", {"precision": {"compute": "bf16", "recipe": "rowwise"}}),
-        ("precision", {"precision": {"compute": "fp8"}}),
+        ("precision.activations", {"precision": {"compute": "bf16", "activations": "int8"}}),
+        ("precision.recipe", {"precision": {"compute": "fp8", "recipe": "blockwise"}}),
+        ("precision.recipe", {"precision": {"compute": "fp8", "activations": "fp8"}}),
+        ("precision", {"precision": {"compute": "mxfp8"}}),
+        ("precision", {"precision": {"compute": "fp16"}}),
         ("settings.techniques", {"lora": {"rank": 8}}),
         ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
+        ("recompute", {"precision": {"compute": "fp32"}, "runtime": {"mode": "compiled"},
+                       "recompute": {"mode": "full_keep_attn"}}),
     ],
-)
+)  # fmt: skip
 def test_settings_that_are_not_executed(field: str, techniques: dict[str, Any]) -> None:
     refused(field, techniques, None)
 

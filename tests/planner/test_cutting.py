@@ -200,9 +200,10 @@ def test_a_cut_lets_a_schedule_fit_that_even_stages_do_not() -> None:
 
 def test_two_pools_are_faster_than_each_alone_and_balanced() -> None:
     model, workload = load_model("llama-3.1-8b"), Workload(seq_tokens=8192, global_batch_seqs=96)
-    both = search(model, load_cluster("8xH100+16xA100"), workload, keep=1)
+    pins = Pins(micro_batch=1, tp=1, cp=1)
+    both = search(model, load_cluster("8xH100+16xA100"), workload, pins, keep=1)
     alone = [
-        search(model, load_cluster(gpus), workload, keep=1).plans[0].estimate.tokens_per_s
+        search(model, load_cluster(gpus), workload, pins, keep=1).plans[0].estimate.tokens_per_s
         for gpus in ("8xH100", "16xA100")
     ]
     best = both.plans[0]
@@ -221,7 +222,8 @@ def test_two_pools_are_faster_than_each_alone_and_balanced() -> None:
 def test_a_slower_link_between_pools_never_speeds_a_plan_up() -> None:
     model, workload = load_model("llama-2-7b"), Workload(seq_tokens=4096, global_batch_seqs=32)
     cluster = load_cluster("8xH100+8xA100")
-    best = search(model, cluster, workload, keep=1).plans[0]
+    pins = Pins(micro_batch=1, pp=2, cp=1)
+    best = search(model, cluster, workload, pins, keep=1).plans[0]
     steps = [
         estimate(
             msgspec.structs.replace(
@@ -253,7 +255,8 @@ def test_refuses_stages_that_no_layout_has(pins: Pins, words: str) -> None:
 
 def test_stages_in_the_wrong_pool_are_refused() -> None:
     model, workload = load_model("llama-2-7b"), Workload(seq_tokens=4096, global_batch_seqs=32)
-    plan = search(model, load_cluster("8xH100+8xA100"), workload, keep=1).plans[0].plan
+    pins = Pins(micro_batch=1, pp=2, cp=1)
+    plan = search(model, load_cluster("8xH100+8xA100"), workload, pins, keep=1).plans[0].plan
     phase = plan.phase
     first = phase.stages[0].pool
     everywhere = tuple(msgspec.structs.replace(stage, pool=first) for stage in phase.stages)

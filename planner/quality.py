@@ -1,0 +1,144 @@
+"""What a plan risks in the quality of its training, on whose evidence, and what is allowed.
+
+Techniques that compute the same up to rounding are exact. The others have a class, which says how
+far the evidence for them is from the user's own run:
+
+    exact             the same gradients up to floating point
+    equivalent-start  the same function where they begin, then training goes its own way
+    measured-here     their effect was measured on the user's own task
+    published         somebody's paper, under other conditions
+    unquantified      no usable number
+
+The planner uses a class, and all before it, where the workload allows it, and single techniques
+where the user accepts them by the name of their catalog record. What the user types himself, such
+as `--precision fp8`, he accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from ..catalogs import Technique, load_technique, names
+from ..document import Value
+from ..errors import unknown_name
+from ..plan import Plan
+from ..workload import Quality, Workload
+
+CLASSES: tuple[Quality, ...] = get_args(Quality)
+LOW_COMPUTE = ("fp8", "mxfp8", "nvfp4")
+
+
+class Risk(Value, frozen=True, kw_only=True):
+    """One technique of a plan that is not exact, with its evidence."""
+
+    technique: str
+    """Name of its catalog record."""
+    setting: str
+    """What of it the plan uses."""
+    quality: Quality
+    title: str
+    paper: str
+    claim: str
+    conditions: str
+    recalled: bool
+    """Whether the record was written from memory."""
+    beyond: str | None
+    """How the plan leaves the conditions of the evidence; None where it does not."""
+
+
+def classes_up_to(allowed: Iterable[str]) -> tuple[Quality, ...]:
+    """The classes of a workload that allows these: each stands for all before it.
+
+    >>> classes_up_to(["measured-here"])
+    ('exact', 'equivalent-start', 'measured-here')
+    """
+    last = 0
+    for name in allowed:
+        if name not in CLASSES:
+            raise unknown_name("allow", name, CLASSES)
+        last = max(last, CLASSES.index(name))
+    return CLASSES[: last + 1]
+
+
+def accepted_names(given: Iterable[str]) -> tuple[str, ...]:
+    """The catalog's own names of techniques that a user accepts, each once."""
+    return tuple(dict.fromkeys(load_technique(name, "accept-risk").name for name in given))
+
+
+def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) -> dict[str, str]:
+    """Catalog records of the techniques of some layers and of an optimiser, with what is used.
+
+    >>> record_names({"precision": {"compute": "fp8", "activations": "fp8"}}, "adamw")
+    {'low-precision': 'compute fp8', 'storage': 'activations fp8'}
+    """
+    used: dict[str, str] = {}
+    known = names("techniques")
+    for name, settings in techniques.items():
+        if name == "precision":
+            if settings.get("compute") in LOW_COMPUTE:
+                recipe = f", recipe {settings['recipe']}" if "recipe" in settings else ""
+                used["low-precision"] = f"compute {settings['compute']}{recipe}"
+            if "activations" in settings:
+                used["storage"] = f"activations {settings['activations']}"
+        elif name in known:
+            used[name] = ", ".join(f"{key} {value}" for key, value in settings.items())
+    record = optimizer.replace("_", "-")
+    if record in known:
+        used[record] = f"optimizer {optimizer}"
+    return used
+
+
+def risks(plan: Plan) -> tuple[Risk, ...]:
+    """What a plan uses that is not exact, weakest evidence first."""
+    used: dict[str, str] = {}
+    for phase in plan.phases:
+        for setting in phase.settings:
+            used |= record_names(setting.techniques, plan.workload.optimizer)
+    found = [
+        _risk(record, setting, plan)
+        for record, setting in ((load_technique(name), text) for name, text in used.items())
+        if record.exactness != "exact"
+    ]
+    return tuple(sorted(found, key=lambda risk: (-CLASSES.index(risk.quality), risk.technique)))
+
+
+def _risk(record: Technique, setting: str, plan: Plan) -> Risk:
+    tested, size = record.validated_params, plan.model.num_params
+    beyond = None
+    if tested is not None and size > 1.05 * tested:  # 7B models have up to 7.3
+        beyond = (
+            f"{plan.model.name} has {size / 1e9:.1f} B parameters, "
+            f"the evidence reaches {tested / 1e9:g} B"
+        )
+    return Risk(
+        technique=record.name,
+        setting=setting,
+        quality=record.exactness,
+        title=record.title,
+        paper=record.paper,
+        claim=record.claim,
+        conditions=record.conditions,
+        recalled=record.recalled,
+        beyond=beyond,
+    )
+
+
+def is_allowed(workload: Workload, technique: str) -> bool:
+    """Whether the planner may use a technique, by the name of its record, on its own."""
+    record = load_technique(technique)
+    return record.exactness in workload.quality or record.name in workload.accepted
+
+
+def lines(found: Iterable[Risk]) -> list[str]:
+    """What a report says of the risks, in words; one line where there is none."""
+    said: list[str] = []
+    for risk in found:
+        memory = " (recalled)" if risk.recalled else ""
+        said.append(f"quality risk: {risk.technique} ({risk.setting}), {risk.quality}")
+        said.append(f"  evidence: {risk.paper}{memory}")
+        said.append(f"  claim: {risk.claim}")
+        said.append(f"  conditions: {risk.conditions}")
+        if risk.beyond is not None:
+            said.append(f"  beyond the evidence: {risk.beyond}")
+    return said or ["quality: exact, nothing changes results beyond rounding"]
