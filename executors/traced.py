@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..plan import Phase, Plan
 from . import data_parallel, module_cuts, module_stages
+from .data import Rows
 from .marks import Marks
 from .module_cuts import GroupLinks
 from .module_stages import Stage
@@ -80,9 +81,9 @@ class TracedTrainer(Trainer):
         """Seed what the module draws in a step: alike on all ranks of a replica."""
         seed_everything(sample_seed(self.plan.workload.seed, step, NO_SAMPLE + dp_rank))
 
-    def forward_backward(self, tokens_BS1: Tensor | Batch) -> Tensor:
+    def forward_backward(self, tokens_BS1: Tensor | Rows | Batch) -> Tensor:
         """Mean loss of this replica's samples, whose gradients now stand on the parameters."""
-        if isinstance(tokens_BS1, Tensor):
+        if isinstance(tokens_BS1, (Tensor, Rows)):
             return super().forward_backward(tokens_BS1)
         if self.pipeline is not None:
             inputs = tuple(torch.cat(column) for column in zip(*tokens_BS1, strict=True))

@@ -36,6 +36,16 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU kernels run in Triton's
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, one starts all process groups of `group`, and the
+    tests of one file stay together."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        ranks = "group" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder of the test's own: no test reads or writes the user's profiles."""

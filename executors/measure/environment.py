@@ -39,6 +39,8 @@ def allocated_bytes(device: torch.device) -> int:
 def start_afresh(device: torch.device) -> None:
     """Give back what an earlier plan left, and forget its peaks, where the system can."""
     gc.collect()
+    if "torch._dynamo" in sys.modules:  # beyond a few shapes layers would not be compiled any more
+        torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
