@@ -353,7 +353,7 @@ def layer(options: argparse.Namespace) -> None:
                 parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         x = torch.randn(8, 2048, model.hidden, device=CUDA, dtype=torch.bfloat16)
         x.requires_grad_()
-        table = piece.rotary(2048, CUDA)
+        table = piece.rotary(2048, x)
         grad = torch.randn_like(x)
 
         def step(block=block, x=x, table=table, grad=grad) -> None:

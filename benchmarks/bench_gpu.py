@@ -17,25 +17,22 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from forerun import Mesh, Plan, PlanFile, Workload
+from forerun import PlanFile, Workload
 from forerun.catalogs import load_cluster, load_model
+from forerun.cli.layout import fixed_plan
 from forerun.costmodel import diff, estimate
-from forerun.costmodel.options import Options
+from forerun.costmodel.diff import NOT_LIVE
 from forerun.errors import ForerunError
 from forerun.executors.measure.report import measurement
 from forerun.executors.session import Session
 from forerun.model import Layer, Model
-from forerun.plan import Phase, Setting, even_stages
-
-STEPS = 6
-WARMUP_STEPS = 3
-PLAIN = Options(compute="bf16")
+from forerun.planner import Pins, search
 
 
 def llama(name: str, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int) -> Model:
@@ -63,52 +60,70 @@ class Group:
     seq_tokens: int
     micro_batch_seqs: int = 1
     num_microbatches: int = 2
-    plans: tuple[Options, ...]
+    steps: int = 6
+    warmup_steps: int = 3
+    plans: tuple[Way, ...]
 
 
-def ways(*changes: dict[str, Any]) -> tuple[Options, ...]:
-    """Options that differ from plain bf16 by these."""
-    return tuple(replace(PLAIN, **change) for change in changes)
+Way = dict[str, Any]
+"""Axes of a plan that differ from plain bf16 with AdamW, as `Pins` names them; `optimizer`;
+`searched` for what `forerun plan` makes of the job."""
+
+COMPILED: Way = {"runtime": "compiled"}
+FULL: Way = {"recompute": "full"}
+SELECTIVE: Way = {"recompute": "selective"}
+FP8: Way = {"precision": "fp8", "recipe": "coat"}
+STORED: Way = {"activations": "fp8"}
+LOW_STATES: Way = {"optimizer": "adamw_fp8"}
+COAT: Way = FP8 | STORED | LOW_STATES
+SEARCHED: Way = {"searched": True}
 
 
-COMPILED: dict[str, Any] = {"runtime": "compiled"}
-FULL: dict[str, Any] = {"recompute": "full"}
-SELECTIVE: dict[str, Any] = {"recompute": "selective"}
-FP8: dict[str, Any] = {"compute": "fp8", "recipe": "coat"}
-STORED: dict[str, Any] = {"activations": "fp8"}
-LOW_STATES: dict[str, Any] = {"optimizer": "adamw_fp8"}
-COAT = FP8 | STORED | LOW_STATES
+def memo(alpha: float) -> Way:
+    """That share of the tokens' activations to the host, the rest computed again."""
+    return {"offload": alpha, "offload_rest": "recompute"}
+
 
 GROUPS = (
     Group(
         name="0.4b-2k", model="0.4b", seq_tokens=2048, micro_batch_seqs=16,
-        plans=ways({}, COMPILED, SELECTIVE, FULL, LOW_STATES),
+        plans=({}, COMPILED, SELECTIVE, FULL, LOW_STATES),
     ),
     Group(
         name="0.5b-2k", model="qwen2.5-0.5b", seq_tokens=2048, micro_batch_seqs=8,
-        plans=ways({}, COMPILED),
+        plans=({}, COMPILED),
     ),
     Group(
         name="1b-8k", model="llama-3.2-1b", seq_tokens=8192, micro_batch_seqs=2,
-        plans=ways({}, COMPILED, SELECTIVE, FULL, FP8, STORED, COAT),
+        plans=({}, COMPILED, SELECTIVE, FULL, FP8, STORED, COAT),
     ),
     Group(
-        name="3b-8k", model="llama-3.2-3b", seq_tokens=8192,
-        plans=ways({}, COMPILED, FULL, COAT),
+        name="3b-8k", model="llama-3.2-3b", seq_tokens=8192, plans=({}, COMPILED, FULL, COAT),
     ),
     Group(
         name="7b-2k", model="llama-2-7b", seq_tokens=2048, num_microbatches=4,
-        plans=ways(FULL, FP8 | LOW_STATES | FULL),
+        plans=(FULL, FULL | FP8 | LOW_STATES),
     ),
     Group(
         name="1.1b-32k", model="1.1b", seq_tokens=32_768, num_microbatches=1,
-        plans=ways({}, FULL, SELECTIVE),
+        plans=({}, FULL),
     ),
     Group(
-        name="1.1b-96k", model="1.1b", seq_tokens=98_304, num_microbatches=1,
-        plans=ways(FULL),
+        name="1.1b-72k", model="1.1b", seq_tokens=73_728, num_microbatches=1, steps=3,
+        warmup_steps=2,
+        plans=(FULL, memo(0.25), memo(0.5), SEARCHED),
+    ),
+    Group(
+        name="longest", model="llama-3.2-1b", seq_tokens=75_776, num_microbatches=1, steps=3,
+        warmup_steps=2, plans=(FULL,),
+    ),
+    Group(
+        name="1.1x", model="llama-3.2-1b", seq_tokens=83_968, num_microbatches=1, steps=3,
+        warmup_steps=2, plans=(FULL,),
     ),
 )  # fmt: skip
+"""`longest` is the answer of `forerun sweep --longest-context --model llama-3.2-1b --gpus 1xH200
+--global-batch 256ktok`."""
 
 
 @dataclass(kw_only=True)
@@ -117,7 +132,7 @@ class Result:
 
     group: str
     label: str
-    options: dict[str, Any]
+    way: Way
     predicted_s: float
     """From the profile."""
     from_constants_s: float
@@ -142,49 +157,57 @@ class Result:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def make_plan(group: Group, options: Options, gpus: str, profiled: bool) -> PlanFile:
+def make_plan(group: Group, way: Way, gpus: str, profiled: bool) -> PlanFile:
     """A plan, priced with the machine's profile or without any."""
     model = MODELS.get(group.model) or load_model(group.model)
     cluster = load_cluster(gpus)
     if not profiled:
         cluster = msgspec.structs.replace(cluster, profile=None)
+    axes = dict(way)
     workload = Workload(
         seq_tokens=group.seq_tokens,
         global_batch_seqs=group.num_microbatches * group.micro_batch_seqs,
-        steps=STEPS,
-        optimizer=options.optimizer,
+        steps=group.steps,
+        optimizer=axes.pop("optimizer", "adamw"),
         quality=("exact", "published"),
     )  # fmt: skip
-    layers = (0, model.num_layers - 1)
-    phase = Phase(
-        steps=STEPS,
-        seq_tokens=group.seq_tokens,
-        micro_batch_seqs=group.micro_batch_seqs,
-        num_microbatches=group.num_microbatches,
-        mesh=Mesh(),
-        stages=even_stages(model.num_layers, 1, cluster.pools[0].name),
-        settings=(Setting(layers=layers, techniques=options.techniques()),),
-    )
-    plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+    if axes.pop("searched", False):
+        exact = msgspec.structs.replace(workload, quality=("exact",))
+        plan = search(model, cluster, exact, Pins(run_only=True), keep=1).plans[0].plan
+    else:
+        pins = Pins(micro_batch=group.micro_batch_seqs, **axes)
+        plan = fixed_plan(model, cluster, workload, pins)
     return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))
 
 
-def measure(group: Group, options: Options, gpus: str, session: Session) -> Result:
-    """Run one plan."""
-    plain, profiled = (make_plan(group, options, gpus, there) for there in (False, True))
+Earlier = dict[tuple[str, str], dict[str, Any]]
+"""Results by group and label."""
+
+
+def measure(group: Group, way: Way, gpus: str, session: Session, earlier: Earlier) -> Result:
+    """Run one plan, unless it was run before: then what was measured is held against today's
+    prediction."""
+    plain, profiled = (make_plan(group, way, gpus, there) for there in (False, True))
     predicted = profiled.estimate
     result = Result(
         group=group.name,
         label=profiled.label,
-        options=asdict(options),
+        way=way,
         predicted_s=predicted.step_s.median,
         from_constants_s=plain.estimate.step_s.median,
         predicted_bytes=predicted.peak_memory_bytes.median,
         fits=predicted.fits,
     )
+    before = earlier.get((group.name, profiled.label))
+    if before is not None:
+        terms = predicted.memory_terms_bytes
+        result.predicted_bytes = sum(n for name, n in terms.items() if name not in NOT_LIVE)
+        result.measured_s, result.measured_bytes = before["measured_s"], before["measured_bytes"]
+        result.terms = before["terms"]
+        return result
     started = time.monotonic()
     try:
-        ranks = session.run(profiled, steps=STEPS, warmup_steps=WARMUP_STEPS)
+        ranks = session.run(profiled, steps=group.steps, warmup_steps=group.warmup_steps)
         measured = measurement(profiled.plan, profiled.label, ranks, {}, False)
     except ForerunError as error:
         result.error = str(error)
@@ -239,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", default="1xH200")
     parser.add_argument("--groups", help="names with commas between; default: all")
+    parser.add_argument("--after", type=Path, help="the JSON of an earlier run that goes on")
     parser.add_argument("--json", type=Path, help="write every result here, after each run")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds")
     asked = parser.parse_args()
@@ -249,14 +273,19 @@ def main() -> None:
     print("| group | plan | measured ms | constants | profile | measured GiB | predicted | error |")
     print("|---|---|---|---|---|---|---|---|")
     started = time.monotonic()
+    earlier: Earlier = {}
+    if asked.after is not None:
+        for entry in json.loads(asked.after.read_text()):
+            if entry["measured_s"] is not None:
+                earlier[entry["group"], entry["label"]] = entry
     results: list[Result] = []
-    todo = [(g, options) for g in GROUPS if g.name in names for options in g.plans]
+    todo = [(g, way) for g in GROUPS if g.name in names for way in g.plans]
     with Session() as session:
-        for group, options in todo:
+        for group, way in todo:
             if time.monotonic() - started > asked.time_limit:
                 print(f"{group.name}: left out, out of time", file=sys.stderr)
                 continue
-            results.append(measure(group, options, asked.gpus, session))
+            results.append(measure(group, way, asked.gpus, session, earlier))
             print(table_row(results[-1]), flush=True)
             if asked.json is not None:
                 asked.json.write_text(json.dumps([asdict(result) for result in results]))

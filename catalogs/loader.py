@@ -43,6 +43,9 @@ class Hardware(Document, frozen=True, kw_only=True):
     intra_node: Link
     inter_node: Link | None = None
     host: Link | None = None
+    host_memory_bytes: int | None = None
+    """Of a node, what offload may fill; None = not limited here."""
+    disk: Link | None = None
     stack: str = "pytorch-fsdp"
     price_usd_per_hour: float | None = None
     source: str

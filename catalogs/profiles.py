@@ -1,4 +1,5 @@
-"""The user's measured profiles: one document per device in the user's data folder.
+"""Measured profiles: the user's, one document per device in the user's data folder, and those that
+the catalog ships for devices of which one was measured.
 
 The folder is the platform's data folder of forerun; the environment variable FORERUN_DATA names
 another. This is the only place that reads it.
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from ..cluster import Profile
 from ..document import read, write
+
+SHIPPED = Path(__file__).parent / "measured"
 
 
 def user_data_folder() -> Path:
@@ -33,6 +36,15 @@ def user_profile_path(device: str) -> Path:
 def load_user_profile(device: str) -> Profile | None:
     """The user's profile of a device; None when nothing was measured yet."""
     path = user_profile_path(device)
+    return read(Profile, path) if path.exists() else None
+
+
+def load_profile(device: str) -> Profile | None:
+    """The user's profile of a device, or the catalog's; None where nobody measured one."""
+    found = load_user_profile(device)
+    if found is not None:
+        return found
+    path = SHIPPED / user_profile_path(device).name
     return read(Profile, path) if path.exists() else None
 
 

@@ -16,7 +16,7 @@ from ..model import Model
 from . import huggingface, sizes
 from .loader import Hardware, load_catalog_model, load_hardware, load_stack, resolve_name
 from .machine import usable_cores
-from .profiles import load_user_profile
+from .profiles import load_profile, load_user_profile
 
 _NODES = re.compile(r"([+-]?\d+)\s*[x*]\s*([+-]?\d+)\s*[x*]\s*([a-z0-9].*)", re.IGNORECASE)
 _COUNT = re.compile(r"([+-]?\d+)\s*[x*]\s*([a-z0-9].*)", re.IGNORECASE)
@@ -205,6 +205,8 @@ def _pool(
         intra_node=hardware.intra_node,
         inter_node=hardware.inter_node,
         host=hardware.host,
+        host_memory_bytes=hardware.host_memory_bytes,
+        disk=hardware.disk,
         shared_cores=usable_cores() if device.kind == "cpu" else None,
         stack=load_stack(stack or hardware.stack, hardware.family),
         price_usd_per_hour=hardware.price_usd_per_hour,
@@ -225,7 +227,8 @@ def _cpu_pool(hardware: Hardware, asked: _Asked, spec: str, stack: str | None) -
 def _profile_for(
     pools: tuple[Pool, ...], given: Profile | None
 ) -> tuple[Profile | None, tuple[str, ...]]:
-    """The profile to price with: the given one, or the user's of the first device that has one."""
+    """The profile to price with: the given one, or the user's of the first device that has one; the
+    catalog's for one node, which it was measured on a part of."""
     devices = [pool.device.name for pool in pools]
     if given is not None:
         if given.device not in devices:
@@ -233,8 +236,9 @@ def _profile_for(
                              f"was measured on {given.device}, not {' or '.join(devices)}",
                              "give a profile of this device")  # fmt: skip
         return given, ()
+    one_node = sum(pool.num_devices for pool in pools) <= pools[0].devices_per_node
     for device in devices:
-        found = load_user_profile(device)
+        found = load_profile(device) if one_node else load_user_profile(device)
         if found is not None:
             return found, (f"profile {found.name} of {found.date}",)
     return None, ()

@@ -57,7 +57,11 @@ def fixed_plan(
         recipe=recipe_of(pins),
         activations=pins.activations,
         recompute=pins.recompute or "none",
+        keep=pins.keep or (),
         offload=pins.offload or 0.0,
+        offload_rest=pins.offload_rest or "keep",
+        offload_tier=pins.offload_tier or "host",
+        offload_states=pins.offload_states,
         attention=pins.attention or "flash",
         runtime=pins.runtime or "eager",
         cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
@@ -77,11 +81,29 @@ def fixed_plan(
         schedule=cast("Schedule", schedule),
         orders=None if orders is None else order_texts(orders),
         stages=_stages(model, cluster, mesh, schedule, pins),
-        settings=(Setting(layers=(0, model.num_layers - 1), techniques=options.techniques()),),
+        settings=_settings(model, cluster, options, bool(pins.sp)),
     )
     plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
     plan.check()
     return plan
+
+
+LAST_LAYERS = 2
+"""At the end of the model, whose activations are not offloaded: their backward is next, so that
+they would be back before they are gone (MEMO, arXiv 2407.12117, section 4.3)."""
+
+
+def _settings(model: Model, cluster: Cluster, options: Options, split: bool) -> tuple[Setting, ...]:
+    """The options of all layers; activations of the last ones stay on the device."""
+    from ..costmodel.layer_tensors import check_keep, settings_of
+
+    pool, num = cluster.pools[0], model.num_layers
+    check_keep(model, options.keep, options.compute, pool)
+    moves = options.offload > 0 or options.offload_rest == "recompute"
+    num_last = LAST_LAYERS if moves and num > LAST_LAYERS else 0
+    last = replace(options, offload=0.0, offload_rest="keep")
+    each = [options] * (num - num_last) + [last] * num_last
+    return settings_of(model, each, pool, sequence_parallel=split)
 
 
 def _pins_of(orders: Orders, pins: Pins) -> Pins:

@@ -22,10 +22,12 @@ from ..plan import (
     RUNTIMES,
     SCHEDULES,
     STORAGE_DTYPES,
+    TENSORS,
     Plan,
     PlanFile,
 )
 from ..workload import Optimizer, Quality, Workload
+from .offload import parse_offload
 
 if TYPE_CHECKING:
     from ..planner import Pins
@@ -46,7 +48,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: offload, too (default on several).",
+    "predicted: single tensors to keep, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -75,6 +77,12 @@ JOB_OPTIONS = (
     ),
     click.option(
         "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
+    ),
+    click.option("--host-memory", metavar="SIZE", help="What offload may fill of a node's host."),
+    click.option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Memory of a device instead of its own; on CPUs a budget on live tensors.",
     ),
     click.option("--seq-len", help="Tokens per sequence: 8192, 128k, 1M."),
     click.option(
@@ -158,14 +166,20 @@ AXIS_OPTIONS = (
     click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
     click.option(
         "--recompute",
-        type=click.Choice([*RECOMPUTE_MODES, "solve"]),
+        type=click.Choice([*RECOMPUTE_MODES, TENSORS, "solve"]),
         help="What is recomputed; solve: chosen layer by layer, as when not given.",
     ),
     click.option(
+        "--keep",
+        metavar="NAMES",
+        help="With --recompute tensors: the tensors of a layer that are kept, such as x1,q,k,v,o.",
+    ),
+    click.option(
         "--offload",
-        type=click.FloatRange(0, 1),
-        metavar="FRACTION",
-        help="Saved activations that wait on the host.",
+        metavar="WHAT",
+        help="What waits off the device: a fraction of the saved activations (0.5 or "
+        "activations=0.5; rest=recompute makes the other tokens again), optimizer or parameters; "
+        "tier=host or disk.",
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
     click.option(
@@ -215,6 +229,7 @@ AXES = (
     "ep",
     "micro_batch",
     "recompute",
+    "keep",
     "offload",
     "attention",
     "runtime",
@@ -293,7 +308,30 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         quality=quality,
         accepted=accepted,
     )
-    return Job(model, resolved.cluster, workload, resolved.notes, job_warnings(model, workload))
+    cluster = with_budgets(resolved.cluster, flags)
+    return Job(model, cluster, workload, resolved.notes, job_warnings(model, workload))
+
+
+def with_budgets(cluster: Cluster, flags: Mapping[str, Any]) -> Cluster:
+    """The cluster with the memory that --device-memory and --host-memory give it."""
+    import msgspec
+
+    pools = cluster.pools
+    if flags.get("host_memory"):
+        budget = units.parse_bytes("host-memory", flags["host_memory"])
+        pools = tuple(msgspec.structs.replace(p, host_memory_bytes=budget) for p in pools)
+    if flags.get("device_memory"):
+        budget = units.parse_bytes("device-memory", flags["device_memory"])
+        pools = tuple(
+            msgspec.structs.replace(
+                pool,
+                device=msgspec.structs.replace(
+                    pool.device, memory_bytes=budget, tensors_only=pool.device.kind == "cpu"
+                ),
+            )
+            for pool in pools
+        )
+    return msgspec.structs.replace(cluster, pools=pools)
 
 
 def with_capacity(model: Model, factor: float) -> Model:
@@ -381,11 +419,16 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
     from ..planner import Pins
 
+    given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
+    given |= parse_offload(flags["offload"])
+    if given["keep"] is not None and given["recompute"] != TENSORS:
+        raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",
+                         "add --recompute tensors, or drop --keep")  # fmt: skip
+    if given["keep"] is not None:
+        given["keep"] = tuple(name for name in given["keep"].replace(" ", "").split(",") if name)
     if is_traced(flags["model"]):
-        given = {axis: flags[axis] for axis in AXES}
-        given |= {"cp": 1, "ep": 1, "offload": flags["offload"] or 0.0}
+        given = {"offload": 0.0, **given, "cp": 1, "ep": 1}
         return Pins(**given | {"recompute": flags["recompute"] or "none"})
-    given = {axis: flags[axis] for axis in AXES}
     if given["recompute"] == "solve":
         given["recompute"] = None
     return Pins(**given | {"stages": parse_stages(given["stages"])})
@@ -415,7 +458,7 @@ def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    beyond = bool(flags["offload"])
+    beyond = bool(flags["offload"]) and not all(layer.is_plain for layer in job.model.layers)
     if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)

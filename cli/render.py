@@ -162,6 +162,7 @@ def print_terms(estimate: Estimate) -> None:
         f"{format_bytes(estimate.capacity_bytes)} per device, fits: {estimate.fits} "
         f"(probability {estimate.fit_probability:.2f})"
     )
+    print_away(estimate.bytes_off_device, estimate.bytes_copied)
 
 
 LARGEST_TENSORS = 12
@@ -246,6 +247,9 @@ def print_measurement(measurement: Measurement) -> None:
         f"peak {format_bytes(measurement.peak_memory_bytes)} of live tensors on the fullest rank, "
         f"{format_bytes(measurement.process_peak_bytes)} of process memory"
     )
+    print_away(measurement.bytes_off_device, measurement.bytes_copied)
+    if measurement.allocator:
+        print_allocator(measurement.allocator)
     if loss:
         print_line(f"loss {loss[0]:.4f} -> {loss[-1]:.4f} over {len(loss)} steps")
     if measurement.experts:
@@ -268,6 +272,32 @@ def experts_line(experts: Sequence[ExpertLoad]) -> str:
         f"experts: the hottest {hottest:.2f} x the mean, the fullest rank "
         f"{fullest.imbalance:.2f} x (layer {fullest.layer}), {100 * dropped:.1f} % dropped"
     )
+
+
+def print_away(off_device: Mapping[str, float], copied: Mapping[str, float]) -> None:
+    """Print what waits off the device and what moves there and back, if anything does."""
+    for tier, most in off_device.items():
+        out, back = (copied.get(f"{way}@{tier}", 0.0) for way in ("out", "in"))
+        print_line(
+            f"{tier}: {format_bytes(most)} per rank off the device; per step "
+            f"{format_bytes(out)} out, {format_bytes(back)} back"
+        )
+
+
+def print_allocator(found: Mapping[str, float]) -> None:
+    """Print what allocators need for the tensors of one step."""
+    live, static = found["max_live_bytes"], found["static_plan_bytes"]
+    print_line(
+        f"one step's tensors: {format_bytes(live)} live at most; solved offsets need "
+        f"{format_bytes(static)} ({static / live:.4f} x), a caching allocator reserves "
+        f"{format_bytes(found['caching_bytes'])} ({found['caching_bytes'] / live:.3f} x)"
+    )
+    if "arena_bytes" in found:
+        whole = found["placed_bytes"] + found["not_placed_bytes"]
+        print_line(
+            f"ran out of an arena of {format_bytes(found['arena_bytes'])}: "
+            f"{percent(found['placed_bytes'] / whole if whole else None)} of all bytes made"
+        )
 
 
 def print_diff(comparison: Mapping[str, Any]) -> None:

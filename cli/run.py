@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -87,6 +87,16 @@ def extra_options(function: Any) -> Any:
     help="Steps before the timed ones.",
 )
 @click.option("--data", help="File or folder of text or JSONL in place of the plan's.")
+@click.option(
+    "--static-memory",
+    type=click.Choice(["report", "run"]),
+    help="Solve for offsets of a step's tensors: report what they save, or run out of one arena.",
+)
+@click.option(
+    "--offload-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for files of offloaded tensors; default: that of temporary files.",
+)
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
 @extra_options
 @click.option(
@@ -109,6 +119,8 @@ def command(
     steps: int | None,
     warmup: int,
     data: str | None,
+    static_memory: Literal["report", "run"] | None,
+    offload_dir: Path | None,
     model: str | None,
     pace: str | None,
     pace_scale: float | None,
@@ -134,6 +146,8 @@ def command(
             on_progress=on_progress,
             on_note=say,
             module=model,
+            offload_folder=offload_dir,
+            static_memory=static_memory,
             training=training,
             max_restarts=max_restarts,
             grace_s=units.parse_duration(grace, "grace"),

@@ -90,6 +90,7 @@ def _update_terms(sim: Simulation, once: Update) -> Terms:
         "forward": float(once.dp.forward_s[0]),
         "backward": float(once.dp.backward_s[0]),
         "exposed.dp": float(once.dp.exposed_s[0]),
+        "exposed.copy": float(once.states.exposed_s[0]),
         "optimizer": float(once.optimizer_s[0]),
     }
     return {**terms, "host": float(once.total_s[0]) - sum(terms.values())}

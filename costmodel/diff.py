@@ -71,6 +71,7 @@ def diff(
                 "bytes", MEMORY_TERMS, estimate.memory_terms_bytes, measurement.memory_terms_bytes
             ),
             *_terms("bytes", (), estimate.bytes_on_wire, measurement.bytes_on_wire),
+            *_terms("bytes", (), estimate.bytes_copied, measurement.bytes_copied),
         ],
     }
 

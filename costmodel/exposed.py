@@ -17,6 +17,7 @@ from .layout import Layouts
 from .options import Options
 from .overlap import kept_share
 from .prices import Prices
+from .techniques import offload
 
 HIDDEN_SHARE = 0.5
 """Part of an operator's time that communication beside it can hide behind: a ring's first and last
@@ -67,11 +68,17 @@ def forward_collectives(graph: Graph, options: Options, prices: Prices) -> list[
     ]
 
 
-def backward_collectives(graph: Graph, again: frozenset[str]) -> list[Collective]:
+def backward_collectives(graph: Graph, again: frozenset[str], options: Options) -> list[Collective]:
     """Collectives of a backward, with those of the operators that run again."""
     own = [c for op in graph.operators for c in op.backward_collectives]
+    return own + again_collectives(graph, again, options)
+
+
+def again_collectives(graph: Graph, again: frozenset[str], options: Options) -> list[Collective]:
+    """Collectives of the operators that run again, on all tokens or on those left behind."""
     repeated = (c for op in graph.operators if op.name in again for c in op.forward_collectives)
-    return own + [c for c in repeated if not c.once]
+    more = [c for c in repeated if not c.once]
+    return list(map(offload.of_left_tokens, more)) if offload.by_tokens(options) else more
 
 
 def wire_bytes(group: Sequence[Collective], sizes: Sizes, layouts: Layouts) -> dict[str, Array]:
@@ -189,10 +196,16 @@ def _tensor_parallel_s(
     return felt_s * stack.tensor_parallel_exposed
 
 
-def copies_s(saved_bytes: Array, options: Options, prices: Prices, compute_s: Array) -> Array:
-    """Exposed seconds of moving the offloaded part of saved activations one way beside compute."""
-    link = prices.pool.host
-    if options.offload == 0.0 or link is None:
-        return np.zeros(1)
-    moving_s = link.latency_s + options.offload * saved_bytes / link.bytes_per_s
-    return np.maximum(0.0, moving_s - compute_s) * prices.scale("exposed.copy")
+def copies_s(moved_bytes: Array, direction: str, options: Options, prices: Prices) -> Array:
+    """Seconds of moving a layer's offloaded bytes one way: `out` of the device, or `in`."""
+    seconds = prices.copy_s(direction, moved_bytes, options.offload_tier)
+    return np.where(moved_bytes > 0, seconds, 0.0)
+
+
+def exposed_copy_s(
+    moved_bytes: Array, direction: str, options: Options, prices: Prices, compute_s: Array
+) -> Array:
+    """The part of that beyond the compute of one layer that it runs beside."""
+    beside = compute_s * prices.copy_hidden_share
+    moving_s = copies_s(moved_bytes, direction, options, prices)
+    return np.maximum(0.0, moving_s - beside) * prices.scale("exposed.copy")

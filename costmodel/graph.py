@@ -96,6 +96,8 @@ class Operator:
     outputs: tuple[Tensor, ...]
     saves: tuple[Tensor, ...] = ()
     """Tensors kept from forward to backward: inputs, outputs or internal ones."""
+    needs: tuple[Tensor, ...] = ()
+    """What backward reads, where some of it is not kept and comes back when it is asked for."""
     weights: tuple[Tensor, ...] = ()
     forward_collectives: tuple[Collective, ...] = ()
     """After the operator, on its outputs (or before it, on its inputs)."""

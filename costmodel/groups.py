@@ -13,7 +13,7 @@ from ..model import Layer, Model
 from ..plan import Phase, Stage
 from ..workload import Workload
 from .options import Options
-from .stages import Load
+from .stages import Load, Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +56,20 @@ class Grouped:
 
     def loads(self, stages: Sequence[Stage]) -> list[Load]:
         """The loads of pipeline stages."""
+        return [self.load([stage]) for stage in stages]
+
+    def load(self, stages: Sequence[Stage]) -> Load:
+        """The load of all stages of a rank together."""
         count, last_layer = len(self.options), len(self.group_of) - 1
-
-        def load(first: int, last: int) -> Load:
-            held = np.bincount(self.group_of[first : last + 1], minlength=count).astype(float)
-            return Load(
-                layers=tuple(held[i : i + 1] for i in range(count)),
-                embedding=np.array([float(first == 0)]),
-                head=np.array([float(last == last_layer)]),
-            )
-
-        return [load(*stage.layers) for stage in stages]
+        spans = [stage.layers for stage in stages]
+        groups = [int(g) for first, last in spans for g in self.group_of[first : last + 1]]
+        held = np.bincount(groups, minlength=count).astype(float)
+        return Load(
+            layers=tuple(held[i : i + 1] for i in range(count)),
+            embedding=np.array([float(any(first == 0 for first, _ in spans))]),
+            head=np.array([float(any(last == last_layer for _, last in spans))]),
+            order=Order.of(groups, count),
+        )
 
 
 def _with_layers(model: Model, layers: Sequence[Layer]) -> Model:

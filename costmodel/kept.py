@@ -30,11 +30,49 @@ NORMS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """What of a layer that offloads is on the device for a while; zero of others."""
+
+    moved: Array
+    """On its way off the device after its forward."""
+    lands: Array
+    """Of the buffer that it comes back into, for its own backward and during that of the layer
+    behind it."""
+    more: Array
+    """How much larger the peak of its backward is, since that buffer goes as a whole."""
+    copied: Array
+    """Where its backward is split: copies of what waits in that buffer, and `more`."""
+
+    @staticmethod
+    def of(piece: Piece) -> Passing:
+        """Of one layer."""
+        lands, live = piece.lands_bytes, piece.live
+        more = live.landed * lands / np.maximum(live.saved, 1.0)
+        return Passing(
+            moved=piece.moved_bytes,
+            lands=lands,
+            more=more,
+            copied=np.where(lands > 0, piece.waiting_bytes + more, 0.0),
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> Passing:
+        """Of these rows."""
+        return Passing(
+            moved=taken(self.moved, rows),
+            lands=taken(self.lands, rows),
+            more=taken(self.more, rows),
+            copied=taken(self.copied, rows),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """The live bytes of every piece as the stack has them; the layers in the model's order."""
 
     embedding: Liveness
     layers: tuple[Liveness, ...]
+    passing: tuple[Passing, ...]
+    """Of the layers."""
     stores: tuple[bool, ...]
     """Whether layers store what they keep in another form than they are given it."""
     head: Liveness
@@ -53,6 +91,7 @@ class Kept:
         return Kept(
             embedding=costs.embedding.live,
             layers=tuple(_layer(piece, layouts, stack) for piece in costs.layers),
+            passing=tuple(map(Passing.of, costs.layers)),
             stores=tuple(piece.options.activations is not None for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
@@ -64,6 +103,7 @@ class Kept:
         return Kept(
             embedding=taken(self.embedding, rows),
             layers=tuple(taken(live, rows) for live in self.layers),
+            passing=tuple(one.take(rows) for one in self.passing),
             stores=self.stores,
             head=taken(self.head, rows),
             loss_peak=taken(self.loss_peak, rows),
@@ -98,7 +138,7 @@ def _layer(piece: Piece, layouts: Layouts, stack: Stack) -> Liveness:
     grown = norms - whole  # one of the gathered inputs is back while its matmuls run
     return replace(
         live,
-        saved=saved * (1.0 - options.offload),
+        saved=saved * piece.stays,
         forward_peak=live.forward_peak + grown,
         backward_peak=np.maximum(live.backward_peak + grown, saved),
         backward_peak_fresh=np.maximum(live.backward_peak_fresh + grown, saved),

@@ -14,20 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
+from .graph import Array, Graph, Operator, Sizes
 from .operators import transients
-
-NO_INPUT_NEEDED = (
-    "add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise", "quantize_weight"
-)  # fmt: skip
-"""Kinds whose backward reads none of their inputs."""
-INSIDE: dict[str, tuple[Axes, float]] = {
-    "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
-    "attention_unfused_eager": (("batch", "heads", "seq", "seq_whole"), 5.0),
-}
-"""What kinds keep that is neither input nor output: axes, and bytes per element. Unfused attention:
-softmax and dropout in 16 bits and the mask (Korthikanti et al. 2022, arXiv 2205.05198, section
-4.1)."""
+from .standing import main_tensor, moves, standing, total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +34,17 @@ class Liveness:
     """The same when nothing is there to add to: every gradient made so far stays."""
     loss: Array
     """Part of `saved` that is the loss's."""
+    landed: Array
+    """How much larger the peaks of backward are when all that was saved came back in one buffer,
+    which goes as a whole; zero where that is not asked for."""
 
 
-def liveness(graph: Graph, sizes: Sizes) -> Liveness:
-    """The allocation curve of a graph under its recompute setting."""
+def liveness(graph: Graph, sizes: Sizes, *, lands: bool = False) -> Liveness:
+    """The allocation curve of a graph under its recompute setting; `lands` asks for `landed`."""
     forward_kept, kept = _forward(graph, sizes, _saved_names(graph))
     saved = sum(kept.values(), np.zeros(1))
     backward, fresh = _backward(graph, sizes)
+    landed = _backward(graph, sizes, lands=True)[0] - backward if lands else np.zeros(1)
     loss = np.zeros(1)
     for op in graph.operators:
         if op.kind == "cross_entropy":
@@ -67,6 +60,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
             backward_peak=np.maximum(again, backward),
             backward_peak_fresh=np.maximum(again, fresh),
             loss=loss,
+            landed=np.zeros(1),
         )
     return Liveness(
         saved=saved,
@@ -74,6 +68,7 @@ def liveness(graph: Graph, sizes: Sizes) -> Liveness:
         backward_peak=backward,
         backward_peak_fresh=fresh,
         loss=loss,
+        landed=landed,
     )
 
 
@@ -105,10 +100,10 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
                 new[tensor.name] = tensor.num_bytes(sizes)
         added = sum(new.values(), np.zeros(1))
         if op.kind == "edge":  # where nothing is exchanged the edge hands the tensor on
-            peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
+            peak = np.maximum(peak, before + np.where(moves(op, sizes), added, 0.0))
         else:
-            extra = transients(op.kind, op.outputs[-1].dtype)[0] * _main(op).num_bytes(sizes)
-            extra = extra + _total(op.held_forward, sizes)
+            extra = transients(op.kind, op.outputs[-1].dtype)[0] * main_tensor(op).num_bytes(sizes)
+            extra = extra + total_bytes(op.held_forward, sizes)
             peak = np.maximum(peak, before + added + extra)
         live.update(new)
         made, read = _names(op), {t.name for t in op.inputs}
@@ -119,97 +114,39 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
     return peak, {name: size for name, size in live.items() if name in keep}
 
 
-def _ranks(op: Operator, sizes: Sizes) -> Array:
-    """Ranks of the group that an edge's collectives run over; above 1 where it copies."""
-    ranks = np.ones(1) if op.copies_over is None else sizes[op.copies_over]
-    for c in (*op.forward_collectives, *op.backward_collectives):
-        ranks = np.maximum(ranks, sizes[c.axis])
-    return ranks
-
-
-def _moves(op: Operator, sizes: Sizes) -> Array:
-    """Whether an edge makes a new tensor: where a group of its collectives has several ranks."""
-    return _ranks(op, sizes) > 1
-
-
-def _remade(graph: Graph, sizes: Sizes) -> dict[str, Array]:
-    """Outputs of operators that run again and that a consumer's backward needs, by name.
-
-    Through an edge within one rank a tensor stays the same.
-    """
-    kept = {t.name for op in graph.operators for t in op.saves}
-    again = {t.name: t for op in graph.operators if op.recomputed for t in op.outputs}
-    needed: dict[str, Array] = {}
-    for op in reversed(graph.operators):
-        for tensor in op.inputs:
-            if tensor.name not in again or tensor.name in kept:
-                continue
-            if op.kind == "edge":  # its output stands for both where it moves nothing
-                out, moves = op.outputs[0].name, _moves(op, sizes)
-                if out in needed and tensor.name not in needed:
-                    needed[tensor.name] = np.where(moves, 0.0, needed[out])
-                    needed[out] = np.where(moves, needed[out], 0.0)
-            elif op.kind not in NO_INPUT_NEEDED:
-                needed[tensor.name] = tensor.num_bytes(sizes)
-    return needed
-
-
-def _inside(op: Operator, sizes: Sizes) -> Array:
-    """Bytes that an operator which runs again keeps inside of it until its backward is done."""
-    if not op.recomputed or op.kind not in INSIDE:
-        return np.zeros(1)
-    axes, element_bytes = INSIDE[op.kind]
-    return volume(axes, sizes) * element_bytes
-
-
-def _total(tensors: tuple[Tensor, ...], sizes: Sizes) -> Array:
-    return sum((t.num_bytes(sizes) for t in tensors), np.zeros(1))
-
-
 def _names(op: Operator) -> set[str]:
     return {t.name for t in op.outputs}
 
 
-def _main(op: Operator) -> Tensor:
-    """The tensor that transients are multiples of: the logits for the loss, else the output."""
-    return op.saves[0] if op.kind == "cross_entropy" else op.outputs[-1]
-
-
-def _backward(graph: Graph, sizes: Sizes) -> tuple[Array, Array]:
+def _backward(graph: Graph, sizes: Sizes, *, lands: bool = False) -> tuple[Array, Array]:
     """Peaks of the backward walk: weights' gradients leaving at once, or staying."""
-    holders: dict[str, int] = {}
-    saved: dict[str, Array] = {}
-    for op in graph.operators:
-        for tensor in op.saves:
-            holders[tensor.name] = holders.get(tensor.name, 0) + 1
-            saved[tensor.name] = tensor.num_bytes(sizes)
-    last = graph.operators[-1]
-    grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in last.outputs}
-    again = _remade(graph, sizes)
+    there = standing(graph, sizes, lands=lands)
+    grads: dict[str, Array] = {t.name: t.num_bytes(sizes) for t in graph.operators[-1].outputs}
+    waiting = sum(grads.values(), np.zeros(1))
     peak, fresh, stayed = np.zeros(1), np.zeros(1), np.zeros(1)
-    held = sum((*saved.values(), *again.values(), *grads.values()), np.zeros(1))
     for op in reversed(graph.operators):
-        standing = held + _inside(op, sizes)
+        coming = there.before(op)
+        peak = np.maximum(peak, coming + waiting)
+        fresh = np.maximum(fresh, coming + waiting + stayed)
         trained = (t.num_bytes(sizes) for t in op.weights if t.trainable)
         weights = sum(trained, np.zeros(1))
         made, making = _input_gradients(op, sizes, grads)
         making = sum((t.num_bytes(sizes) for t in op.unpacks), making)
-        making = making + _total(op.held_backward, sizes)
-        peak = np.maximum(peak, standing + making + weights)
+        making = making + total_bytes(op.held_backward, sizes)
+        here = there.held + there.inside(op) + waiting
+        peak = np.maximum(peak, here + making + weights)
         stayed = stayed + weights
-        fresh = np.maximum(fresh, standing + making + stayed)
+        fresh = np.maximum(fresh, here + making + stayed)
         for tensor in op.outputs:
-            held = held - grads.pop(tensor.name, 0.0) - again.pop(tensor.name, 0.0)
-        for tensor in op.saves:
-            holders[tensor.name] -= 1
-            if holders[tensor.name] == 0:
-                held = held - saved.pop(tensor.name)
+            waiting = waiting - grads.pop(tensor.name, 0.0)
+        there.after(op)
         for name, size in made.items():
             if name in grads:  # two consumers: both gradients and their sum live for a moment
+                held = there.held + waiting
                 peak = np.maximum(peak, held + 2 * size)
                 fresh = np.maximum(fresh, held + 2 * size + stayed)
-                held = held - grads[name]
-            held = held + size
+                waiting = waiting - grads[name]
+            waiting = waiting + size
             grads[name] = size
     return peak, fresh
 
@@ -228,8 +165,8 @@ def _input_gradients(
     made = {t.name: t.num_bytes(sizes) for t in op.inputs}
     total = sum(made.values(), np.zeros(1))
     if op.kind == "edge":
-        return made, np.where(_ranks(op, sizes) > 1, total, 0.0)
-    extra = transients(op.kind, op.outputs[-1].dtype)[1] * _main(op).num_bytes(sizes)
+        return made, np.where(moves(op, sizes), total, 0.0)
+    extra = transients(op.kind, op.outputs[-1].dtype)[1] * main_tensor(op).num_bytes(sizes)
     if op.kind == "cross_entropy":  # a cut vocabulary takes one pass over its gradient, not two
         extra = np.where(sizes["tp"] > 1, np.maximum(total, extra / 2), extra)
     return made, np.maximum(total, extra)

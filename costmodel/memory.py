@@ -105,11 +105,15 @@ def peak_bytes(rank: RankMoments, kept: Kept, in_flight: InFlight) -> Peaks:
             exists = exists & (alive > 0)
         now = np.where(exists, now, 0.0)
         peak = np.maximum(peak, now)
+        if moment.kind == "fetch":  # not of every mixture of policies
+            continue
         whole = moment.kind not in ("first", "update")
+        beside = now - np.where(exists, here.passing, 0.0)
         if whole:
-            working = np.maximum(working, now - live * per_chunk - here.shortfall)
+            working = np.maximum(working, beside - live * per_chunk - here.shortfall)
         short = (here.shortfall > 0) & np.isfinite(here.shortfall)
-        closing = np.maximum(closing, np.where(short | (not whole), now - others * per_chunk, 0.0))
+        least = np.where(short, now, beside) - others * per_chunk
+        closing = np.maximum(closing, np.where(short | (not whole), least, 0.0))
     return Peaks(
         total=peak,
         kept=live * per_chunk,

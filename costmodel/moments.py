@@ -3,6 +3,8 @@
     head      backward of the loss: everything saved, logits and their gradients
     last      backward of a rank's last layer: everything saved, that layer's working set
     second    backward of the layer before it, with the last one's gradients on the wire
+    fetch     backward of the layer behind its first, whose offloaded activations come back: nothing
+              else saved, all gradients but those of the two
     first     backward of its first layer: nothing else saved, all gradients
     update    the optimiser step: all states, no activations
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -23,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
+from .copies import staged_bytes
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts
@@ -36,7 +40,7 @@ from .states import AtRest, Counts, Divisors
 from .techniques import expert_offload
 from .working_copies import WorkingCopies
 
-Kind = Literal["head", "last", "second", "first", "update"]
+Kind = Literal["head", "last", "second", "fetch", "first", "update"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,8 @@ class Activations:
     """Of the micro-batch whose backward it is."""
     working: Array
     """The layer's working set beyond what it kept."""
+    passing: Array
+    """Of both, what waits off the device while other layers run."""
     shortfall: Array
     """How far one micro-batch's activations are below what the moment needs of them; infinite where
     the moment needs several layers of one kind."""
@@ -85,6 +91,8 @@ class RankMoments:
     moments: tuple[Moment, ...]
     load: Load
     chunks: Array
+    split: NDArray[np.bool_]
+    """Whether backwards are split."""
     boundary_bytes: Array
     """What a chunk hands to the next stage, of one micro-batch."""
 
@@ -97,6 +105,7 @@ class RankMoments:
             moments=tuple(_moments(load, costs, layouts, options, stack)),
             load=load,
             chunks=layouts.vpp.astype(float),
+            split=np.isin(layouts.schedule, SPLIT),
             boundary_bytes=costs.layers[0].boundary_bytes,
         )
 
@@ -121,32 +130,104 @@ class RankMoments:
         load, head = self.load, self.load.head * kept.head.saved
         none = np.zeros(1)
         if moment.kind == "update":
-            return Activations(kept=none, working=none, shortfall=none)
+            return Activations(kept=none, working=none, passing=none, shortfall=none)
         if moment.kind == "head":
             below = np.maximum(per_chunk - head, 0.0)
+            leaving = self._leaving(kept)
             return Activations(
-                kept=below + kept.head.saved - kept.head.loss,
+                kept=below + kept.head.saved - kept.head.loss + leaving,
                 working=none,
+                passing=leaving,
                 shortfall=np.maximum(head - per_chunk, 0.0),
             )
         if moment.kind == "first":
-            saved, peak = none, none
-            for count, live in zip(load.layers, kept.layers, strict=True):
-                saved = np.where(count > 0, np.maximum(saved, live.saved), saved)
-                peak = np.where(count > 0, np.maximum(peak, moment.peak_of(live)), peak)
-            working = np.maximum(peak - saved, 0.0)
-            return Activations(kept=saved, working=working, shortfall=none)
+            return self._first(moment, kept)
+        if moment.kind == "fetch":
+            return self._fetch(moment, kept)
         assert moment.layer is not None
         live = kept.layers[moment.layer]
         own = live.saved * (load.layers[moment.layer] > 0)
+        back, more, gone = self._passing(kept, moment.layer)
         # the head's own activations are gone when the layers' backward starts
-        below = np.maximum(np.maximum(per_chunk - own, 0.0) - head, 0.0)
-        working = np.maximum(moment.peak_of(live) - live.saved, 0.0)
-        if moment.kind == "last":
-            shortfall = np.maximum(own + head - per_chunk, 0.0)
-            return Activations(kept=below + live.saved, working=working, shortfall=shortfall)
-        below = np.maximum(below - live.saved, 0.0)
-        return Activations(kept=below + live.saved, working=working, shortfall=np.full(1, np.inf))
+        below = np.maximum(np.maximum(per_chunk - own, 0.0) - head - gone, 0.0)
+        working = np.maximum(moment.peak_of(live) - live.saved, 0.0) + more
+        shortfall = np.maximum(own + head - per_chunk, 0.0)
+        if moment.kind == "second":
+            below = np.maximum(below - live.saved, 0.0)
+            shortfall = np.full(1, np.inf)
+        return Activations(
+            kept=below + live.saved, working=working, passing=back + more, shortfall=shortfall
+        )
+
+    def _leaving(self, kept: Kept) -> Array:
+        """What the last layer is still moving off the device when the head runs backward."""
+        order, most = self.load.order, np.zeros(1)
+        for group, (count, one) in enumerate(zip(self.load.layers, kept.passing, strict=True)):
+            last = count > 0
+            if order is not None:
+                last = last & (sum(order.behind[group], np.zeros(1)) == 0)
+            most = np.maximum(most, np.where(last, one.moved, 0.0))
+        return most
+
+    def _passing(self, kept: Kept, group: int) -> tuple[Array, Array, Array]:
+        """In the backward of the last layer of a group that moves its activations: what is back of
+        its own, in a buffer that goes as a whole; by how much that is more than is counted without
+        it, with the buffer of the layer before, which is fetched meanwhile; what layers behind
+        kept, which is gone."""
+        lands, more = kept.passing[group].lands, kept.passing[group].more
+        order = self.load.order
+        fetched, gone = np.zeros(1), np.zeros(1)
+        if order is None:
+            for other, count in enumerate(self.load.layers):  # any other layer may be before it
+                there = count > (1 if other == group else 0)
+                fetched = np.maximum(fetched, np.where(there, kept.passing[other].lands, 0.0))
+        else:
+            for there, one in zip(order.before[group], kept.passing, strict=True):
+                fetched = fetched + there * one.lands
+            for there, live in zip(order.behind[group], kept.layers, strict=True):
+                gone = gone + there * live.saved
+        return lands, np.where(lands > 0, more + fetched, 0.0), np.where(lands > 0, gone, 0.0)
+
+    def _fetch(self, moment: Moment, kept: Kept) -> Activations:
+        """In the backward of the rank's second layer while what its first moved comes back.
+
+        Where layers offload nothing a layer's activations outweigh its gradients, so that the peak
+        is at the last layer; with offload it may be at the last one that still fetches.
+        """
+        load, order, none = self.load, self.load.order, np.zeros(1)
+        saved, working, passing = none, none, none
+        pairs = product(range(len(kept.layers)), repeat=2)
+        for front, own in pairs:
+            if order is not None:
+                there = order.first[front] * order.second[own] > 0
+            else:
+                several = load.layers[front] > (1 if own == front else 0)
+                there = several & (load.layers[own] > 0)
+            coming, live = kept.passing[front].lands, kept.layers[own]
+            more = kept.passing[own].more + coming
+            beside = np.maximum(moment.peak_of(live) - live.saved, 0.0) + more
+            both = live.saved + kept.layers[front].saved
+            larger = there & (coming > 0) & (both + beside > saved + working)
+            saved, working = np.where(larger, both, saved), np.where(larger, beside, working)
+            passing = np.where(larger, more + kept.passing[own].lands, passing)
+        return Activations(kept=saved, working=working, passing=passing, shortfall=none)
+
+    def _first(self, moment: Moment, kept: Kept) -> Activations:
+        """In the backward of the rank's first layer. What came back in a buffer is copied where it
+        waits for its weights' gradients."""
+        saved, peak, copied = np.zeros(1), np.zeros(1), np.zeros(1)
+        each = zip(self.load.layers, kept.layers, kept.passing, strict=True)
+        for count, live, one in each:
+            there = count > 0
+            saved = np.where(there, np.maximum(saved, live.saved), saved)
+            peak = np.where(there, np.maximum(peak, moment.peak_of(live)), peak)
+            copied = np.where(there & self.split, np.maximum(copied, one.copied), copied)
+        return Activations(
+            kept=saved,
+            working=np.maximum(peak - saved, 0.0) + copied,
+            passing=copied,
+            shortfall=np.zeros(1),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +264,7 @@ def _moments(
 ) -> Iterator[Moment]:
     states, counts = StateBytes.of(stack, options), Counts.of(load, costs)
     hosted = expert_offload.MOMENT_BYTES if options.expert_offload else 0.0
-    rest = AtRest.of(counts, states, layouts, stack, hosted)
+    rest = AtRest.of(counts, states, layouts, stack, hosted).on_device(options)
     more = excess_bytes(load, costs, layouts, options, stack)
     rank = _Rank(
         load=load,
@@ -223,11 +304,18 @@ def _moments(
             wire = {**last, "comm_buffers": last["comm_buffers"] + rank.copies.on_wire}
             yield moment("last", count > 0, last, which)
             yield moment("second", (count > 1) & (rank.copies.on_wire > 0), wire, which)
-        yield moment("first", always, _first_layer(rank, grads))
+        several = load.num_layers > layouts.vpp
+        yield moment("fetch", several, _front_layers(rank, grads, 2))
+        yield moment("first", always, _front_layers(rank, grads, 1))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
-    terms = {**at_rest, "gradients": around[1].after, "comm_buffers": exchange}
+    owned = counts.trained / Divisors.of(stack, layouts).optimizer
+    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
+    staged = staged_bytes(owned, states, options)
     if options.expert_offload:
-        terms["workspace"] = expert_offload.piece_bytes(_largest_expert_tensor(rank))
+        staged = staged + expert_offload.piece_bytes(_largest_expert_tensor(rank))
+    terms = {
+        **at_rest, "gradients": around[1].after, "comm_buffers": exchange, "workspace": staged
+    }  # fmt: skip
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
 
 
@@ -329,17 +417,17 @@ def _layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     }
 
 
-def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
-    """Backward of the rank's first layer: all other layers' gradients are there.
+def _front_layers(rank: _Rank, grads: _Gradients, num: int) -> dict[str, Array]:
+    """Backward of the last of the rank's first `num` layers: gradients of those behind are there.
 
-    Of activations that layer's alone are left, and what weights of the chunk's others wait with;
-    its own gradients and those of the embedding are still to be made when nothing is there to add
-    them to.
+    Of activations those of these layers alone are left, and what weights of the chunk's others wait
+    with; their own gradients and those of the embedding are still to be made when nothing is there
+    to add them to.
     """
     load, costs = rank.load, rank.costs
     chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
     layers = load.num_layers / rank.layouts.vpp
-    behind = chunk * np.maximum(layers - 1.0, 0.0) / np.maximum(layers, 1.0)
+    behind = chunk * np.maximum(layers - num, 0.0) / np.maximum(layers, 1.0)
     waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
     params = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
@@ -348,7 +436,7 @@ def _first_layer(rank: _Rank, grads: _Gradients) -> dict[str, Array]:
     table = load.embedding * (costs.embedding.trainable_params - load.head * costs.tied_params)
     table = np.maximum(table, 0.0)
     per_param = rank.states.gradient / rank.copies.shard
-    unmade = np.where(grads.fresh, (params + table) * per_param, 0.0)
+    unmade = np.where(grads.fresh, (num * params + table) * per_param, 0.0)
     return {
         "activations": waiting,
         "gradients": np.maximum(grads.after - unmade, grads.before),

@@ -53,7 +53,13 @@ class Options:
     clips: bool = False
     """Whether gradients are scaled down where their norm is too large."""
     offload: float = 0.0
-    """Fraction of saved activations kept on the host."""
+    """Fraction of saved activations that waits on the host (or the tier below) for backward."""
+    offload_rest: str = "keep"
+    """What becomes of the others: keep, recompute (token by token)."""
+    offload_tier: str = "host"
+    """Where offloaded tensors wait: host, disk."""
+    offload_states: str | None = None
+    """What else waits there: optimizer, parameters (with gradients and optimiser states)."""
     async_tp: bool = False
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
@@ -98,6 +104,9 @@ class Options:
             optimizer=workload.optimizer if workload is not None else "adamw",
             clips=workload is not None and workload.clip_norm is not None,
             offload=float(setting("offload").get("activations", 0.0)),
+            offload_rest=str(setting("offload").get("rest", "keep")),
+            offload_tier=str(setting("offload").get("tier", "host")),
+            offload_states=setting("offload").get("states"),
             runtime=str(setting("runtime").get("mode", "eager")),
             balance_loss=workload.balance_loss if workload is not None else "none",
             expert_slots=len(ranks[0]) if ranks else None,
@@ -149,6 +158,9 @@ _SETTINGS = (
     ("lora", "base", "base_dtype"),
     ("tensor-parallel", "async", "async_tp"),
     ("offload", "activations", "offload"),
+    ("offload", "rest", "offload_rest"),
+    ("offload", "tier", "offload_tier"),
+    ("offload", "states", "offload_states"),
     ("runtime", "mode", "runtime"),
     ("expert-placement", "imbalance", "expert_imbalance"),
     ("expert-offload", "moments", "expert_offload"),

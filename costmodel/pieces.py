@@ -22,8 +22,9 @@ from ..traced import TracedOperator, TracedWeight
 from . import traced
 from .exposed import (
     Beside,
+    again_collectives,
     backward_collectives,
-    copies_s,
+    exposed_copy_s,
     exposed_s,
     forward_collectives,
     ranks_of,
@@ -41,7 +42,7 @@ from .options import Options
 from .packing import packing_sizes
 from .prices import Prices
 from .state_bytes import in_units
-from .techniques import apply, local_axes, precision
+from .techniques import apply, local_axes, offload, precision
 from .trained import TrainedTensor, trained_tensors
 
 
@@ -87,9 +88,17 @@ class Piece:
     trained: tuple[TrainedTensor, ...]
     """Those with optimiser states."""
     live: Liveness
+    moved_bytes: Array
+    """Off the device, and later back, per micro-batch."""
+    stays: Array
+    """Share of what is saved that stays on the device."""
+    lands_bytes: Array
+    """Of the buffer that what was moved comes back into."""
     boundary_bytes: Array
     wire_bytes: dict[str, Array]
     """Per micro-batch, `collective@axis`: bytes of the logical buffers."""
+    again_wire_bytes: dict[str, Array]
+    """The part of it that tokens made again exchange."""
     uncut_gradient_bytes: Array
     """Per step: gradients of weights that tp does not cut, which its ranks sum under sp."""
 
@@ -464,11 +473,14 @@ def _piece(
 ) -> Piece:
     zero = np.zeros(len(layouts))
     times = operator_times(graph, sizes, layouts, prices, options)
-    live = liveness(graph, sizes)
+    live = liveness(graph, sizes, lands=offload.moves(options) and graph.name == "layer")
     there = forward_collectives(graph, options, prices)
-    back = backward_collectives(graph, times.again)
+    back = backward_collectives(graph, times.again, options)
     host_forward, host_backward = _host(graph, sizes, layouts, prices, options, times.again, sp)
-    busy_backward = times.backward_s + times.recompute_s
+    recompute_s = times.recompute_s
+    if offload.by_tokens(options) and graph.name == "layer":
+        recompute_s = recompute_s * (1.0 - offload.share(sizes, options))
+    busy_backward = times.backward_s + recompute_s
     comm_forward = exposed_s(
         there, sizes, layouts, prices, options, times.forward_s + host_forward,
         Beside(operators=times.beside_forward, matmuls=times.near_forward, weights={}),
@@ -480,9 +492,13 @@ def _piece(
             weights=times.near_weights,
         ),
     )  # fmt: skip
-    if options.offload and graph.name == "layer":
-        comm_forward["copy"] = copies_s(live.saved, options, prices, times.forward_s)
-        comm_backward["copy"] = copies_s(live.saved, options, prices, busy_backward)
+    parted = offload.part(graph, sizes, live, options)
+    if np.any(parted.moved > 0):
+        out, back_in = (
+            exposed_copy_s(parted.moved, direction, options, prices, beside)
+            for direction, beside in (("out", times.forward_s), ("in", busy_backward))
+        )
+        comm_forward["copy"], comm_backward["copy"] = out, back_in
     host_scale = prices.scale("host")
     launching, launching_back = _launching(graph, times, prices, options)
     hooks, hooks_back = _hooks_s(graph, layouts, prices, options)
@@ -498,7 +514,7 @@ def _piece(
         backward_s=times.backward_s * prices.scale("backward"),
         weight_s=times.weight_s * prices.scale("backward"),
         waiting_bytes=waiting_bytes(graph, sizes) + zero,
-        recompute_s=times.recompute_s * prices.scale("recompute"),
+        recompute_s=recompute_s * prices.scale("recompute"),
         streaming_s=times.streaming_s,
         comm_forward_s=comm_forward,
         comm_backward_s=comm_backward,
@@ -514,8 +530,16 @@ def _piece(
         expert_tensors=sum("experts" in weight.axes for weight in graph.weights),
         trained=trained_tensors(graph, sizes),
         live=live,
+        moved_bytes=parted.moved + zero,
+        stays=parted.stays + zero,
+        lands_bytes=parted.lands + zero,
         boundary_bytes=graph.boundary.num_bytes(sizes) + zero,
         wire_bytes=wire_bytes([*there, *back], sizes, layouts),
+        again_wire_bytes=wire_bytes(
+            again_collectives(graph, times.again, options) if offload.by_tokens(options) else (),
+            sizes,
+            layouts,
+        ),
         uncut_gradient_bytes=_uncut_gradient_bytes(graph, sizes, layouts.tp.astype(float), sp),
     )
 
@@ -645,6 +669,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
             backward_peak=pick(a.backward_peak, b.backward_peak),
             backward_peak_fresh=pick(a.backward_peak_fresh, b.backward_peak_fresh),
             loss=pick(a.loss, b.loss),
+            landed=pick(a.landed, b.landed),
         )
 
     def pick_each(a: dict[str, Array], b: dict[str, Array]) -> dict[str, Array]:
@@ -686,7 +711,11 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         expert_tensors=yes.expert_tensors,
         trained=pick_tensors(),
         live=live(yes.live, no.live),
+        moved_bytes=pick(yes.moved_bytes, no.moved_bytes),
+        stays=pick(yes.stays, no.stays),
+        lands_bytes=pick(yes.lands_bytes, no.lands_bytes),
         boundary_bytes=pick(yes.boundary_bytes, no.boundary_bytes),
         wire_bytes=pick_each(yes.wire_bytes, no.wire_bytes),
+        again_wire_bytes=pick_each(yes.again_wire_bytes, no.again_wire_bytes),
         uncut_gradient_bytes=pick(yes.uncut_gradient_bytes, no.uncut_gradient_bytes),
     )

@@ -27,12 +27,19 @@ from typing import TypeVar
 import numpy as np
 
 from ..cluster import DTYPE_BYTES, CollectiveCurve, OperatorCurve, Pool, Profile, WaitCurve
+from ..errors import InputError
 from ..estimate import Evidence
 from . import collectives
 from .curves import affine_time, interpolate_rate, interpolate_time
 from .graph import Array
 from .operators import KINDS
 from .rates import is_compute, is_matmul, rates
+
+COPIES = {
+    ("host", "out"): ("copy_d2h", "fp32"), ("host", "in"): ("copy_h2d", "fp32"),
+    ("disk", "out"): ("copy_to_disk", "fp32"), ("disk", "in"): ("copy_from_disk", "fp32"),
+}  # fmt: skip
+"""The measured operator of a copy by tier and direction."""
 
 
 class Prices:
@@ -59,7 +66,7 @@ class Prices:
     @property
     def evidence(self) -> Evidence:
         """What compute times rest on."""
-        if self.profile is not None:
+        if self.profile is not None and not self.profile.shipped:
             return "measured"
         return "assumed" if self.pool.device.kind == "cpu" else "catalog"
 
@@ -114,6 +121,16 @@ class Prices:
     def memory(self, name: str, otherwise: float) -> float:
         """A measured memory constant, or the stack's."""
         return self.profile.memory.get(name, otherwise) if self.profile is not None else otherwise
+
+    @property
+    def fragmentation(self) -> float:
+        """What an allocator wastes of each byte of live tensors."""
+        return self.memory("fragmentation", self.pool.stack.fragmentation)
+
+    @property
+    def memory_spread(self) -> float:
+        """Relative standard deviation of a peak around its prediction."""
+        return self.memory("spread", self.pool.stack.memory_spread)
 
     def operator(
         self, kind: str, sizes: Sequence[Array], dtype: str, runtime: str = "eager"
@@ -245,6 +262,29 @@ class Prices:
                     seconds = _measured_collective(curves, kind, num_bytes, int(p), int(g))
                     time = np.where(here, seconds, time)
         return time
+
+    def copy_s(self, direction: str, num_bytes: Array, tier: str) -> Array:
+        """Seconds of moving bytes `out` of the device to a tier, or `in` from it."""
+        curves = self._operators.get((*COPIES[tier, direction], "eager"))
+        if curves:
+            at = min(curves, key=lambda curve: abs(curve.busy - self.busy))
+            elements = [row[0] for row in at.sizes]
+            words = num_bytes / DTYPE_BYTES["fp32"]
+            return interpolate_time(elements, at.forward_s, words)
+        link = self.pool.host if tier == "host" else self.pool.disk
+        if link is None:
+            raise InputError("offload.tier", tier, f"{self.pool.name} has no {tier} link",
+                             f"give the pool one in a cluster TOML: [pools.{tier}]")  # fmt: skip
+        return link.latency_s + num_bytes / link.bytes_per_s
+
+    @property
+    def copy_hidden_share(self) -> float:
+        """Part of compute that copies run beside: all of it with a copy engine of their own; on a
+        CPU what the processes leave of its cores."""
+        cores = self.pool.shared_cores
+        if cores is None:
+            return 1.0
+        return min(1.0, max(0.0, cores - self.busy) / self.busy)
 
     def wait(self, compute_s: Array, ranks: Array, groups: Array) -> Array:
         """Seconds lost where `ranks` ranks meet after each computed for `compute_s`.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .copies import States, owned_expert_params, owned_params, states_off_device
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .kept import Kept
@@ -21,7 +22,6 @@ from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
 from .state_bytes import StateBytes
-from .states import Counts, Divisors
 from .techniques.expert_offload import copies_s
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
@@ -83,19 +83,21 @@ class Update:
     """Moments of experts to and from the host."""
     norm_s: Array
     """The sum of the norm over all ranks."""
+    states: States
+    """What of the optimiser waits off the device."""
 
     @property
     def total_s(self) -> Array:
         """All of it."""
         exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
-        return exchange + self.optimizer_s + self.host_s + self.norm_s + self.copy_s
+        update = self.optimizer_s + self.norm_s + self.states.exposed_s + self.copy_s
+        return exchange + update + self.host_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
-    stack, counts = prices.pool.stack, Counts.of(load, costs)
-    owned_experts = counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
-    owned = counts.trained / Divisors.of(stack, layouts).optimizer + owned_experts
+    stack = prices.pool.stack
+    owned = owned_params(load, costs, layouts, prices)
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
@@ -113,11 +115,20 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
-        copy_s=copies_s(owned_experts, prices) * prices.scale("exposed.copy")
-        if options.expert_offload
-        else np.zeros(1),
+        copy_s=_moments_of_experts_s(load, costs, layouts, prices, options),
         norm_s=norm_s,
+        states=states_off_device(owned, seconds, layouts, prices, options),
     )
+
+
+def _moments_of_experts_s(
+    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
+) -> Array:
+    """Copies of experts' moments that wait on the host."""
+    if not options.expert_offload:
+        return np.zeros(1)
+    owned = owned_expert_params(load, costs, layouts, prices)
+    return copies_s(owned, prices) * prices.scale("exposed.copy")
 
 
 def rank_memory(
@@ -131,8 +142,10 @@ def rank_memory(
     """Peak memory of one rank, with the device context and allocator waste."""
     stack = prices.pool.stack
     peak = peak_memory(load, costs, layouts, options=options, stack=stack, in_flight=in_flight)
+    if prices.pool.device.tensors_only:
+        return peak
     context = prices.memory("process_bytes", stack.context_bytes)
-    waste = peak.total * stack.fragmentation + stack.runtime_bytes
+    waste = peak.total * prices.fragmentation + stack.runtime_bytes
     return Peak(
         total=peak.total + context + waste,
         terms={**peak.terms, "fragmentation": waste, "context": np.zeros_like(waste) + context},
@@ -155,5 +168,7 @@ def rank_bytes(rank: RankMoments, kept: Kept, prices: Prices, in_flight: InFligh
 def allocated(prices: Prices) -> tuple[float, float]:
     """What a device has in use for n bytes of live tensors: a n + b."""
     stack = prices.pool.stack
+    if prices.pool.device.tensors_only:
+        return 1.0, 0.0
     fixed = prices.memory("process_bytes", stack.context_bytes) + stack.runtime_bytes
-    return 1.0 + stack.fragmentation, fixed
+    return 1.0 + prices.fragmentation, fixed

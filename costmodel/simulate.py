@@ -16,6 +16,8 @@ from ..model import Model
 from ..orders import Action
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
 from . import admissible
+from .away import bytes_copied, bytes_off_device, exceeds_hosts, first_fetch_s
+from .copies import returns_at_once
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
@@ -23,7 +25,7 @@ from .layer_tensors import check_names
 from .layout import Layouts
 from .memory import Peak
 from .options import Options
-from .pieces import Known, Pieces, pieces
+from .pieces import Known, Piece, Pieces, pieces
 from .pipeline_pools import between_s, drift
 from .prices import Prices
 from .ranks import (
@@ -37,7 +39,7 @@ from .ranks import (
     update,
 )
 from .schedule import Played, orders, play, play_long, play_shared
-from .stages import Load, for_each, merge, stacked
+from .stages import Load, for_each, stacked
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -89,11 +91,13 @@ class Simulation:
         self.pool_of_stage = [names.index(stage.pool) for stage in phase.stages]
         self.pool_of_rank = [self.pool_of_stage[self.owners.index(r)] for r in range(mesh.pp)]
         self.rank_loads = [
-            merge(
-                [load for load, own in zip(self.stage_loads, self.owners, strict=True) if own == r]
+            self.grouped.load(
+                [stage for stage, own in zip(phase.stages, self.owners, strict=True) if own == r]
             )
             for r in range(mesh.pp)
         ]
+        self.first_fetch_s = [first_fetch_s(self, stage) for stage in range(mesh.num_stages)]
+        """Of each stage and micro-batch, what its backward waits for before its first layer."""
         self.updates: list[Update] = for_each(
             self.rank_loads,
             lambda load, k: update(
@@ -116,6 +120,11 @@ class Simulation:
     def costs(self) -> Pieces:
         """The pieces there."""
         return self.costs_of[0]
+
+    @property
+    def last_layer(self) -> Piece:
+        """The model's last layer, where it lies."""
+        return self.costs_of[self.pool_of_stage[-1]].layers[int(self.grouped.group_of[-1])]
 
     @property
     def drift(self) -> float:
@@ -188,7 +197,7 @@ class Simulation:
         inputs and of weights come from kernels of their own either way.
         """
 
-        where = self.pool_of_stage
+        where, first = self.pool_of_stage, self.first_fetch_s
         actions_s = [self._action_s(k) for k in where]
 
         def whole(compute_s: Array, stage: int) -> float:
@@ -200,14 +209,14 @@ class Simulation:
 
         seconds = {
             "F": [whole(t.forward_s, i) for i, t in enumerate(times)],
-            "B": [whole(t.backward_s, i) for i, t in enumerate(times)],
+            "B": [whole(t.backward_s, i) + first[i] for i, t in enumerate(times)],
         }
         if self.split:
             weights = for_each(
                 self.stage_loads, lambda load, k: load.total(costs[k], "weight_s"), where
             )
             pairs = enumerate(zip(times, weights, strict=True))
-            seconds["I"] = [whole(t.backward_s - weight, i) for i, (t, weight) in pairs]
+            seconds["I"] = [whole(t.backward_s - weight, i) + first[i] for i, (t, weight) in pairs]
             seconds["W"] = [
                 float(weight[0]) + action_s
                 for weight, action_s in zip(weights, actions_s, strict=True)
@@ -292,7 +301,7 @@ class Simulation:
 
         def add(name: str, value: Array | float) -> None:
             number = float(np.asarray(value).reshape(-1)[0])
-            if number > 0:
+            if number != 0:
                 total[name] = total.get(name, 0.0) + number / self.mesh.pp
 
         each = zip(self.rank_loads, self.updates, self.pool_of_rank, strict=True)
@@ -304,6 +313,10 @@ class Simulation:
                 add(name, value)
             uncut = load.total(self.costs_of[pool], "uncut_gradient_bytes")
             add("all_reduce@tp", uncut / step.dp.shard)
+        last = self.last_layer
+        if last.again_wire_bytes:  # where its backward follows at once it is all there still
+            for name, value in last.again_wire_bytes.items():
+                add(name, -returns_at_once(self.phase) * value)
         if self.options.clips and self.mesh.world > 1:
             add(f"all_reduce@{self.mesh.reduction_name()}", 4.0 * self.mesh.pp)
         if self.mesh.pp > 1:
@@ -332,6 +345,8 @@ class Simulation:
                 rank.update(self._rank_terms(load, once, pool, shared))
             for name, value in rank.items():
                 terms[name] += value / p * self.drift
+        fetched = sum(self.first_fetch_s) * self.phase.num_microbatches
+        terms["exposed.copy"] += fetched / p * self.drift
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
         hops = min(idle, self.fill_hops_s())
@@ -357,7 +372,9 @@ class Simulation:
             "backward": micro("backward_s") + host_back + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
-            "exposed.copy": exposed("copy") + float(once.copy_s[0]),
+            "exposed.copy": exposed("copy")
+            + float(once.copy_s[0])
+            + float(once.states.exposed_s[0]),
             "exposed.dp": float(once.dp.exposed_s[0]),
             "optimizer": float(once.optimizer_s[0]),
             "host": float(once.host_s[0] + once.dp.host_s[0])
@@ -419,8 +436,10 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
     memory_terms = {name: float(value[0]) for name, value in peak.terms.items()}
     total = float(sum(memory_terms.values()))
     capacity = fullest.device.memory_bytes
-    memory_spread = fullest.stack.memory_spread
+    memory_spread = Prices(fullest, plan.cluster.profile).memory_spread
     probability = _normal_cdf((capacity - total) / (memory_spread * total))
+    if exceeds_hosts(sim):
+        probability = 0.0
     tokens = plan.phase.seq_tokens * plan.workload.global_batch_seqs
     packing = sim.options.packing
     attended = None if packing is None else packing.attended_tokens
@@ -442,6 +461,8 @@ def estimate(plan: Plan, known: Known | None = None) -> Estimate:
         time_terms_s=terms,
         memory_terms_bytes=memory_terms,
         bytes_on_wire=sim.wire_bytes(),
+        bytes_copied=bytes_copied(sim),
+        bytes_off_device=bytes_off_device(sim),
         evidence=_evidence(sim, terms),
     )
 

@@ -20,12 +20,67 @@ V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Around the last layer of each group, by group: (groups, groups)."""
+
+    behind: tuple[tuple[Array, ...], ...]
+    """Layers of the other groups that follow it."""
+    before: tuple[tuple[Array, ...], ...]
+    """The layer in front of it: one of some group, or none."""
+    first: tuple[Array, ...]
+    """By group, whether the first layer of all is of it."""
+    second: tuple[Array, ...]
+
+    @staticmethod
+    def of(groups: Sequence[int], count: int) -> Order:
+        """Of layers in their order, each known by its group."""
+        behind = np.zeros((count, count, 1))
+        before = np.zeros((count, count, 1))
+        for group in sorted(set(groups)):
+            last = max(i for i, other in enumerate(groups) if other == group)
+            for other in groups[last + 1 :]:
+                behind[group, other] += 1.0
+            if last:
+                before[group, groups[last - 1]] = 1.0
+        ends = np.zeros((2, count, 1))
+        for place, group in enumerate(groups[:2]):
+            ends[place, group] = 1.0
+        return Order(
+            behind=tuple(map(tuple, behind)),
+            before=tuple(map(tuple, before)),
+            first=tuple(ends[0]),
+            second=tuple(ends[1]),
+        )
+
+    @staticmethod
+    def stacked(orders: Sequence[Order]) -> Order:
+        """Orders of one layout each as one of many."""
+
+        def joined(
+            tables: Sequence[tuple[tuple[Array, ...], ...]],
+        ) -> tuple[tuple[Array, ...], ...]:
+            rows = zip(*tables, strict=True)
+            return tuple(tuple(map(np.concatenate, zip(*row, strict=True))) for row in rows)
+
+        return Order(
+            behind=joined([order.behind for order in orders]),
+            before=joined([order.before for order in orders]),
+            first=tuple(map(np.concatenate, zip(*(order.first for order in orders), strict=True))),
+            second=tuple(
+                map(np.concatenate, zip(*(order.second for order in orders), strict=True))
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """How often each piece occurs: layers by group, embedding and head 0 or 1."""
 
     layers: tuple[Array, ...]
     embedding: Array
     head: Array
+    order: Order | None = None
+    """Where the groups' last layers stand, where it is known."""
 
     @property
     def key(self) -> bytes:
@@ -143,6 +198,9 @@ def stacked(loads: Sequence[Load]) -> Load:
         layers=tuple(np.concatenate(group) for group in groups),
         embedding=np.concatenate([load.embedding for load in loads]),
         head=np.concatenate([load.head for load in loads]),
+        order=Order.stacked([load.order for load in loads if load.order is not None])
+        if all(load.order is not None for load in loads)
+        else None,
     )
 
 

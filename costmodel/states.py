@@ -16,6 +16,7 @@ import numpy as np
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
+from .options import Options
 from .pieces import Piece, Pieces
 from .stages import Load
 from .state_bytes import StateBytes
@@ -99,6 +100,18 @@ class AtRest:
     """After division."""
     whole_gradients: Array
     """Before it."""
+
+    def on_device(self, options: Options) -> AtRest:
+        """What of it is not offloaded; FSDP leaves gradients with the parameters."""
+        away = options.offload_states
+        none = 0.0 * self.optimizer
+        whole = away == "parameters"
+        return AtRest(
+            parameters=none if whole else self.parameters,
+            optimizer=none if away else self.optimizer,
+            gradients=none if whole else self.gradients,
+            whole_gradients=self.whole_gradients,
+        )
 
     @staticmethod
     def of(

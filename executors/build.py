@@ -1,12 +1,13 @@
 """A plan as this rank's part of a real training run.
 
 Order: pieces on the meta device, precision, context, tensor and expert parallel, compilation,
-recompute, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
+recompute and offload, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,14 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..mesh import Mesh
 from ..plan import Plan
-from . import context_parallel, data_parallel, init, tensor_parallel, traced
+from . import context_parallel, data_parallel, init, keeping, tensor_parallel, traced
+from .away import Away
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
 from .marks import Marks
-from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import expert_offload, precision, recompute, runtime
+from .techniques import expert_offload, precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -42,14 +43,14 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
 
 
 def _optimizer(
-    plan: Plan, pieces: Sequence[nn.Module], device: torch.device
+    plan: Plan, pieces: Sequence[nn.Module], device: torch.device, away: Away
 ) -> torch.optim.Optimizer:
-    """The workload's optimiser; moments of experts wait on the host where planned."""
+    """The workload's optimiser; moments, of all parameters or of experts, wait where planned."""
     named = [pair for piece in pieces for pair in piece.named_parameters()]
     parameters = [parameter for _, parameter in named]
     setting = plan.phase.technique("expert-offload")
     if not setting.get("moments", False):
-        return make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate)
+        return away.make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate)
     hosted = [parameter for name, parameter in named if ".experts." in name]
     tier = expert_offload.HostTier(device, setting.get("host_bytes"))
     return expert_offload.OffloadedAdamW(parameters, hosted, plan.workload.learning_rate, tier)
@@ -61,6 +62,7 @@ def build_piece(
     mesh: DeviceMesh,
     device: torch.device,
     marks: Marks,
+    away: Away,
     spread: context_parallel.Spread,
     experts: ExpertParallel | None = None,
     first_piece: Decoder | None = None,
@@ -83,36 +85,47 @@ def build_piece(
     if experts is not None:
         experts.apply(piece)
     runtime.apply(piece, phase)
-    recompute.apply(piece, phase, marks)
+    blocks = ((int(index), block) for index, block in piece.blocks.items())
+    keeping.apply(blocks, plan, marks, away.mover, device)
     if data_parallel.uses_fsdp(phase):
         data_parallel.apply_fsdp(piece, phase, mesh, experts)
-    piece.to_empty(device=device)
+    at_rest = away.parameters_device(device)
+    piece.to_empty(device=at_rest)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
-    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, device, experts)
+    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest, experts)
     if data_parallel.uses_ddp(phase):
         return piece, data_parallel.apply_ddp(piece, phase, mesh, experts), tp_dims
     return piece, piece, tp_dims
 
 
-def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Trainer:
+def build(
+    plan: Plan,
+    *,
+    device: torch.device,
+    module: str | None = None,
+    offload_folder: Path | None = None,
+) -> Trainer:
     """This rank's trainer; the process group is initialised and has `mesh.world` ranks.
 
-    `module` names the function that makes a user's module, for a plan that was traced from it.
+    `module` names the function that makes a user's module, for a plan that was traced from it;
+    `offload_folder` is where files of offloaded tensors lie (default: for temporary files).
     """
     check_supported(plan)
     phase = plan.phase
     phase.mesh.check_world(dist.get_world_size())
     mesh = make_mesh(phase.mesh, device)
-    if module is not None:
-        return traced.build(plan, module, mesh, device)
     marks = Marks()
+    away = Away.of(plan, marks, device, offload_folder)
+    if module is not None:
+        return traced.build(plan, module, mesh, device, marks, away)
     stages = local_stages(phase, mesh.get_local_rank("pp"))
     spread = context_parallel.over_mesh(phase)
     experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        built.append(build_piece(plan, stage, mesh, device, marks, spread, experts, first_piece))
+        part = build_piece(plan, stage, mesh, device, marks, away, spread, experts, first_piece)
+        built.append(part)
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
@@ -127,10 +140,11 @@ def build(plan: Plan, *, device: torch.device, module: str | None = None) -> Tra
         pieces,
         modules,
         pipeline,
-        _optimizer(plan, pieces, device),
+        _optimizer(plan, pieces, device, away),
         tied_groups(plan),
         tp_dims,
         marks,
+        away,
         experts,
     )
     trainer.spread = spread

@@ -21,7 +21,14 @@ from .experts.layer import Moe
 from .experts.parallel import ExpertParallel
 from .experts.sharding import shard_experts, whole_slots
 from .techniques import precision
-from .torch_compat import DeviceMesh, FSDPModule, flattened, fully_shard, ignore_in_ddp
+from .torch_compat import (
+    CPUOffloadPolicy,
+    DeviceMesh,
+    FSDPModule,
+    flattened,
+    fully_shard,
+    ignore_in_ddp,
+)
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -60,9 +67,10 @@ def apply_fsdp(
     same ones.
     """
     options: dict[str, Any] = {
-        "mesh": state_mesh(phase, mesh),
-        "mp_policy": precision.policy(phase),
-    }
+        "mesh": state_mesh(phase, mesh), "mp_policy": precision.policy(phase)
+    }  # fmt: skip
+    if any(s.techniques.get("offload", {}).get("states") == "parameters" for s in phase.settings):
+        options["offload_policy"] = CPUOffloadPolicy()
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
         moe = getattr(block, "mlp", None)

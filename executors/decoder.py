@@ -1,7 +1,8 @@
 """The decoder that plans are run with: plain PyTorch, in operators that the cost model prices.
 
-Every operator here has one counterpart of the same name in `costmodel/layers.py`. A change in one
-is a change in the other: the tests compare saved bytes and FLOPs of the two.
+Every operator of a block is run through `run`, under the name that it has in `costmodel/layers/`:
+that is where techniques come in which hold, make again or move what an operator saves. A change in
+one room is a change in the other: the tests compare saved bytes and FLOPs of the two.
 
 Shape suffixes: B batch, S sequence, E hidden, H heads, G key-value heads, D head size, F ffn width,
 V vocabulary.
@@ -10,6 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,19 @@ from .experts.layer import Moe
 from .latent import Latent
 from .linear import Linear
 from .rotary import rotary_table, rotate
+
+Run = Callable[..., Any]
+"""`run(name, function, *args)`: the result of a named operator on its arguments."""
+
+
+def run_plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """The operator, and nothing else."""
+    return function(*args)
+
+
+def same(x: Tensor) -> Tensor:
+    """What an edge within one rank does."""
+    return x
 
 
 def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
@@ -55,6 +70,9 @@ class Attention(nn.Module):
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.head_dim = layer.head_dim
+        self.run: Run = run_plainly
+        self.enter: Callable[[Tensor], Tensor] = same
+        self.leave: Callable[[Tensor], Tensor] = same
         self.core: Callable[..., Tensor] = attention_core
         width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         qkv_bias = layer.bias or layer.qkv_bias
@@ -64,21 +82,33 @@ class Attention(nn.Module):
         self.wo = Linear(width, model.hidden, bias=layer.bias)
 
     def forward(
-        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+        self, x_BSE: Tensor, table: Tensor | None, context: Context | None = None
     ) -> Tensor:
+        run = self.run
+        x_BSE = run("attention.enter", self.enter, x_BSE)
         if context is not None and context.ulysses is not None:
-            return self.wo(self._exchanged(x_BSE, table_2SD, context).flatten(-2))
-        q_BSHD, k_BSGD, v_BSGD = (self._project(w, x_BSE) for w in (self.wq, self.wk, self.wv))
-        if table_2SD is not None:
-            q_BSHD, k_BSGD = rotate(q_BSHD, table_2SD), rotate(k_BSGD, table_2SD)
-        q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
-        out_BHSD = self.core(q_BHSD, k_BGSD, v_BGSD, context)
-        return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
+            out_BSHD = self._exchanged(x_BSE, table, context)
+        else:
+            out_BSHD = self._attended(x_BSE, table, context)
+        out_BSE = run("wo", self.wo, out_BSHD.flatten(-2))
+        return run("attention.leave", self.leave, out_BSE)
+
+    def _attended(self, x_BSE: Tensor, table: Tensor | None, context: Context | None) -> Tensor:
+        """Attention (B, S, H, D) of this rank's tokens."""
+        run, heads = self.run, (-1, self.head_dim)
+        q_BSHD = run("wq", self.wq, x_BSE).unflatten(-1, heads)
+        k_BSGD = run("wk", self.wk, x_BSE).unflatten(-1, heads)
+        v_BSGD = run("wv", self.wv, x_BSE).unflatten(-1, heads)
+        if table is not None:
+            q_BSHD = run("rope_q", rotate, q_BSHD, table)
+            k_BSGD = run("rope_k", rotate, k_BSGD, table)
+        qkv = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
+        return run("attention_core", self.core, *qkv, context).transpose(1, 2)
 
     def _project(self, linear: nn.Module, x_BSE: Tensor) -> Tensor:
         return linear(x_BSE).unflatten(-1, (-1, self.head_dim))
 
-    def _exchanged(self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context) -> Tensor:
+    def _exchanged(self, x_BSE: Tensor, table: Tensor | None, context: Context) -> Tensor:
         """Attention (B, S, H, D) with heads exchanged for tokens around the core.
 
         A tensor leaves as soon as it is there, while the next is projected.
@@ -87,12 +117,12 @@ class Attention(nn.Module):
         q_way, k_way, v_way = (Exchange(context.ulysses) for _ in range(3))
         v_BSGD = v_way.start(repeated(self._project(self.wv, x_BSE), v_way.ranks))
         k_BSGD = self._project(self.wk, x_BSE)
-        if table_2SD is not None:
-            k_BSGD = rotate(k_BSGD, table_2SD)
+        if table is not None:
+            k_BSGD = rotate(k_BSGD, table)
         k_BSGD = k_way.start(repeated(k_BSGD, k_way.ranks))
         q_BSHD = self._project(self.wq, x_BSE)
-        if table_2SD is not None:
-            q_BSHD = rotate(q_BSHD, table_2SD)
+        if table is not None:
+            q_BSHD = rotate(q_BSHD, table)
         q_BSHD = q_way.start(q_BSHD)
         v_BSGD, k_BSGD, q_BSHD = v_way.finish(v_BSGD), k_way.finish(k_BSGD), q_way.finish(q_BSHD)
         q_BHSD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD))
@@ -115,6 +145,9 @@ class Mlp(nn.Module):
     def __init__(self, hidden: int, layer: Layer, width: int, bias: bool) -> None:
         super().__init__()
         self.kind = layer.mlp
+        self.run: Run = run_plainly
+        self.enter: Callable[[Tensor], Tensor] = same
+        self.leave: Callable[[Tensor], Tensor] = same
         self.activation = ACTIVATIONS[layer.mlp]
         if layer.mlp in GATED:
             self.gate = Linear(hidden, width, bias=bias)
@@ -122,11 +155,12 @@ class Mlp(nn.Module):
         self.down = Linear(width, hidden, bias=bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        if self.kind in GATED:
-            inner_BSF = self.activation(self.gate(x_BSE), self.up(x_BSE))
-        else:
-            inner_BSF = self.activation(self.up(x_BSE))
-        return self.down(inner_BSF)
+        run = self.run
+        x_BSE = run("mlp.enter", self.enter, x_BSE)
+        wide = [run("gate", self.gate, x_BSE)] if self.kind in GATED else []
+        wide.append(run("up", self.up, x_BSE))
+        inner_BSF = run(self.kind, self.activation, *wide)
+        return run("mlp.leave", self.leave, run("down", self.down, inner_BSF))
 
 
 def make_mlp(hidden: int, layer: Layer) -> Mlp | Moe:
@@ -142,6 +176,7 @@ class Block(nn.Module):
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
+        self.run: Run = run_plainly
         self.attention_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.attention = (
             Attention(model, layer)
@@ -151,11 +186,21 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
         self.mlp = make_mlp(model.hidden, layer)
 
+    def run_by(self, run: Run) -> None:
+        """Have every operator of the block run by `run`; experts and latent attention name none."""
+        assert isinstance(self.attention, Attention) and isinstance(self.mlp, Mlp)
+        self.run = self.attention.run = self.mlp.run = run
+
     def forward(
-        self, x_BSE: Tensor, table_2SD: Tensor | None, context: Context | None = None
+        self, x_BSE: Tensor, table: Tensor | None, context: Context | None = None
     ) -> Tensor:
-        x_BSE = x_BSE + self.attention(self.attention_norm(x_BSE), table_2SD, context)
-        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+        run = self.run
+        normed_BSE = run("attention_norm", self.attention_norm, x_BSE)
+        attended_BSE = self.attention(normed_BSE, table, context)
+        x_BSE = run("attention_residual", torch.add, x_BSE, attended_BSE)
+        del attended_BSE
+        normed_BSE = run("mlp_norm", self.mlp_norm, x_BSE)
+        return run("mlp_residual", torch.add, x_BSE, self.mlp(normed_BSE))
 
 
 class TiedHead(nn.Module):
@@ -211,7 +256,7 @@ class Decoder(nn.Module):
                 self.tied_head = TiedHead()
             else:
                 self.head = Linear(model.hidden, model.vocab, bias=False)
-        self.tables: dict[tuple[int, Spread], Tensor] = {}
+        self.tables: dict[tuple[int, Spread, torch.dtype], Tensor] = {}
 
     @property
     def rotary_dim(self) -> int:
@@ -219,15 +264,17 @@ class Decoder(nn.Module):
         first = self.model.layers[0]
         return first.head_dim if first.latent is None else first.latent.qk_rope_head_dim
 
-    def rotary(self, num_tokens: int, device: torch.device) -> Tensor | None:
-        """The rotary table of this rank's tokens, one after the other; made once and kept."""
+    def rotary(self, num_tokens: int, like: Tensor) -> Tensor | None:
+        """The rotary table of this rank's tokens, one after the other; made once, in the dtype of
+        `like`, and kept."""
         if self.model.positions != "rope":
             return None
-        if (num_tokens, self.spread) not in self.tables:
-            positions = self.spread.places(num_tokens * self.spread.ranks).to(device)
-            table = rotary_table(positions, self.rotary_dim, self.model.rope_theta)
-            self.tables = {(num_tokens, self.spread): table}
-        return self.tables[num_tokens, self.spread]
+        key = (num_tokens, self.spread, like.dtype)
+        if key not in self.tables:
+            positions = self.spread.places(num_tokens * self.spread.ranks).to(like.device)
+            table = rotary_table(positions, self.rotary_dim, self.model.rope_theta).to(like.dtype)
+            self.tables = {key: table}
+        return self.tables[key]
 
     def rotary_of_documents(self, positions_BS: Tensor, x_BSE: Tensor) -> Tensor | None:
         """The rotary table (2, B, S, D) of tokens at these places in their documents."""
@@ -264,7 +311,7 @@ class Decoder(nn.Module):
         if self.is_first:
             x = self.embed(x, positions)
         if positions is None:
-            table = self.rotary(num_tokens, x.device)
+            table = self.rotary(num_tokens, x)
         else:
             table = self.rotary_of_documents(positions, x)
         context = self.spread.context(borders)

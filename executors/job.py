@@ -80,6 +80,10 @@ class Job(Value, frozen=True, kw_only=True):
     """Whether one more step is counted, and `profiled_steps` are profiled."""
     profiled_steps: int = 3
     """Their mean is less at the mercy of a busy machine than one."""
+    static_memory: Literal["report", "run"] | None = None
+    """Whether to say what allocators need for a step, or to run it out of one arena as well."""
+    offload_folder: str | None = None
+    """Where files of offloaded tensors lie; None = with the run's other temporary files."""
     pace: Pace | None = None
     """What chunks are held to; None: they take their time."""
     training: Training | None = None

@@ -2,7 +2,8 @@
 
 Keys have a part of their own per head and a rotary part that all heads share. The operators are
 those of `costmodel/layers/latent.py`, one for one. Under tensor parallelism the projections down to
-the ranks stay whole; what enters the cut ones are the low-rank tensors (`enter`).
+the ranks stay whole; what enters the cut ones are the low-rank tensors (`enter`), and what leaves
+is the output (`leave`).
 
 Shape suffixes as in `decoder.py`; L a low rank, R the size of the rotary part, N that of a head's
 own part.
@@ -54,6 +55,7 @@ class Latent(nn.Module):
         self.values, self.rank = latent.v_head_dim, latent.kv_lora_rank
         self.core: Callable[[Tensor, Tensor, Tensor], Tensor] = latent_core
         self.enter: Callable[[Tensor], Tensor] = unchanged
+        self.leave: Callable[[Tensor], Tensor] = unchanged
         hidden, eps, q_rank = model.hidden, model.norm_eps, latent.q_lora_rank
         q_width = heads * (self.nope + self.rope)
         self.q_a: Linear | None = None
@@ -94,4 +96,4 @@ class Latent(nn.Module):
         k_BSHD = torch.cat((own_BSHN, shared_BSHR), dim=-1)
         v_BSHV = v_BSHV.contiguous()
         out = self.core(q_BSHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHV.transpose(1, 2))
-        return self.wo(out.transpose(1, 2).flatten(-2))
+        return self.leave(self.wo(out.transpose(1, 2).flatten(-2)))

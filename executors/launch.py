@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -73,6 +74,8 @@ def run(
     max_restarts: int | None = None,
     grace_s: float = GRACE_S,
     nodes: Nodes | None = None,
+    offload_folder: Path | None = None,
+    static_memory: Literal["report", "run"] | None = None,
     pace: str | None = None,
     pace_scale: float | None = None,
 ) -> Measurement:
@@ -82,6 +85,8 @@ def run(
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
+    `offload_folder` is where files of offloaded tensors lie. `static_memory` has the run say what
+    allocators need for a step's tensors, or use one arena for them as well.
 
     With `training`, training goes to step `steps` (default: the phase's, or no end where `training`
     has one), the first `warmup_steps` of which are not timed; lost ranks are started again from the
@@ -107,8 +112,12 @@ def run(
     if pace is None:
         machine.check_memory(plan_file, device, num_ranks)
     else:
+        if static_memory is not None:
+            raise InputError("static-memory", static_memory, "says nothing of an emulated device",
+                             "drop --pace or --static-memory")  # fmt: skip
         _check_paced(pace, training, nodes)
         paced = emulation.prepare(plan, pace, pace_scale)
+    machine.check_offload(plan_file, offload_folder)
     if training is not None:
         training = _absolute(training)
         if training.checkpoint is not None or training.resume is not None:
@@ -124,6 +133,8 @@ def run(
         device=device,
         warmup_steps=warmup_steps,
         steps=steps,
+        static_memory=static_memory,
+        offload_folder=None if offload_folder is None else str(offload_folder.absolute()),
         pace=paced,
         training=training,
         started_s=time.time(),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -168,11 +172,44 @@ def check_memory(plan_file: PlanFile, device: str, num_ranks: int) -> None:
         )
 
 
+def check_offload(plan_file: PlanFile, folder: Path | None) -> None:
+    """Raise InputError when what is to be offloaded has no room: in the host's memory as the
+    cluster gives it, or on the disk of its folder."""
+    away = plan_file.estimate.bytes_off_device
+    plan = plan_file.plan
+    pool = plan.cluster.pools[0]
+    ranks = min(pool.devices_per_node, plan.phase.mesh.world)
+    needed = away.get("host", 0.0) * ranks
+    budget = pool.host_memory_bytes
+    if budget is not None and needed > budget:
+        raise InputError("host-memory", format_bytes(budget),
+                         f"offload needs {format_bytes(needed)} on a node of {ranks} ranks, "
+                         f"{format_bytes(needed - budget)} more",
+                         "offload less, use tier=disk, or raise --host-memory")  # fmt: skip
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError("offload-dir", str(folder), "no folder that can be written to",
+                         "give one that exists")  # fmt: skip
+    where = folder or Path(tempfile.gettempdir())
+    on_files = away.get("disk", 0.0) + (away.get("host", 0.0) if pool.device.kind == "cpu" else 0.0)
+    free = shutil.disk_usage(where).free if on_files else math.inf
+    if on_files * ranks > free:
+        raise RunFailed(
+            f"offload-dir={where}: the disk is full: offload needs "
+            f"{format_bytes(on_files * ranks)}, {format_bytes(free)} are free; "
+            "free some, give another --offload-dir, or offload less"
+        )
+
+
 def check_training(plan: Plan, steps: int | None, training: job.Training) -> None:
     """Raise InputError for a training that cannot be, or that is done already."""
     from .checkpoints import folder
     from .metrics import check_tensorboard
 
+    away = plan.phase.technique("offload").get("states")
+    if away == "optimizer" and (training.checkpoint or training.resume):
+        problem = "moments off the device are not in checkpoints yet"
+        raise InputError("offload", "optimizer", problem,
+                         "drop --checkpoint and --resume, or offload activations")  # fmt: skip
     for name, value in (("every", training.every), ("keep", training.keep)):
         if value < 1:
             raise InputError(name, value, "not positive", "give 1 or more")

@@ -64,7 +64,8 @@ class PacedRun(Run):
             late_s = max(late_s, pacer.late_s / scale)
         del self.trainer.forward_backward
         marks.tempo = Stopwatch()
-        live_bytes, counter = self.count_step()
+        live, counter = self.count_step()
+        live_bytes = live.peak()
         late = torch.tensor(late_s / statistics.median(steps_s))
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
         names = sorted({name for row in terms for name in row})

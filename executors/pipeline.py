@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..costmodel.schedule import orders as orders_of
 from ..model import Model
@@ -21,7 +21,7 @@ from .data import Rows
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
 from .marks import Marks
-from .techniques import precision
+from .techniques import offload, precision
 from .torch_compat import DeviceMesh, ObservedStage, Runtime
 
 
@@ -50,6 +50,12 @@ def hidden_example(phase: Phase, model: Model) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
+def _moved(piece: Decoder, phase: Phase) -> list[nn.Module]:
+    """The blocks whose activations leave the device and come back."""
+    blocks = ((int(index), block) for index, block in piece.blocks.items())
+    return [block for index, block in blocks if offload.Setting.of(phase, index) is not None]
+
+
 class Pipeline:
     """This rank's stages under the plan's orders."""
 
@@ -75,7 +81,9 @@ class Pipeline:
         loss = torch.empty((), device="meta", requires_grad=True)
         self.stages: list[ObservedStage] = []
         for piece, index in zip(pieces, indices, strict=True):
-            later = split_backward.apply(piece) if phase.schedule in SPLIT_SCHEDULES else None
+            later = None
+            if phase.schedule in SPLIT_SCHEDULES:
+                later = split_backward.apply(piece, _moved(piece, phase))
             stage = ObservedStage(
                 piece,
                 index,

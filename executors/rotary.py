@@ -19,11 +19,10 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 
 
 def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys; computed in the dtype of `x`.
+    """Rotary positions applied to queries or keys.
 
-    The table is (2, S, D), or (2, B, S, D) where rows differ.
+    The table has the dtype of `x`; it is (2, S, D), or (2, B, S, D) where rows differ.
     """
-    rows = table.to(x_BSHD.dtype)
-    cos, sin = (rows if rows.dim() == 4 else rows[:, None])[:, :, :, None].unbind(0)
+    cos, sin = (table if table.dim() == 4 else table[:, None])[:, :, :, None].unbind(0)
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin

@@ -15,7 +15,7 @@ last rank of zb-h1 had 60 MiB of live tensors at its peak by walking, 47 MiB by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -35,12 +35,27 @@ class Later:
         """Whether a backward that runs now is the first half of one."""
         self.waiting: list[tuple[Tensor, Owed]] = []
         """Weights, and what makes their gradients."""
+        self._block: int | None = None
+        self._copies: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        """Inputs that lie in buffers, of one block, and their copies. Each input is held as long as
+        it is known by its address, so that nothing else comes to lie there."""
 
     def take(self) -> Callable[[], None]:
         """What makes the gradients that were put off since the last call; nothing after a whole
         backward. Torch calls this a builder of dw runners."""
         taken, self.waiting = self.waiting, []
+        self._copies.clear()
         return partial(add_gradients, taken)
+
+    def copy_of(self, x_MK: Tensor, block: int) -> Tensor:
+        """A copy of an input in a buffer, one for all products of a block that read it."""
+        if block != self._block:
+            self._copies.clear()
+            self._block = block
+        key = (x_MK.data_ptr(), x_MK.shape)
+        if key not in self._copies:
+            self._copies[key] = (x_MK, x_MK.clone())
+        return self._copies[key][1]
 
 
 @torch.no_grad()
@@ -66,18 +81,22 @@ class Keep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, later: Later, slot: list[Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_NK: Tensor, later: Later, slot: list[Tensor], lent: int | None
+    ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight_NK, ctx.later, ctx.slot = weight_NK, later, slot
+        ctx.weight_NK, ctx.later, ctx.slot, ctx.lent = weight_NK, later, slot, lent
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x_MK, grad_MN = ctx.saved_tensors[0].flatten(0, -2), ctx.slot.pop()
         if ctx.later.putting_off:
+            if ctx.lent is not None:
+                x_MK = ctx.later.copy_of(x_MK, ctx.lent)
             ctx.later.waiting.append((ctx.weight_NK, partial(owed_by_linear, x_MK, grad_MN)))
-            return grads[0], None, None, None
-        return grads[0], grad_MN.t() @ x_MK, None, None
+            return grads[0], None, None, None, None
+        return grads[0], grad_MN.t() @ x_MK, None, None, None
 
 
 class Product(torch.autograd.Function):
@@ -98,20 +117,26 @@ class Product(torch.autograd.Function):
         return grads[0] @ ctx.weight[0], bias_grad, None, None
 
 
-def apply(piece: nn.Module) -> Later:
-    """Have the products of a piece wait where a backward is split; before or after tp."""
-    later = Later()
+def apply(piece: nn.Module, lent: Iterable[nn.Module] = ()) -> Later:
+    """Have the products of a piece wait where a backward is split; before or after tp.
 
-    def product(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Any:
+    `lent` are blocks whose inputs of products lie, during their backward, in buffers that are used
+    again after it: what waits of them is copied.
+    """
+    later = Later()
+    block_of = {module: index for index, block in enumerate(lent) for module in block.modules()}
+
+    def product(block: int | None, x: Tensor, weight_NK: Tensor, bias_N: Any = None) -> Any:
         if not (weight_NK.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, weight_NK, bias_N)
         slot: list[Tensor] = []
-        return Product.apply(Keep.apply(x, weight_NK, later, slot), bias_N, (weight_NK,), slot)
+        x = Keep.apply(x, weight_NK, later, slot, block)  # pyright: ignore[reportAssignmentType]
+        return Product.apply(x, bias_N, (weight_NK,), slot)
 
     modules: list[Any] = list(piece.modules())
     for module in modules:
         if hasattr(module, "product"):
-            module.product = product
+            module.product = partial(product, block_of.get(module))  # pyright: ignore[reportArgumentType]
         if hasattr(module, "later"):  # products of several experts
             module.later = later
     return later

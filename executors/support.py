@@ -7,14 +7,28 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..costmodel import admissible
-from ..costmodel.techniques import expert_offload
+from ..costmodel.layers import decoder_layer
+from ..costmodel.options import Options
+from ..costmodel.techniques import apply, expert_offload
+from ..costmodel.techniques.offload import check as check_offload
+from ..costmodel.techniques.recompute import tensor_names
 from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
 from ..model import Layer, Model
-from ..plan import RECIPES, RUNTIMES, SPLIT_SCHEDULES, STORAGE_DTYPES, Phase, Plan
+from ..plan import (
+    RECIPES,
+    RECOMPUTE_MODES,
+    RUNTIMES,
+    SPLIT_SCHEDULES,
+    STORAGE_DTYPES,
+    TENSORS,
+    Phase,
+    Plan,
+)
 
 TECHNIQUES = (
-    "precision", "recompute", "runtime", "context-parallel", "expert-placement", "expert-offload"
+    "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement",
+    "expert-offload"
 )  # fmt: skip
 """Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
@@ -23,7 +37,8 @@ TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offloa
 EXPERT_OPTIMIZERS = ("adamw", "sgd")
 """Those whose states experts have been trained with: one per element, in the parameter's dtype."""
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
-RECOMPUTE_MODES = ("none", "selective", "full", "full_keep_attn")
+IN_FRAMES = (TENSORS, "elementwise", "per_op")
+"""Recompute modes that run single operators again, and not the attention core alone."""
 
 
 def check_executed(plan: Plan) -> None:
@@ -35,9 +50,12 @@ def check_executed(plan: Plan) -> None:
         raise InputError("cluster.pools", len(plan.cluster.pools), "runs have one pool for now",
                          "plan for one kind of node")  # fmt: skip
     _check_phase(plan.phase)
+    _check_offload(plan)
     if plan.model.traced is None:
         check_model(plan.model)
         _check_runtime(plan)
+        _check_kept(plan)
+        _check_single_operators(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
         _check_shards(plan)
         _check_beside(plan)
@@ -68,13 +86,13 @@ def _check_phase(phase: Phase) -> None:
                 raise InputError("settings.techniques", name, "cannot be run yet",
                                  f"use {', '.join(TECHNIQUES)} only")  # fmt: skip
         mode = setting.techniques.get("recompute", {}).get("mode", "none")
-        if mode not in RECOMPUTE_MODES:
+        if mode not in (*RECOMPUTE_MODES, TENSORS):
             raise InputError("recompute", mode, "not executed yet",
-                             f"use {', '.join(RECOMPUTE_MODES)}")  # fmt: skip
+                             f"use {', '.join((*RECOMPUTE_MODES, TENSORS))}")  # fmt: skip
         runtime = setting.techniques.get("runtime", {}).get("mode", "eager")
         if runtime not in RUNTIMES:
             raise InputError("runtime", runtime, "not executed yet", f"use {' or '.join(RUNTIMES)}")
-        if runtime == "compiled" and mode in ("selective", "full_keep_attn"):
+        if runtime == "compiled" and mode not in ("none", "full"):
             raise InputError("recompute", mode, "opens a layer that is compiled as a whole",
                              "use none or full, or --runtime eager")  # fmt: skip
         if runtime == "compiled" and phase.mesh.cp > 1:
@@ -109,6 +127,18 @@ def _check_beside(plan: Plan) -> None:
                                  "which do not work in 8 bits yet",
                                  "use bf16, and store activations as they come")  # fmt: skip
         mode = phase.technique("recompute", index).get("mode", "none")
+        if mode in IN_FRAMES:
+            raise InputError("recompute", mode, f"layer {index} has {what}, whose tensors are not "
+                             "told apart yet", "use full or selective")  # fmt: skip
+        offload = phase.technique("offload", index)
+        if offload.get("activations") or offload.get("rest") == "recompute":
+            raise InputError("offload", offload.get("activations", 0.0), f"layer {index} has "
+                             f"{what}, whose activations do not leave the device yet",
+                             "use --offload 0, or recompute full")  # fmt: skip
+        if offload.get("states") == "parameters" and layer.experts is not None:
+            raise InputError("offload", "parameters", f"layer {index} has routed experts, whose "
+                             "shards FSDP does not move yet",
+                             "use --offload optimizer, or --expert-offload")  # fmt: skip
         if mode == "full_keep_attn" and layer.latent is not None:
             raise InputError("recompute", mode, f"layer {index} has latent attention, whose output "
                              "is not kept apart", "use full or selective")  # fmt: skip
@@ -241,6 +271,82 @@ def _check_runtime(plan: Plan) -> None:
         if runtime == "compiled" and plan.model.layer_at(index).experts is not None:
             raise InputError("runtime", runtime, f"layer {index} routes tokens to experts, in "
                              "sizes that a compiled layer does not know", "use eager")  # fmt: skip
+
+
+def _check_kept(plan: Plan) -> None:
+    """Raise InputError where what layers keep contradicts itself, or names tensors they lack."""
+    phase = plan.phase
+    for index in sorted({setting.layers[0] for setting in phase.settings}):
+        options = Options.of(phase, plan.workload, index)
+        fused = plan.cluster.pool(phase.stages[0].pool).device.kind == "gpu"
+        layer = plan.model.layer_at(index)
+        sp = phase.sequence_parallel
+        graph = decoder_layer(plan.model, layer, sequence_parallel=sp, fused=fused, options=options)
+        apply(graph, options)
+        known = tensor_names(graph)
+        for name in options.keep:
+            if name not in known:
+                raise unknown_name("recompute.keep", name, known)
+
+
+def _check_single_operators(plan: Plan) -> None:
+    """Raise InputError where layers run single operators again that frames do not take apart."""
+    phase = plan.phase
+    for setting in phase.settings:
+        mode = setting.techniques.get("recompute", {}).get("mode", "none")
+        by_tokens = setting.techniques.get("offload", {}).get("rest") == "recompute"
+        if mode not in IN_FRAMES and not by_tokens:
+            continue
+        field, value = ("recompute", mode) if mode in IN_FRAMES else ("offload.rest", "recompute")
+        if phase.mesh.ulysses > 1:
+            raise InputError(field, value, "runs projections again, whose results are exchanged",
+                             "use --recompute full or selective, or --cp-kind zigzag")  # fmt: skip
+        if setting.techniques.get("precision", {}).get("compute") == "fp8":
+            raise InputError(field, value, "runs linears again, whose 8-bit operands are shared",
+                             "use --recompute full or selective, or bf16")  # fmt: skip
+        if by_tokens and plan.workload.lengths is not None:
+            raise InputError(field, value, "takes the same tokens of every sequence, and documents "
+                             "have positions of their own", "use rest=keep")  # fmt: skip
+
+
+def _check_offload(plan: Plan) -> None:
+    phase = plan.phase
+    for setting in phase.settings:
+        check_offload(Options.of(phase, plan.workload, setting.layers[0]))
+        offload = setting.techniques.get("offload", {})
+        moves = offload.get("activations") or offload.get("rest") == "recompute"
+        precision = setting.techniques.get("precision", {})
+        if moves and ("activations" in precision or precision.get("compute") == "fp8"):
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "layers that work in 8 bits keep all of theirs on the device",
+                             "use --offload 0, or bf16 and activations as they come")  # fmt: skip
+        if moves and setting.techniques.get("recompute", {}).get("mode") == "full_keep_attn":
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "recompute full_keep_attn hands attention's output on by itself",
+                             "use --recompute full or tensors, or --offload 0")  # fmt: skip
+        if moves and setting.techniques.get("runtime", {}).get("mode", "eager") == "compiled":
+            raise InputError("offload", offload.get("activations", 0.0),
+                             "opens a layer that is compiled as a whole",
+                             "use --runtime eager, or --offload 0")  # fmt: skip
+        if plan.model.traced is not None and offload.get("rest", "keep") != "keep":
+            raise InputError("offload.rest", offload["rest"],
+                             "a module of one's own names no operators to run again",
+                             "use rest=keep")  # fmt: skip
+        if offload.get("states") != "parameters":
+            continue
+        if plan.cluster.pool(phase.stages[0].pool).device.kind == "cpu":
+            raise InputError("offload", "parameters", "on CPUs the host is where they are already",
+                             "use --offload optimizer")  # fmt: skip
+        if plan.workload.clip_norm is not None:
+            raise InputError("offload", "parameters", "the norm of gradients is one of the device",
+                             "drop --clip-norm, or use --offload optimizer")  # fmt: skip
+        if phase.zero == 0:
+            raise InputError("offload", "parameters", "FSDP moves them, and zero=0 has none",
+                             "use --zero 1, 2 or 3")  # fmt: skip
+        if phase.sequence_parallel or (phase.mesh.pp > 1 and plan.model.tied_embeddings):
+            problem = "gradients that ranks share are summed on the device"
+            remedy = "drop --sp or --pp, or use --offload optimizer"
+            raise InputError("offload", "parameters", problem, remedy)
 
 
 def check_model(model: Model) -> None:

@@ -35,7 +35,6 @@ from torch import Tensor, nn
 
 from .decoder import Block, Decoder, Mlp
 from .experts.layer import Moe
-from .latent import Latent
 from .linear import Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
@@ -110,9 +109,14 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: Linear, leave: Callable[[Tensor], Tensor], x_BSF: Tensor) -> Tensor:
-    """A linear cut along its input: partial products summed, then the bias, which is whole."""
-    out = leave(linear.product(x_BSF, linear.weight))
+def row_forward(linear: Linear, x_BSF: Tensor) -> Tensor:
+    """A linear cut along its input: partial products; the bias waits for their sum."""
+    return linear.product(x_BSF, linear.weight)
+
+
+def row_leave(linear: Linear, leave: Callable[[Tensor], Tensor], partial_BSE: Tensor) -> Tensor:
+    """Partial products summed, then the bias, which is whole."""
+    out = leave(partial_BSE)
     return out if linear.bias is None else out.add_(linear.bias)
 
 
@@ -180,24 +184,19 @@ def _edges(
     sequence_parallel: bool,
 ) -> None:
     """Let a block's tensors enter its cut matrices, and their outputs leave."""
+    for name in ROWS:
+        if name in dict(block.named_modules()):
+            linear = block.get_submodule(name)
+            assert isinstance(linear, Linear)
+            _replace_forward(linear, partial(row_forward, linear))
     attention, mlp = block.attention, block.mlp
-    _leave_after(attention.wo, leave)
-    if isinstance(attention, Latent):
-        attention.enter = enter
-    else:
-        attention.register_forward_pre_hook(partial(enter_first, enter))
-    if not isinstance(mlp, Moe):
-        _leave_after(mlp.down, leave)
-        mlp.register_forward_pre_hook(partial(enter_first, enter))
-    elif not sequence_parallel:
+    attention.enter, attention.leave = enter, partial(row_leave, attention.wo, leave)
+    if isinstance(mlp, Moe) and not sequence_parallel:  # shared and routed experts, summed at once
         mlp.enter, mlp.leave = enter, leave
-    elif isinstance(mlp.shared, Mlp):
-        _leave_after(mlp.shared.down, leave)
-        mlp.shared.register_forward_pre_hook(partial(enter_first, enter))
-
-
-def _leave_after(linear: Linear, leave: Callable[[Tensor], Tensor]) -> None:
-    _replace_forward(linear, partial(row_forward, linear, leave))
+        return
+    dense = mlp.shared if isinstance(mlp, Moe) else mlp
+    if isinstance(dense, Mlp):
+        dense.enter, dense.leave = enter, partial(row_leave, dense.down, leave)
 
 
 def _cut_experts(block: nn.Module, size: int) -> list[tuple[str, int]]:

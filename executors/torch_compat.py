@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     _Action,
@@ -33,6 +39,7 @@ if TYPE_CHECKING:  # which is built on this module
     from .data_parallel import Replicas
 
 __all__ = [
+    "CPUOffloadPolicy",
     "DTensor",
     "DeviceMesh",
     "FSDPModule",
@@ -379,6 +386,33 @@ def resolve_group(name: str) -> Any:
 
     names: Any = distributed_c10d
     return names._resolve_process_group(name)
+
+
+@functools.cache
+def out_form(operator: Any) -> tuple[Any, str] | None:
+    """The form of an operator that writes its one result into a given tensor, and the name of that
+    argument; None where it has none, or only one that computes elsewhere and copies."""
+    schema = operator._schema
+    if len(schema.returns) != 1:
+        return None
+    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
+    for name in operator.overloadpacket.overloads():
+        form = getattr(operator.overloadpacket, name)
+        outs = [argument.name for argument in form._schema.arguments if argument.is_out]
+        rest = [(a.name, str(a.type)) for a in form._schema.arguments if not a.is_out]
+        if len(outs) == 1 and rest == wanted:
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(form.name(), "CPU")
+            return (form, outs[0]) if has_kernel else None
+    return None
+
+
+def tensor_at(
+    memory: Tensor, start: int, dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...]
+) -> Tensor:
+    """A tensor with a storage of its own that lies in other memory (uint8, flat)."""
+    num_bytes = size.numel() * dtype.itemsize
+    own = torch.from_dlpack(memory[start : start + num_bytes])
+    return own.view(dtype).as_strided(size, stride)
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..plan import Phase, Plan
 from . import data_parallel, module_cuts, module_stages
+from .away import Away
 from .data import Rows
+from .landing import Landing
 from .marks import Marks
 from .module_cuts import GroupLinks
 from .module_stages import Stage
-from .optimizer import make_optimizer
 from .pipeline import Pipeline, local_stages
+from .techniques.offload import Setting
 from .techniques.recompute import recomputed
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
@@ -107,7 +109,9 @@ class TracedTrainer(Trainer):
         return total
 
 
-def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> TracedTrainer:
+def build(
+    plan: Plan, target: str, mesh: DeviceMesh, device: torch.device, marks: Marks, away: Away
+) -> TracedTrainer:
     """This rank's trainer of the module that `target` makes."""
     assert plan.model.traced is not None
     check_supported(plan)
@@ -115,7 +119,6 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
     seed_everything(plan.workload.seed)
     user = load(target)
     user.module.train()
-    marks = Marks()
     pieces: list = []
     modules: list[nn.Module] = []
     tp_dims: dict[str, int] = {}
@@ -132,7 +135,9 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
             piece = Trainable(own, traced.blocks)
         piece.links = links
         piece.to(device)
-        _recompute(piece, phase, marks, phase.stages[stage].layers[0])
+        first = phase.stages[stage].layers[0]
+        _recompute(piece, phase, marks, first)
+        _offload(piece, phase, away, device, first)
         pieces.append(piece)
         modules.append(_replicate_or_shard(piece, phase, mesh))
         names = dict(piece.named_parameters())
@@ -142,9 +147,10 @@ def build(plan: Plan, target: str, mesh: DeviceMesh, device: torch.device) -> Tr
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
     trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
-    optimizer = make_optimizer(plan.workload.optimizer, trained, plan.workload.learning_rate)
+    workload = plan.workload
+    optimizer = away.make_optimizer(workload.optimizer, trained, workload.learning_rate)
     trainer = TracedTrainer(plan, device, mesh, pieces, modules, pipeline, optimizer,
-                            tied_groups(plan), tp_dims, marks)  # fmt: skip
+                            tied_groups(plan), tp_dims, marks, away)  # fmt: skip
     trainer.shared = tuple(f"module.{weight.name}" for weight in traced.shared)
     trainer.user = user
     return trainer
@@ -190,3 +196,13 @@ def _recompute(piece: Trainable, phase: Phase, marks: Marks, first: int) -> None
     for index, block in enumerate(piece.blocks.values(), start=first):
         if phase.technique("recompute", index).get("mode", "none") == "full":
             block.forward = partial(recomputed(block.forward, marks), preserve_rng_state=True)
+
+
+def _offload(piece: Trainable, phase: Phase, away: Away, device: torch.device, first: int) -> None:
+    """Blocks move what the plan says of what they keep; without a mover nothing."""
+    if away.mover is None:
+        return
+    landing = Landing(device)
+    for index, block in enumerate(piece.blocks.values(), start=first):
+        setting = Setting.of(phase, index)
+        block.forward = away.mover.around(block, index, landing, setting, None)

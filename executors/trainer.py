@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import RunFailed
 from ..plan import Plan, rank_of
 from . import clipping, data_parallel
+from .arena import StaticArena
+from .away import Away
 from .context_parallel import Spread
 from .data import Rows
 from .decoder import Decoder
@@ -34,6 +38,7 @@ class Trainer:
         tied_group: dist.ProcessGroup | None,
         tp_dims: dict[str, int],
         marks: Marks,
+        away: Away,
         experts: ExpertParallel | None = None,
     ) -> None:
         self.plan, self.phase, self.mesh = plan, plan.phase, plan.phase.mesh
@@ -42,6 +47,10 @@ class Trainer:
         self.pieces, self.modules = pieces, modules
         self.pipeline, self.optimizer = pipeline, optimizer
         self.tied_group, self.marks = tied_group, marks
+        self.away = away
+        """What of this rank waits off the device."""
+        self.arena: StaticArena | None = None
+        """Where the tensors of a step lie, if their places are solved for."""
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
         self.experts = experts
@@ -71,10 +80,11 @@ class Trainer:
         rows = Rows(part(rows.inputs_BS), part(rows.targets_BS), rows.documents_BN)
         if self.experts is not None:
             self.experts.begin_step()
-        if self.pipeline is not None:
-            loss = self.pipeline.step(rows)
-        else:
-            loss = self._accumulate(rows)
+        with nullcontext() if self.arena is None else self.arena.step():
+            if self.pipeline is not None:
+                loss = self.pipeline.step(rows)
+            else:
+                loss = self._accumulate(rows)
         self.reduce_shared_gradients()
         return loss
 

@@ -27,11 +27,13 @@ from torch import Tensor
 from .. import document
 from ..errors import RunFailed
 from ..measurement import REFERENCE_MATMUL
+from ..units import format_bytes
 from . import data, job
+from .arena import StaticArena
 from .build import build
 from .decoder import Decoder
 from .experts.loads import rank_loads
-from .measure import environment, pace
+from .measure import environment, lives, pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
 from .measure.memory import LiveTensors
@@ -103,7 +105,14 @@ class Run:
         check_nodes(work)
         check_device(work.plan, self.device)
         self.context_bytes = environment.context_bytes(self.device)
-        self.trainer: Trainer = build(work.plan, device=self.device, module=module)
+        self.trainer: Trainer = build(
+            work.plan,
+            device=self.device,
+            module=module,
+            offload_folder=None if work.offload_folder is None else Path(work.offload_folder),
+        )
+        if work.static_memory == "run":
+            self.trainer.arena = StaticArena(self.device)
         place = self.trainer.coordinates
         self.dp_rank = place["dp_replicate"] * work.plan.phase.mesh.dp_shard + place["dp_shard"]
         self.next_step = 0
@@ -134,9 +143,14 @@ class Run:
             leave()
             return [result]
         peak_bytes = environment.process_peak_bytes(self.device, self.context_bytes)
+        if self.device.type == "cpu":  # pages of a mapped file are the process's, not the device's
+            peak_bytes -= int(self.trainer.away.made_bytes().get("host", 0.0))
         allocated_bytes = environment.allocated_bytes(self.device)
         experts = rank_loads(self.trainer.experts)
-        live_bytes, counter = self.count_step()
+        live, counter = self.count_step()
+        live_bytes = live.peak()
+        bytes_copied = self.trainer.away.take_copied()
+        self.check_device_memory(sum(live_bytes.values()))
         profiled_s, matched = self.profile_steps(counter.calls)
         result = self.result(
             loss,
@@ -148,6 +162,9 @@ class Run:
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
             experts=experts,
+            bytes_copied=bytes_copied,
+            bytes_off_device=self.trainer.away.made_bytes(),
+            allocator=self.allocator(live),
             environment=environment.environment(load_at_start, self.device)
             | {
                 "collectives_matched": "yes" if matched else "no",
@@ -287,8 +304,29 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def count_step(self) -> tuple[dict[str, int], CollectiveCounter]:
-        """Live tensors by category at the peak of one step, and its collectives."""
+    def allocator(self, live: LiveTensors) -> dict[str, float]:
+        """What allocators need for the counted step, where that was asked for."""
+        if self.work.static_memory is None:
+            return {}
+        found = lives.needs(live)
+        if self.device.type == "cuda":
+            found["caching_bytes"] = float(torch.cuda.max_memory_reserved(self.device))
+            found["caching_live_bytes"] = float(torch.cuda.max_memory_allocated(self.device))
+        arena = self.trainer.arena
+        if arena is not None:
+            found |= {
+                "arena_bytes": float(arena.num_bytes),
+                "placed_bytes": float(arena.use.placed_bytes),
+                "not_placed_bytes": float(arena.use.other_bytes),
+            }
+        return found
+
+    def count_step(self) -> tuple[LiveTensors, CollectiveCounter]:
+        """Live tensors by category at the peak of one step, and its collectives.
+
+        Each tensor is counted by itself, so that an arena for them is left out for this step.
+        """
+        arena, self.trainer.arena = self.trainer.arena, None
         tokens = self.tokens()
         parameters = [p for piece in self.trainer.pieces for p in piece.parameters()]
         states = [
@@ -302,6 +340,7 @@ class Run:
         heads = [p for p in self.trainer.pieces if isinstance(p, Decoder) and p.is_last]
         hooks = [live.watch_head(piece.norm) for piece in heads]
         self.trainer.observer = live
+        self.trainer.away.take_copied()
         dist.barrier()
         with counter, live:
             live.hold(parameters, "parameters")
@@ -312,7 +351,18 @@ class Run:
             self.trainer.optimizer_step()
         for hook in hooks:
             hook.remove()
-        return live.peak(), counter
+        self.trainer.arena = arena
+        return live, counter
+
+    def check_device_memory(self, live_bytes: int) -> None:
+        """Raise RunFailed when live tensors were beyond the budget of an emulated device."""
+        device = self.work.plan.cluster.pools[0].device
+        if device.tensors_only and live_bytes > device.memory_bytes:
+            raise RunFailed(
+                f"device-memory={format_bytes(device.memory_bytes)}: live tensors of a step take "
+                f"{format_bytes(live_bytes)}, {live_bytes - device.memory_bytes} bytes more; "
+                "offload or recompute more, or raise the budget"
+            )
 
     def logits_shape(self) -> tuple[int, int] | None:
         """Tokens and local vocabulary of a micro-batch's logits; None without a head."""

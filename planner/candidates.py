@@ -15,6 +15,7 @@ from ..costmodel.bounds import Stages
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
 from ..costmodel.pieces import Known
+from ..costmodel.prices import Prices
 from ..document import Value
 from ..estimate import Estimate
 from ..model import Model
@@ -131,7 +132,9 @@ class Request:
         """What the median of a plan's peak may reach on each pool."""
         found: list[float] = []
         for pool in route.pools:
-            doubt = 1 + FIT_Z * pool.stack.memory_spread if self.fit == "yes" else 1.0
+            doubt = (
+                1 + FIT_Z * Prices(pool, route.profile).memory_spread if self.fit == "yes" else 1.0
+            )
             found.append(pool.device.memory_bytes / doubt)
         return found
 

@@ -9,8 +9,9 @@
     fp8        everything, in fp8 where that is published to train as well (COAT), or a fraction of
                that on the host; only where the workload allows it (`quality.py`)
 
-Executors run none, selective, full and fp8; where plans are made to be run here, the others are
-left out.
+Where plans are made to be run here, sets of tensors are left out, since they ask for a search of
+their own, and what does not run: a fraction on the host beside 8 bits, routed experts or latent
+attention. On CPUs offload is left out altogether, since their host is the CPU.
 """
 
 from __future__ import annotations
@@ -66,13 +67,16 @@ def policies(
         some = [replace(base, recompute=TENSORS, keep=keep, offload=offload) for keep in sets]
         found[1:1] = some
     plain = replace(base, recompute="none")
-    moved = pins.offload is None and "none" in modes and all_of_it
+    moved = pins.offload is None and "none" in modes and on_gpus
+    low = base.activations is not None or base.compute in LOW_COMPUTE
+    moved = moved and (all_of_it or (not low and all(x.is_plain for x in model.layers)))
     if moved and all(pool.host for pool in pools):
         found += [replace(plain, offload=fraction) for fraction in SEARCHED_OFFLOADS]
     stores = on_gpus and _may_store(model, base, runs=not all_of_it)
     if "none" in modes and stores and is_allowed(workload, "storage"):
         stored = [replace(x, activations="fp8") for x in found if x.recompute == "none"]
-        found += [x for x in stored if x.offload in (offload, 1.0)]
+        fractions = (offload, 1.0) if all_of_it else (0.0,)
+        found += [x for x in stored if x.offload in fractions]
     return tuple(dict.fromkeys(found))
 
 

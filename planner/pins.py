@@ -16,11 +16,15 @@ from ..plan import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
+    OFFLOAD_RESTS,
+    OFFLOAD_STATES,
     RECIPES,
     RECOMPUTE_MODES,
     RUNTIMES,
     SCHEDULES,
     STORAGE_DTYPES,
+    TENSORS,
+    TIERS,
 )
 from .quality import LOW_COMPUTE
 
@@ -52,8 +56,16 @@ class Pins(Value, frozen=True, kw_only=True):
     cp_kind: str | None = None
     """How cp cuts the sequence: one of `KINDS_OF_CP`."""
     ep: int | None = None
+    keep: tuple[str, ...] | None = None
+    """Tensors kept under recompute `tensors`."""
     offload: float | None = None
-    """Fraction of saved activations that waits on the host."""
+    """Fraction of saved activations that waits off the device."""
+    offload_rest: str | None = None
+    """What becomes of the others: keep, recompute."""
+    offload_tier: str | None = None
+    """Where offloaded tensors wait: host, disk."""
+    offload_states: str | None = None
+    """What else waits there: optimizer, parameters."""
     attention: str | None = None
     """Kernel of the attention core; free means flash."""
     runtime: str | None = None
@@ -91,6 +103,10 @@ def flag(name: str, value: object) -> str:
     """
     if name == "sp":
         return "--sp" if value else "--no-sp"
+    if name == "offload_states":
+        return f"--offload {value}"
+    if name.startswith("offload_"):
+        return f"--offload {name.removeprefix('offload_')}={value}"
     if isinstance(value, tuple):
         value = ",".join(map(str, cast("tuple[int, ...]", value)))
     return f"--{name.replace('_', '-')} {value}"
@@ -107,7 +123,7 @@ def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
                          "give every stage 1 or more")  # fmt: skip
     _check_choice("zero", pins.zero, (0, 1, 2, 3))
     _check_choice("schedule", pins.schedule, SCHEDULES)
-    _check_choice("recompute", pins.recompute, RECOMPUTE_MODES)
+    _check_choice("recompute", pins.recompute, (*RECOMPUTE_MODES, TENSORS))
     _check_choice("cp_kind", pins.cp_kind, KINDS_OF_CP)
     _check_choice("attention", pins.attention, ATTENTION_KERNELS)
     _check_choice("runtime", pins.runtime, RUNTIMES)
@@ -118,6 +134,9 @@ def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     if pins.offload is not None and not 0.0 <= pins.offload <= 1.0:
         raise InputError("offload", pins.offload, "not a fraction of the saved activations",
                          "give 0 to 1")  # fmt: skip
+    _check_choice("offload_rest", pins.offload_rest, OFFLOAD_RESTS)
+    _check_choice("offload_tier", pins.offload_tier, TIERS)
+    _check_choice("offload_states", pins.offload_states, OFFLOAD_STATES)
     for device in devices:
         if pins.precision is not None and not has_rate(device, pins.precision):
             known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster import Cluster
+from ..costmodel.layer_tensors import check_keep
 from ..costmodel.optimizers import refuse
 from ..costmodel.options import Options
 from ..document import Value, to_raw
@@ -47,6 +48,7 @@ from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
 from .pins import Pins, check_pins, check_stages
 from .quality import risks
+from .space import compute_dtype
 
 TOLERANCE = 0.01
 TRIES_PER_PLAN = 2
@@ -125,7 +127,9 @@ def search(
     pins = Pins() if pins is None else pins
     check_pins(pins, [pool.device for pool in cluster.pools])
     check_stages(pins, model)
-    for pool in cluster.pools:
+    pools = cluster.pools
+    check_keep(model, pins.keep or (), compute_dtype(pools, pins), pools[0])
+    for pool in pools:
         refused = refuse(workload.optimizer, pool)
         if refused is not None:
             raise refused

@@ -15,9 +15,9 @@ each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
 below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
-with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here,
-offload, which the executors lack, is off unless it is asked for, and so is cp beside experts and
-latent attention.
+with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp beside
+experts and latent attention is off unless it is asked for, since no executor has it; so is offload,
+since the host of a CPU is the CPU.
 
 Of several pools each holds the next stages of the pipeline, in either order (`routes`): the ranks
 of a stage divide the devices of every pool, and chunks of models with unlike layers are left out.
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby, permutations
+from itertools import permutations
 from math import gcd
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster import Cluster, Pool
-from ..costmodel.layer_tensors import only_own
+from ..costmodel.layer_tensors import settings_of
 from ..costmodel.layout import Ints, Layouts
 from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
@@ -54,7 +54,6 @@ from ..plan import (
     Phase,
     Plan,
     Schedule,
-    Setting,
     even_sizes,
     rank_of,
     stages_of,
@@ -133,6 +132,10 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         optimizer=workload.optimizer,
         balance_loss=workload.balance_loss,
         clips=workload.clip_norm is not None,
+        keep=pins.keep or (),
+        offload_rest=pins.offload_rest or "keep",
+        offload_tier=pins.offload_tier or "host",
+        offload_states=pins.offload_states,
         packing=Packing.of(workload),
     )
 
@@ -443,20 +446,9 @@ def plan_at(
     here = grid.take(np.array([row]))
     layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
     split = bool(grid.sequence_parallel[row])
-    groups = [group for group, layer in enumerate(model.layers) for _ in range(layer.repeat)]
-    wanted = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
-    own: dict[tuple[int, Options], Options] = {
-        (group, options): only_own(model, group, options, cluster.pools[0], sequence_parallel=split)
-        for group, options in dict.fromkeys(zip(groups, wanted, strict=True))
-    }
-    each = [own[pair] for pair in zip(groups, wanted, strict=True)]
-    settings: list[Setting] = []
-    for options, group in groupby(range(model.num_layers), key=each.__getitem__):
-        first, *rest = group
-        if mesh.ulysses == mesh.cp > 1:
-            options = replace(options, cp_kind="ulysses")
-        last = rest[-1] if rest else first
-        settings.append(Setting(layers=(first, last), techniques=options.techniques()))
+    each = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
+    if mesh.ulysses == mesh.cp > 1:
+        each = tuple(replace(options, cp_kind="ulysses") for options in each)
     phase = Phase(
         steps=workload.steps,
         seq_tokens=workload.seq_tokens,
@@ -470,7 +462,7 @@ def plan_at(
             even_sizes(model.num_layers, mesh.num_stages) if sizes is None else sizes,
             pool_names(cluster, mesh, SCHEDULES[int(grid.schedule[row])]),
         ),
-        settings=tuple(settings),
+        settings=settings_of(model, each, cluster.pools[0], sequence_parallel=split),
     )
     return Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
 

@@ -77,6 +77,11 @@ def refuse(plan: Plan) -> InputError | None:
     setting = plan.phase.technique(NAME)
     if not setting:
         return None
+    own = (one.techniques.get("offload", {}).get("states") for one in plan.phase.settings)
+    states = next(filter(None, own), None)
+    if states is not None and setting.get("moments", False):
+        return InputError(NAME, True, f"beside offload.states={states}, which moves optimiser "
+                          "states by itself", "use one of the two")  # fmt: skip
     unknown = sorted(setting.keys() - {"moments", "host_bytes"})
     if unknown:
         return InputError(NAME, unknown[0], "unknown setting", "give moments and host_bytes")

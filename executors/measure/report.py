@@ -37,6 +37,9 @@ class RankResult(Value, frozen=True, kw_only=True):
     """Seconds by time term, mean of the profiled steps, unscaled."""
     bytes_on_wire: dict[str, float] = {}
     experts: tuple[RankLoad, ...] = ()
+    bytes_copied: dict[str, float] = {}
+    bytes_off_device: dict[str, float] = {}
+    allocator: dict[str, float] = {}
     environment: dict[str, str] = {}
 
 
@@ -60,6 +63,8 @@ def measurement(
             memory_terms_bytes=memory_terms(result),
             time_terms_s=time_terms(plan, result, slowest_s, step_s.median),
             bytes_on_wire=result.bytes_on_wire,
+            bytes_copied=result.bytes_copied,
+            bytes_off_device=result.bytes_off_device,
         )
         for result in results
     )
@@ -74,6 +79,12 @@ def measurement(
         time_terms_s=_mean([rank.time_terms_s for rank in ranks]),
         memory_terms_bytes=fullest.memory_terms_bytes,
         bytes_on_wire=_mean([rank.bytes_on_wire for rank in ranks]),
+        bytes_copied=_mean([rank.bytes_copied for rank in ranks]),
+        bytes_off_device={
+            tier: max(rank.bytes_off_device.get(tier, 0.0) for rank in ranks)
+            for tier in dict.fromkeys(t for rank in ranks for t in rank.bytes_off_device)
+        },
+        allocator=results[fullest.rank].allocator,
         steps=steps_s,
         loss=results[0].loss,
         ranks=ranks,

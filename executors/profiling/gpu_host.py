@@ -26,6 +26,9 @@ from .steps import FEW, MANY, TimedTrainer, per_layer_s, tiny_plan
 from .timing import median
 
 WAYS = ("forward", "backward")
+ALLOCATOR = {"fragmentation": 0.01, "spread": 0.01}
+"""Of an allocator with expandable segments, which gives back what it does not use before it runs
+out: held against the longest sequences that fit on one H200 (docs/accuracy.md)."""
 
 
 def launch_s(device: torch.device) -> float:

@@ -47,6 +47,9 @@ ADAMW = [
     (2**10, 8), (2**15, 20), (2**18, 20), (2**18, 100), (2**20, 40), (2**22, 40), (2**22, 100),
     (2**23, 100),
 ]  # fmt: skip
+COPIES: list[tuple[int, ...]] = [(2**14,), (2**18,), (2**20,), (2**22,)]
+COPY_OPERATORS = ("copy_d2h", "copy_h2d", "copy_to_disk", "copy_from_disk")
+"""Between the device and the tiers of offload."""
 
 GROUPED = [
     (64, 32, 32, 4), (512, 64, 128, 8), (1024, 320, 128, 8), (1024, 128, 320, 8),
@@ -113,6 +116,7 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
+        grid |= {name: COPIES for name in COPY_OPERATORS}
         grid["adamw_fp8"] = _few(ADAMW[:6], 3)
         grid |= {name: [(count,) for count in CAST_ELEMENTS] for name in CASTS}
     return grid
@@ -160,7 +164,8 @@ def cuda_grid(dtype: str) -> Grid:
     }  # fmt: skip
     if dtype == "fp32":
         grid["adamw"] = [(2**16, 20), (2**20, 20), (2**24, 100), (2**27, 100), (2**28, 300)]
-        grid["adamw_fp8"] = grid["adamw"][:4]
+        # one tensor each: launches of many take the host longer than the device works on them
+        grid["adamw_fp8"] = [(2**20, 1), (2**24, 1), (2**27, 1)]
     else:
         grid |= {name: [(count,) for count in elements[1:7]] for name in CASTS}
     return grid

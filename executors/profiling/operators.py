@@ -11,9 +11,11 @@ Size axes are those of the cost model's operators of the same names.
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from ..experts.grouped import GroupedLinear, Groups
 from ..experts.routing import route
 from ..experts.rows import Permute, Unpermute, sorted_places
 from ..rotary import rotary_table, rotate
+from ..tiers import make_tier
 from ..torch_compat import scaled_matmul
 from .timing import Buffers, Call, Clock, Ring
 
@@ -196,7 +199,8 @@ def rope_shape(elements: int) -> tuple[int, int, int, int]:
 
 def _rope(buffers: Buffers, sizes: Sizes) -> Case:
     shape = rope_shape(sizes[0])
-    table = rotary_table(torch.arange(shape[1], device=buffers.device), shape[3], 10000.0)
+    positions = torch.arange(shape[1], device=buffers.device)
+    table = rotary_table(positions, shape[3], 10000.0).to(buffers.dtype)
     rotating = [(x,) for x in _leaves(buffers.rotating(*shape))]
     return _through_autograd(lambda x: rotate(x, table), rotating[0], rotating, buffers)
 
@@ -437,12 +441,23 @@ def _low_matmul(buffers: Buffers, rows: int, columns: int, inner: int, *, fast: 
     return call
 
 
-def _host_copy(to_device: bool) -> Callable[[Buffers, Sizes], Case]:
+def _tier_copy(tier_name: str, to_device: bool) -> Callable[[Buffers, Sizes], Case]:
+    """A copy between the device and a tier of offload, of tensors that are cold."""
+
     def prepare(buffers: Buffers, sizes: Sizes) -> Case:
-        host = torch.zeros(sizes, dtype=buffers.dtype, pin_memory=True)
-        device = torch.zeros(sizes, dtype=buffers.dtype, device=buffers.device)
-        target, source = (device, host) if to_device else (host, device)
-        return Case(lambda: target.copy_(source, non_blocking=True))
+        tier = make_tier(tier_name, buffers.device, folder=Path(tempfile.gettempdir()))
+        tensors = buffers.rotating(*sizes)
+        num_bytes = tensors[0].numel() * tensors[0].element_size()
+        count = min(4, max(2, buffers.cold_bytes // num_bytes))
+        made = [tier.make(num_bytes) for _ in range(count)]
+        for place in made:  # its pages are there from then on
+            tier.write(place, 0, tensors[0])
+        places = itertools.cycle(made)
+        device = itertools.cycle(tensors)
+        if to_device:
+            targets = itertools.cycle([torch.empty_like(tensors[0]) for _ in range(count)])
+            return Case(lambda: tier.read(next(places), 0, next(targets)))
+        return Case(lambda: tier.write(next(places), 0, next(device)))
 
     return prepare
 
@@ -495,8 +510,10 @@ BENCHES: dict[str, Bench] = {
     "quantize": Bench(ELEMENTS, _quantize, _volume, engine=False),
     "quantize_weight": Bench(ELEMENTS, _quantize_weight, _volume, engine=False),
     "quantize_store": Bench(ELEMENTS, _quantize_store, _volume, engine=False),
-    "copy_h2d": Bench(ELEMENTS, _host_copy(True), _volume),
-    "copy_d2h": Bench(ELEMENTS, _host_copy(False), _volume),
+    "copy_h2d": Bench(ELEMENTS, _tier_copy("host", True), _volume),
+    "copy_d2h": Bench(ELEMENTS, _tier_copy("host", False), _volume),
+    "copy_from_disk": Bench(ELEMENTS, _tier_copy("disk", True), _volume),
+    "copy_to_disk": Bench(ELEMENTS, _tier_copy("disk", False), _volume),
 }
 
 LOW_BENCHES: dict[str, Bench] = {

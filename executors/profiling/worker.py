@@ -286,6 +286,8 @@ def run_worker(folder: Path, rank: int, world: int, request: Request) -> None:
     worker = Worker(folder, rank, world, request)
     worker.connect()
     memory = {"process_bytes": worker.process_bytes()} if rank == 0 else {}
+    if request.device == "cuda" and rank == 0:
+        memory |= gpu_host.ALLOCATOR
     phases = request.phases()
     started = time.perf_counter()
     for index, phase in enumerate(phases):

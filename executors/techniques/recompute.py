@@ -1,10 +1,12 @@
 """Recompute: activations are dropped in forward and computed again in backward.
 
-`full` drops everything inside a block but its input; `selective` drops only what the attention core
-saves; `full_keep_attn` is full, but keeps the core's output and statistics, so that the attention
-and the messages of its ring do not run again (Li et al. 2023, LightSeq, section 3.3). Torch ends a
-recomputation as soon as the last saved tensor is back, so that what follows it in a block (the
-matmul of the last projection, its reduction and the residual) does not run twice.
+`full` is torch's checkpoint around a block: its input is kept, and torch ends the recomputation as
+soon as the last saved tensor is back, so that what follows it (the matmul of the last projection,
+its reduction and the residual) does not run twice. `full_keep_attn` is full, but keeps the core's
+output and statistics, so that the attention and the messages of its ring do not run again (Li et
+al. 2023, LightSeq, section 3.3). The other modes drop single tensors: a frame around the block
+(`executors/frames.py`) holds and makes again exactly what the cost model's graph of the layer says.
+`executors/keeping.py` sets all of them up.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...errors import InputError
-from ...plan import Phase
+from ...costmodel.graph import Graph, Sizes
+from ...costmodel.layers import decoder_layer
+from ...costmodel.layout import Layouts, local_sizes
+from ...costmodel.options import Options
+from ...costmodel.techniques import apply as rewritten
+from ...plan import Plan
 from ..context_parallel import Context, Slot, attend
-from ..decoder import Block, Decoder
 from ..marks import Marks
 
 
@@ -66,19 +71,18 @@ class KeptAttention:
             self.slot = None
 
 
-def apply(piece: Decoder, phase: Phase, marks: Marks) -> None:
-    """Set the recompute mode of each block; before FSDP, whose hooks stay outside."""
-    for index, block in piece.blocks.items():
-        assert isinstance(block, Block)
-        mode = phase.technique("recompute", int(index)).get("mode", "none")
-        if mode == "full":
-            block.forward = recomputed(block.forward, marks)
-        elif mode == "full_keep_attn":
-            kept = KeptAttention()
-            block.attention.core = kept
-            block.forward = recomputed(block.forward, marks, kept)
-        elif mode == "selective":
-            block.attention.core = recomputed(block.attention.core, marks)
-        elif mode != "none":
-            raise InputError("recompute", mode, "not executed yet",
-                             "use none, selective, full or full_keep_attn")  # fmt: skip
+def mode_of(plan: Plan, index: int) -> str:
+    """The recompute mode of a layer, which `Plan.check` knows."""
+    return str(plan.phase.technique("recompute", index).get("mode", "none"))
+
+
+def layer_graph(plan: Plan, index: int) -> tuple[Graph, Sizes]:
+    """The cost model's graph of a decoder's layer under its techniques, and its local sizes."""
+    model, phase = plan.model, plan.phase
+    layer, options = model.layer_at(index), Options.of(phase, plan.workload, index)
+    fused = plan.cluster.pool(phase.stages[0].pool).device.kind == "gpu"
+    graph = decoder_layer(
+        model, layer, sequence_parallel=phase.sequence_parallel, fused=fused, options=options
+    )
+    sizes = local_sizes(model, layer, Layouts.of(phase), phase.seq_tokens)
+    return rewritten(graph, options), sizes

@@ -43,6 +43,21 @@ class PolicyUse(Value, frozen=True, kw_only=True):
     """What copies take beyond all that they hide behind."""
     extra_s: float
 
+    def techniques(self) -> dict[str, dict[str, Any]]:
+        """The policy as technique settings of a plan's layers; compressed tensors have none.
+
+        Everything needed and stored is kept or, in the order of the forward, the first part of it
+        offloaded; what is neither is made again.
+        """
+        stored = [t for t in self.tensors if t.choice in ("keep", "offload")]
+        chosen: dict[str, dict[str, Any]] = {}
+        if any(t.choice == "recompute" for t in self.tensors):
+            chosen["recompute"] = {"mode": "tensors", "keep": sorted(t.name for t in stored)}
+        total = sum(t.stored_bytes for t in stored)
+        if self.host_bytes > 0:
+            chosen["offload"] = {"activations": min(1.0, self.host_bytes / total)}
+        return chosen
+
 
 class Solution(Value, frozen=True, kw_only=True):
     """The best policies of a stage; bytes of all live micro-batches, seconds of one."""

@@ -41,6 +41,8 @@ class Device(Value, frozen=True, kw_only=True):
     name: str
     kind: Literal["gpu", "cpu"]
     memory_bytes: int
+    tensors_only: bool = False
+    """Whether `memory_bytes` is a budget on live tensors alone, as for an emulated device."""
     memory_bytes_per_s: float
     peak_flops_per_s: dict[str, float]
     """Dense peak by dtype name, without sparsity."""
@@ -146,11 +148,14 @@ class Profile(Document, frozen=True, kw_only=True):
     host_s: dict[str, float] = {}
     """Host times in seconds by name (see `costmodel/prices.py`)."""
     memory: dict[str, float] = {}
-    """Measured memory constants in bytes by name, such as the process before the first tensor."""
+    """Measured memory constants by name: `process_bytes` before the first tensor; `fragmentation`
+    and `spread` as fractions of a peak."""
     scale: dict[str, float] = {}
     """Corrections by time term from `forerun calibrate`: measured / predicted, near 1."""
     spread: float = 0.05
     """Relative standard deviation of repeated measurements on this machine."""
+    shipped: bool = False
+    """Whether it is the catalog's, measured on another machine of the kind."""
 
 
 class Pool(Value, frozen=True, kw_only=True):
@@ -165,6 +170,10 @@ class Pool(Value, frozen=True, kw_only=True):
     """Per device: a node's network rate divided by its devices."""
     host: Link | None = None
     """Copies between device and host, per device with all devices copying."""
+    host_memory_bytes: int | None = None
+    """Of a node, what offload may fill of its host's memory; None = not limited here."""
+    disk: Link | None = None
+    """Copies between device and a disk of the node, per device with all devices copying."""
     shared_cores: int | None = None
     """CPU nodes: cores that all processes of a node share; None = devices are independent."""
     stack: Stack

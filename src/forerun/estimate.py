@@ -47,4 +47,9 @@ class Estimate(Value, frozen=True, kw_only=True):
     memory_terms_bytes: dict[str, float]
     bytes_on_wire: dict[str, float]
     """Per rank and step, `collective@axis`: bytes of the full logical buffer handed over."""
+    bytes_copied: dict[str, float] = {}
+    """Per rank and step, `out@tier` and `in@tier`: bytes that offload moves off the device and
+    back."""
+    bytes_off_device: dict[str, float] = {}
+    """By tier, the most that the fullest rank holds there."""
     evidence: dict[str, Evidence]

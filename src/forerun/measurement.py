@@ -34,6 +34,8 @@ class RankMeasurement(Value, frozen=True, kw_only=True):
     memory_terms_bytes: dict[str, float]
     time_terms_s: dict[str, float]
     bytes_on_wire: dict[str, float]
+    bytes_copied: dict[str, float] = {}
+    bytes_off_device: dict[str, float] = {}
 
 
 class ExpertLoad(Value, frozen=True, kw_only=True):
@@ -73,6 +75,14 @@ class Measurement(Document, frozen=True, kw_only=True):
     """Of the fullest rank at its peak."""
     bytes_on_wire: dict[str, float]
     """Per rank and step, mean over ranks."""
+    bytes_copied: dict[str, float] = {}
+    """Moved off the device (`out@tier`) and back (`in@tier`) per rank and step, mean over ranks."""
+    bytes_off_device: dict[str, float] = {}
+    """By tier, what the fullest rank took of it."""
+    allocator: dict[str, float] = {}
+    """What allocators need for one step's tensors on the fullest rank, where it was asked for:
+    `max_live_bytes`, `static_plan_bytes` at solved offsets, `caching_bytes` reserved (on a CPU by a
+    model of the caching allocator), and of a run out of one arena its size and what lay in it."""
     steps: tuple[float, ...]
     """Seconds of every timed step (the slowest rank's)."""
     loss: tuple[float, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import msgspec
 
@@ -36,6 +36,13 @@ RECOMPUTE_MODES: tuple[str, ...] = (
 )  # fmt: skip
 TENSORS = "tensors"
 """The recompute mode that names every tensor of a layer that is kept (setting `keep`)."""
+OFFLOAD_RESTS: tuple[str, ...] = ("keep", "recompute")
+"""What becomes of activations that are not offloaded: they stay, or are made again token by token.
+"""
+OFFLOAD_STATES: tuple[str, ...] = ("optimizer", "parameters")
+"""What else may wait off the device; with parameters go gradients and optimiser states."""
+TIERS: tuple[str, ...] = ("host", "disk")
+"""Where it waits."""
 CP_KINDS: tuple[str, ...] = ("zigzag", "ring", "ulysses", "lightseq")
 """How the sequence is cut: balanced ring, contiguous blocks in a ring, all by all-to-all, or
 contiguous blocks whose early ranks help the late ones."""
@@ -189,30 +196,65 @@ class Phase(Value, frozen=True, kw_only=True):
         return [f"stages~{_hash(sizes)}"]
 
     def _activations(self) -> list[str]:
-        """What layers keep for backward, in short; a hash where layers differ, or of names."""
-        kept = {_kept(setting.techniques) for setting in self.settings}
-        if len(kept) > 1:
+        """What layers keep for backward, in short; a hash where layers differ, or of names.
+
+        `offload0.5x30`: the first 30 layers offload; `tokens`: they make the other tokens again.
+        """
+        kept = [_kept(setting.techniques) for setting in self.settings]
+        distinct = list(dict.fromkeys(kept))
+        count = ""
+        if len(kept) == 2 and kept[0].moves and kept[0].but_for_moves() == kept[1]:
+            distinct, count = distinct[:1], f"x{self.settings[0].layers[1] + 1}"
+        if len(distinct) > 1:
             ranges = [(s.layers, s.techniques) for s in self.settings]
             return [f"ac-solved~{_hash(ranges)}"]
+        one = distinct[0]
         parts: list[str] = []
-        for mode, names, offload, storage in kept:
-            if mode == TENSORS:
-                parts.append(f"ac-tensors~{_hash(names)}")
-            elif mode != "none":
-                parts.append(f"ac-{mode}")
-            parts += [f"act-{storage}"] if storage else []
-            parts += [f"offload{offload:g}"] if offload else []
+        if one.mode == TENSORS:
+            parts.append(f"ac-tensors~{_hash(one.names)}")
+        elif one.mode != "none":
+            parts.append(f"ac-{one.mode}")
+        parts += [f"act-{one.storage}"] if one.storage else []
+        where = "" if one.tier == "host" else f"-{one.tier}"
+        if one.moves:
+            rest = "-tokens" if one.rest == "recompute" else ""
+            parts.append(f"offload{one.offload:g}{rest}{count}{where}")
+        parts += [f"{one.states}-off{where}"] if one.states else []
         return parts
 
 
-def _kept(techniques: Mapping[str, Mapping[str, Any]]) -> tuple[str, tuple[str, ...], float, str]:
-    """Recompute mode, names, offloaded fraction and storage dtype of a layer's activations."""
-    recompute = techniques.get("recompute", {})
-    return (
-        str(recompute.get("mode", "none")),
-        tuple(map(str, recompute.get("keep", ()))),
-        float(techniques.get("offload", {}).get("activations", 0.0)),
-        str(techniques.get("precision", {}).get("activations") or ""),
+class _Kept(NamedTuple):
+    """What a setting says of what layers keep."""
+
+    mode: str
+    """Of recompute."""
+    names: tuple[str, ...]
+    offload: float
+    rest: str
+    tier: str
+    states: str
+    storage: str
+    """Dtype of stored activations, where it is another."""
+
+    @property
+    def moves(self) -> bool:
+        return self.offload > 0 or self.rest == "recompute"
+
+    def but_for_moves(self) -> _Kept:
+        """The same with all activations on the device."""
+        return self._replace(offload=0.0, rest="keep")
+
+
+def _kept(techniques: Mapping[str, Mapping[str, Any]]) -> _Kept:
+    recompute, offload = techniques.get("recompute", {}), techniques.get("offload", {})
+    return _Kept(
+        mode=str(recompute.get("mode", "none")),
+        names=tuple(map(str, recompute.get("keep", ()))),
+        offload=float(offload.get("activations", 0.0)),
+        rest=str(offload.get("rest", "keep")),
+        tier=str(offload.get("tier", "host")),
+        states=str(offload.get("states") or ""),
+        storage=str(techniques.get("precision", {}).get("activations") or ""),
     )
 
 

@@ -51,6 +51,22 @@ def parse_batch(text: str, seq_tokens: int, field: str = "global-batch") -> int:
     return _positive_int(field, text, float(text))
 
 
+def parse_bytes(field: str, text: str) -> int:
+    """A size in bytes as people write it.
+
+    >>> parse_bytes("host-memory", "64GiB"), parse_bytes("host-memory", "1.5kB")
+    (68719476736, 1500)
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None or (match[3] and not match[2]):
+        raise InputError(field, text, "not a size", "write bytes (1048576), 200MiB or 80GB")
+    power = " kmgt".index(match[2] or " ")
+    size = float(match[1]) * (1024.0 if match[3] else 1000.0) ** power
+    if size < 1:
+        raise InputError(field, text, "not a positive size", "give 1 byte or more")
+    return int(size)
+
+
 def parse_duration(text: str, field: str) -> float:
     """A duration in seconds; the unit is always written.
 

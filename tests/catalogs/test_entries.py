@@ -12,7 +12,7 @@ from forerun.catalogs import KINDS, Lengths, entries, entry, load_model, names
 from forerun.catalogs.loader import ROOT, resolve_name
 from forerun.document import read
 from forerun.errors import InputError
-from forerun.plan import CP_KINDS, RECOMPUTE_MODES
+from forerun.plan import CP_KINDS, RECOMPUTE_MODES, TENSORS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,7 +47,7 @@ def test_unknown_kind_of_entries() -> None:
 
 
 def test_techniques_name_the_settings_that_plans_use() -> None:
-    assert set(entry("techniques", "recompute")["settings"]) == set(RECOMPUTE_MODES)
+    assert set(entry("techniques", "recompute")["settings"]) == {*RECOMPUTE_MODES, TENSORS}
     assert set(entry("techniques", "context-parallel")["settings"]) == set(CP_KINDS)
     assert set(entry("techniques", "zero")["settings"]) == {"0", "1", "2", "3"}
     assert set(entry("techniques", "precision")["settings"]) == {"fp32", "bf16"}

@@ -20,6 +20,7 @@ from forerun.costmodel.prices import Prices
 from forerun.costmodel.stages import Load
 from forerun.costmodel.state_bytes import StateBytes
 from forerun.costmodel.states import AtRest, Counts
+from forerun.costmodel.techniques.offload import GRAIN_BYTES
 from forerun.plan import Plan
 from forerun.stack import Stack
 from forerun.units import GIB
@@ -207,7 +208,8 @@ def test_offload_keeps_its_fraction_elsewhere(fraction: float) -> None:
         Kept.of(_pieces("llama-2-7b", layouts, options, FSDP), layouts, FSDP).layers[0].saved
         for options in (BF16, Options(compute="bf16", offload=fraction))
     ]
-    assert kept[1] == pytest.approx(kept[0] * (1 - fraction))
+    rounded = kept[1] - kept[0] * (1 - fraction)  # whole elements move
+    assert rounded == pytest.approx(0, abs=GRAIN_BYTES + 1e-3)
 
 
 @given(

@@ -184,10 +184,12 @@ def test_rewrites_change_no_matmul_of_the_layer(
 
 
 def test_offload_moves_its_fraction_of_the_saved_bytes_and_changes_no_operator() -> None:
-    graph, sizes = rewritten(Options(compute="bf16", offload=0.25))
+    options = Options(compute="bf16", offload=0.25)
+    graph, sizes = rewritten(options)
     assert graph == rewritten(Options(compute="bf16"))[0]
-    moved = offload.moved_bytes(liveness(graph, sizes).saved, 0.25)
-    assert moved[0] == (16 * HIDDEN + 8 * FFN + 4 * HEADS + 2 * 4) * SEQ / 4
+    parted = offload.part(graph, sizes, liveness(graph, sizes), options)
+    assert parted.moved[0] == (16 * HIDDEN + 8 * FFN + 4 * HEADS + 2 * 4) * SEQ / 4
+    assert parted.stays[0] == 0.75
 
 
 @pytest.mark.parametrize(

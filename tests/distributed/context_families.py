@@ -8,6 +8,9 @@ SPLIT = {"micro_batch_seqs": 2}
 ALL_TO_ALL = {"cp_kind": "ulysses"}
 TWO, FOUR = {"cp": 2, "ulysses": 2}, {"cp": 4, "ulysses": 4}
 KEEP = {"recompute": "full_keep_attn"}
+TENSORS = {"recompute": {"mode": "tensors", "keep": ["x1", "v"]}}
+OFFLOAD: dict[str, Any] = {"offload": {"activations": 0.5}}
+TOKENS = {"offload": OFFLOAD["offload"] | {"rest": "recompute"}}
 LIGHTSEQ = {"cp_kind": "lightseq"}
 SP = {"sequence_parallel": True}
 PACKED = {"packed": True}
@@ -31,6 +34,11 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "bf16 ulysses selective": {"mesh": TWO, "zero": 3, "dtype": "bf16",
                                    "recompute": "selective"} | ALL_TO_ALL,
         "clip zigzag zero3": {"mesh": {"cp": 2}, "zero": 3} | CLIPPED,
+        "zigzag tensors": {"mesh": {"cp": 2}, "more": TENSORS | OFFLOAD} | SPLIT,
+        "zigzag tokens": {"mesh": {"cp": 2}, "more": TOKENS},
+        "lightseq elementwise": {"mesh": {"cp": 2}, "recompute": "elementwise"} | LIGHTSEQ,
+        "ulysses offload": {"mesh": TWO, "recompute": "selective", "more": OFFLOAD} | ALL_TO_ALL,
+        "packed tensors": {"mesh": {"cp": 2}, "more": TENSORS} | PACKED,
         "packed zigzag": {"mesh": {"cp": 2}} | PACKED | SPLIT,
         "packed ulysses": {"mesh": TWO, "zero": 2} | ALL_TO_ALL | KEEP | PACKED,
         "packed tp-sp": {"mesh": {"tp": 2}} | SP | PACKED,

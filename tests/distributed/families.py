@@ -101,6 +101,7 @@ def cluster(num_devices: int) -> Cluster:
                     peak_flops_per_s={"fp32": 1e11})  # fmt: skip
     link = Link(latency_s=1e-5, bytes_per_s=1e9)
     pool = Pool(name="cpu", device=device, devices_per_node=num_devices, intra_node=link,
+                host=link, disk=link,
                 stack=Stack(name="torch", gemm_efficiency={"fp32": 1.0}, can_overlap=False,
                             exchanges_counts=True))  # fmt: skip
     return Cluster(name="cpus", pools=(pool,))
@@ -165,6 +166,9 @@ def make_plan(
 
 
 PP = {"micro_batch_seqs": 2}
+KEEP = {"recompute": {"mode": "tensors", "keep": ["x1", "o", "lse", "v"]}}
+HALF: dict[str, Any] = {"activations": 0.5}
+TOKENS = {"offload": HALF | {"rest": "recompute"}}
 ONE = {"micro_batch_seqs": 1}
 V22 = {"pp": 2, "vpp": 2}
 ORDERS = {
@@ -180,6 +184,13 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "recompute selective": {"recompute": "selective"},
         "bf16": {"dtype": "bf16"},
         "bf16 accumulation": {"dtype": "bf16"} | SPLIT_BATCH,
+        "elementwise": {"recompute": "elementwise"},
+        "per_op": {"recompute": "per_op"},
+        "tensors": {"more": KEEP},
+        "offload disk": {"more": {"offload": HALF | {"tier": "disk"}}} | SPLIT_BATCH,
+        "offload full": {"recompute": "full", "more": {"offload": {"activations": 1.0}}},
+        "offload tokens": {"more": TOKENS} | SPLIT_BATCH,
+        "offload optimizer": {"more": {"offload": {"states": "optimizer"}}},
         "compiled": {"runtime": "compiled"},
         "compiled recompute full": {"runtime": "compiled", "recompute": "full"},
     },
@@ -199,6 +210,23 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b"} | PP,
         "interleaved": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved"} | PP,
         "1f1b full": {"mesh": {"pp": 2}, "schedule": "1f1b", "recompute": "full"} | PP,
+        "zero3 tensors": {"mesh": {"dp_shard": 2}, "zero": 3, "more": KEEP},
+        "zero3 offload": {"mesh": {"dp_shard": 2}, "zero": 3,
+                          "more": {"offload": {"activations": 1.0, "states": "optimizer"}}},
+        "tp tensors offload": {"mesh": {"tp": 2}, "more": KEEP | {"offload": HALF}},
+        "tp-sp per_op": {"mesh": {"tp": 2}, "sequence_parallel": True, "recompute": "per_op"},
+        "tp-sp tokens": {"mesh": {"tp": 2}, "sequence_parallel": True, "more": TOKENS},
+        "1f1b elementwise offload": {"mesh": {"pp": 2}, "schedule": "1f1b",
+                                     "recompute": "elementwise",
+                                     "more": {"offload": {"activations": 1.0}}} | PP,
+        "gpipe tokens": {"mesh": {"pp": 2}, "schedule": "gpipe", "more": TOKENS} | PP,
+        "zb-h1 tensors offload": {"mesh": {"pp": 2}, "schedule": "zb-h1",
+                                  "more": KEEP | {"offload": HALF}} | PP,
+        "zb-v offload": {"mesh": V22, "schedule": "zb-v",
+                         "more": {"offload": {"activations": 1.0, "tier": "disk"}}} | PP,
+        "interleaved offload": {"mesh": {"pp": 2, "vpp": 2}, "schedule": "interleaved",
+                                "more": {"offload": HALF}} | PP,
+        "bf16 zero3 tensors": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16", "more": KEEP},
         "bf16 ddp": {"mesh": {"dp_replicate": 2}, "dtype": "bf16"},
         "compiled zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "runtime": "compiled"},
         "bf16 zero3": {"mesh": {"dp_shard": 2}, "zero": 3, "dtype": "bf16"},
@@ -236,6 +264,11 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2 x pp2": {"mesh": {"tp": 2, "pp": 2}} | PP,
         "tp2-sp x pp2": {"mesh": {"tp": 2, "pp": 2}, "sequence_parallel": True} | PP,
         "pp4": {"mesh": {"pp": 4}} | PP,
+        "tp2-sp x zero3 tensors": {"mesh": {"tp": 2, "dp_shard": 2}, "zero": 3,
+                                   "sequence_parallel": True, "more": KEEP},
+        "pp2 x zero1 offload": {"mesh": {"pp": 2, "dp_shard": 2}, "zero": 1,
+                                "more": {"offload": {"activations": 1.0, "states": "optimizer"}}}
+        | PP,
         "pp4 zb-h2": {"mesh": {"pp": 4}, "schedule": "zb-h2"} | PP,
         "pp2 zb-h1 x ddp2": {"mesh": {"pp": 2, "dp_replicate": 2}, "schedule": "zb-h1"} | ONE,
         "pp2x2 zb-v x zero3": {"mesh": V22 | {"dp_shard": 2}, "zero": 3, "schedule": "zb-v"} | ONE,
@@ -275,6 +308,7 @@ TWICE = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5, 1], [2, 4, 6, 0, 7
 PERMUTED = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5], [2, 4, 6, 1]]}}}
 SP, FULL = {"sequence_parallel": True}, {"recompute": "full"}
 OFFLOAD = {"more": {"expert-offload": {"moments": True}}}
+STATES = {"more": {"offload": {"states": "optimizer"}}}
 
 
 def mesh(**degrees: int) -> dict[str, Any]:
@@ -286,6 +320,7 @@ EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("moe", "plain"): {},
         ("mla", "full, global balance"): FULL | SPLIT_BATCH | GLOBAL,
         ("capacity", "offload"): OFFLOAD,
+        ("mla", "offload optimizer"): STATES,
     },
     2: {
         ("moe", "ep2 ddp, global balance"): mesh(dp_replicate=2, ep=2) | SPLIT_BATCH | FULL
@@ -328,6 +363,7 @@ SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("moe", "interleaved"): mesh(pp=2, vpp=2) | {"schedule": "interleaved"} | PP | FULL
         | GLOBAL,
         ("moe", "ep2 zero1, offload"): mesh(dp_shard=2, ep=2) | {"zero": 1} | OFFLOAD,
+        ("moe", "ep2 zero1, offload optimizer"): mesh(dp_shard=2, ep=2) | {"zero": 1} | STATES,
         ("moe", "zb-h1, global balance"): mesh(pp=2) | {"schedule": "zb-h1"} | PP | GLOBAL,
         ("mla", "zb-v full"): {"mesh": V22, "schedule": "zb-v"} | PP | FULL,
         ("capacity", "dualpipev"): {"mesh": V22, "schedule": "dualpipev"} | PP,
@@ -370,6 +406,15 @@ SLOW = (
     "gpt tp-sp selective", "gpt tp-sp full accumulation", "gpt gpipe", "gpt 1f1b full",
     "gpt bf16 ddp", "gpt bf16 zero3", "gpt bf16 1f1b", "gpt pp2 x zero3 gpipe",
     "gpt pp2x2 x zero3", "gpt pp2 x ddp2", "gpt hsdp zero1", "gpt tp2 x pp2", "gpt tp2-sp x zero3",
+    "gpt elementwise", "gpt per_op", "gpt offload disk", "gpt offload full",
+    "gpt offload optimizer", "gpt zero3 tensors", "gpt zero3 offload", "gpt tp-sp per_op",
+    "gpt zb-h1 tensors offload", "gpt zb-v offload", "llama zb-v offload",
+    "gpt 1f1b elementwise offload", "gpt gpipe tokens", "gpt interleaved offload",
+    "gpt bf16 zero3 tensors", "gpt tp2-sp x zero3 tensors", "gpt pp2 x zero1 offload",
+    "llama tp-sp per_op", "llama gpipe tokens", "gpt tensors", "llama elementwise",
+    "llama per_op", "llama offload disk", "llama offload full", "gpt offload tokens",
+    "llama offload optimizer", "gpt tp tensors offload", "gpt tp-sp tokens", "llama zero3 tensors",
+    "llama interleaved offload", "llama bf16 zero3 tensors", "llama pp2 x zero1 offload",
     "gpt compiled", "llama compiled", "gpt compiled recompute full",
     "llama compiled recompute full", "gpt compiled zero3", "llama compiled zero3",
     "gpt pp4", "llama hsdp zero1", "llama tp2-sp x pp2", "llama pp2 x zero3 gpipe",
@@ -438,11 +483,13 @@ def replica_rows(plan: Plan, coordinates: dict[str, int], step: int) -> Rows:
 
 
 def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
-    """Losses of all steps, gradients of the first, collectives and live bytes of the last."""
+    """Losses of all steps, gradients of the first; collectives, copies, live bytes of the last."""
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
+    copied: dict[str, float] = {}
     counter, live = CollectiveCounter(trainer.mesh), LiveTensors()
     for step in range(steps):
+        trainer.away.take_copied()
         batch = replica_rows(trainer.plan, trainer.coordinates, step)
         counted = step == steps - 1
         if counted:
@@ -456,12 +503,15 @@ def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
             gradients = {k: v.clone() for k, v in trainer.named_gradients().items()}
         with counter if step == steps - 1 else nullcontext():
             trainer.optimizer_step()
+        copied = trainer.away.take_copied()
     calls = Counter((c.kind, c.axis, c.message_bytes) for c in counter.calls if c.kind != "recv")
     return {
         "losses": losses,
         "gradients": gradients,
         "collectives": dict(calls),
         "bytes_on_wire": counter.bytes_on_wire(),
+        "copied": copied,
+        "off_device": trainer.away.made_bytes(),
         "live_bytes": sum(live.peak().values()),
     }
 

@@ -18,6 +18,7 @@ REFUSED = {
     ("adamw-fp8", "adamw8bit"): "a workload has one optimiser",
     ("adamw-offload", "adamw-offload"): "has no host to offload to",
     ("adamw8bit", "expert-offload"): "routed experts, whose states it does not hold yet",
+    ("expert-offload", "offload"): "routed experts, whose activations do not leave the device yet",
     ("expert-placement", "low-precision"): "routed experts, which do not work in 8 bits yet",
 }
 """Some that must be, and why; more may be while their techniques are only predicted."""

@@ -165,13 +165,19 @@ MOE = msgspec.structs.replace(MODEL, layers=(msgspec.structs.replace(LAYER, expe
 LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
                          v_head_dim=4)  # fmt: skip
 FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
-OFFLOAD = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"offload": {}}),)
 HOSTED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                   | {"expert-offload": {"moments": True}}),)  # fmt: skip
 LITTLE_HOST = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                        | {"expert-offload": {"moments": True, "host_bytes": 1000}}),)  # fmt: skip
 PLACED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                   | {"expert-placement": {"slots": [[0, 1], [2, 3]]}}),)  # fmt: skip
+LORA = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"lora": {}}),)
+PARAMETERS = (
+    Setting(
+        layers=(0, 1),
+        techniques=techniques("fp32", "none") | {"offload": {"states": "parameters"}},
+    ),
+)
 MIXED = (
     Setting(layers=(0, 0), techniques=techniques("fp32", "none")),
     Setting(layers=(1, 1), techniques=techniques("bf16", "none")),
@@ -192,7 +198,8 @@ MIXED = (
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
         ("precision", make_plan(settings=FP16)),
         ("precision", make_plan(settings=MIXED)),
-        ("settings.techniques", make_plan(settings=OFFLOAD)),
+        ("settings.techniques", make_plan(settings=LORA)),
+        ("offload", make_plan(settings=PARAMETERS)),
         ("orders", make_plan(orders={"0": ("0F0",)})),
         ("mesh", make_plan(mesh=Mesh(cp=2))),
         ("zero", make_plan(mesh=Mesh(dp_shard=2))),

@@ -132,7 +132,7 @@ def _executed() -> set[str]:
 @pytest.mark.parametrize("quick", [False, True])
 def test_cpu_grid_covers_the_cost_model(dtype: str, busy: int, quick: bool) -> None:
     grid = grids.cpu_grid(dtype, busy, quick)
-    assert set(grid) <= set(KINDS)
+    assert set(grid) - set(grids.COPY_OPERATORS) <= set(KINDS)
     assert _executed() - (set() if dtype == "fp32" else {"adamw"}) <= set(grid)
     for name, points in grid.items():
         assert len(points) == len(set(points)) > 1, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from forerun.costmodel import estimate
 from forerun.costmodel.simulate import Simulation
 from forerun.errors import InputError
+from forerun.executors.frames import Frame
 from forerun.executors.measure.memory import LiveTensors
 from forerun.executors.torch_compat import storage_key
 from forerun.executors.trainer import Trainer
@@ -33,8 +35,16 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def saved_bytes(trainer: Trainer) -> int:
-    """Bytes of the storages that autograd holds of all blocks, parameters apart."""
+    """Bytes of the storages that autograd, or frames in its place, hold of all blocks, parameters
+    apart."""
     (piece,) = trainer.pieces
+    forward, framed = Frame.forward, list[int]()
+
+    def forward_counted(frame: Frame, *args: Any) -> Any:
+        result = forward(frame, *args)
+        framed.extend(entry.num_bytes for entry in frame.kept)
+        return result
+
     held: dict[int, Any] = {}
     inside = False
 
@@ -61,16 +71,16 @@ def saved_bytes(trainer: Trainer) -> int:
             block.register_forward_hook(leave),
         )
     ]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        patch.object(Frame, "forward", forward_counted),
+    ):
         trainer.forward_backward(tokens(0))
     for hook in hooks:
         hook.remove()
-    itemsize = 4 if trainer.phase.compute_dtype == "fp32" else 2
-    rotary = sum(table.numel() for table in piece.tables.values()) * itemsize
-    # cosines and sines are no activations; 16-bit copies of them are held per block
-    return sum(s.nbytes() for s in held.values()) - rotary * (
-        1 if trainer.phase.compute_dtype == "fp32" else len(piece.blocks)
-    )
+    constants = {storage_key(table.untyped_storage()) for table in piece.tables.values()}
+    plain = sum(s.nbytes() for key, s in held.items() if key not in constants)
+    return plain + sum(framed)
 
 
 def ledger_bytes(plan: Plan) -> float:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from forerun.catalogs import load_model, resolve_gpus
-from forerun.costmodel.layout import Layouts
+from forerun.costmodel.layers import decoder_layer
+from forerun.costmodel.layout import Layouts, local_sizes
+from forerun.costmodel.liveness import liveness
 from forerun.costmodel.options import Options
 from forerun.costmodel.pieces import pieces
 from forerun.costmodel.prices import Prices
+from forerun.costmodel.techniques import apply, offload
 from forerun.mesh import Mesh
 from forerun.planner.activations import LayerType, Limits, Problem, first_stage, solve
 from forerun.planner.activations.stage import _layout
@@ -163,3 +166,34 @@ def test_other_layers_are_covered(model: str, seq: int) -> None:
     assert found.device_bytes <= 0.5 * keep
     assert 0 < found.extra_s <= found.recompute_all_s
     assert np.isfinite(found.gap)
+
+
+def test_a_policy_is_a_plans_settings() -> None:
+    """What the solver stores on device and host is what the graph under its settings saves."""
+    model, layers = load_model("llama-2-7b"), stage("llama-2-7b", 8192, tp=8)
+    sizes = local_sizes(model, model.layers[0], _layout(Mesh(tp=8), 1, False), 8192)
+    keep_all = Problem(layers=layers, limits=Limits(device_bytes=float("inf"))).keep_all_bytes
+    seen: set[str] = set()
+    for share, rate in ((0.75, 0.0), (0.4, 0.0), (0.2, 0.0), (0.5, 2e10), (0.1, 2e10)):
+        limits = Limits(device_bytes=share * keep_all, copy_bytes_per_s=rate)
+        for use in solve(Problem(layers=layers, limits=limits)).policies:
+            chosen = use.techniques()
+            options = replace(
+                Options(compute="bf16"),
+                recompute=chosen.get("recompute", {}).get("mode", "none"),
+                keep=tuple(chosen.get("recompute", {}).get("keep", ())),
+                offload=chosen.get("offload", {}).get("activations", 0.0),
+            )
+            plain = decoder_layer(
+                model, model.layers[0], sequence_parallel=False, fused=True, options=options
+            )
+            graph = apply(plain, options)
+            live = liveness(graph, sizes)
+            parted = offload.part(graph, sizes, live, options)
+            stored = use.device_bytes + use.host_bytes
+            assert float(live.saved[0]) == pytest.approx(stored, rel=1e-9)
+            assert float(parted.moved[0]) == pytest.approx(use.host_bytes, abs=8)
+            again = {op.name for op in graph.operators if op.recomputed}
+            assert again == set(use.runs_again)
+            seen |= set(chosen)
+    assert seen == {"recompute", "offload"}

@@ -1,0 +1,131 @@
+"""What offload moves per step and rank, and what it takes off the device.
+
+A layer's bytes go out once per micro-batch and come back once, but for one case: where the backward
+of a micro-batch follows its forward at once, at the loss, the last layer's backward begins with
+what is still on the device, so that nothing of it comes back.
+
+The bytes that lie off the device at once are those of all micro-batches in flight, and the states
+that live there. A step's update brings optimiser states in by buckets of `BUCKET_ELEMENTS`
+parameters and takes them out again, one bucket ahead and one behind the update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ..plan import Phase
+from .graph import Array
+from .layout import Layouts
+from .options import Options
+from .pieces import Pieces
+from .prices import Prices
+from .schedule import order_of
+from .stages import Load
+from .state_bytes import StateBytes
+from .states import Counts, Divisors
+
+BUCKET_ELEMENTS = 2**22
+"""Parameters whose optimiser states are on the device at once, at most; there are two buckets."""
+
+
+def returns_at_once(phase: Phase) -> int:
+    """Micro-batches whose backward follows their forward through the last stage at once.
+
+    >>> from forerun import Mesh, Phase
+    >>> from forerun.plan import even_stages
+    >>> step = dict(steps=1, seq_tokens=8, micro_batch_seqs=1, num_microbatches=4)
+    >>> two = dict(mesh=Mesh(pp=2), stages=even_stages(2, 2, "cpu"))
+    >>> [returns_at_once(Phase(schedule=s, **step, **two)) for s in ("1f1b", "gpipe")]
+    [4, 0]
+    """
+    mesh, m = phase.mesh, phase.num_microbatches
+    if mesh.pp == 1:
+        return m
+    last, own = mesh.num_stages - 1, phase.own_orders()
+    total = 0
+    for rank in range(mesh.pp):
+        actions = own[rank] if own else order_of(phase.schedule, mesh.pp, mesh.vpp, m, rank)
+        for (kind, stage, micro), following in pairwise(actions):
+            if kind == "F" and stage == last:
+                total += following in (("B", last, micro), ("I", last, micro))
+    return total
+
+
+HOST_UPDATE_BYTES_PER_S = 2.5e10
+"""Memory traffic that the host gives an update per device: 200 GB/s shared by eight. Assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """States of one rank that wait off the device."""
+
+    num_bytes: Array
+    out_bytes: Array
+    """Moved off the device per step."""
+    in_bytes: Array
+    exposed_s: Array
+    """What moving them adds to a step."""
+
+
+def owned_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+    """Trained parameters whose optimiser states a rank holds."""
+    stack, counts = prices.pool.stack, Counts.of(load, costs)
+    owned = counts.trained / Divisors.of(stack, layouts).optimizer
+    return owned + owned_expert_params(load, costs, layouts, prices)
+
+
+def owned_expert_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+    """Those of them that belong to routed experts."""
+    divisor = Divisors.of(prices.pool.stack, layouts, experts=True).optimizer
+    return Counts.of(load, costs).experts / divisor
+
+
+def staged_bytes(owned: Array, states: StateBytes, options: Options) -> Array:
+    """On the device while an update works through states that wait elsewhere."""
+    if options.offload_states != "optimizer":
+        return 0.0 * owned
+    return states.optimizer * np.minimum(owned, 2.0 * BUCKET_ELEMENTS)
+
+
+def states_off_device(
+    owned: Array, update_s: Array, layouts: Layouts, prices: Prices, options: Options
+) -> States:
+    """The states of a rank where they wait off the device, and what moving them adds.
+
+    Copies of moments run beside the update and beside each other where something is left to run
+    them. FSDP's parameters come for every gather and its gradients leave after every scatter; the
+    update then runs on the host. How much of that hides is assumed: nothing.
+    """
+    none, states = 0.0 * owned, StateBytes.of(prices.pool.stack, options)
+    if options.offload_states is None:
+        return States(num_bytes=none, out_bytes=none, in_bytes=none, exposed_s=none)
+    if options.offload_states == "parameters":
+        streams = (layouts.pp == 1) * layouts.num_microbatches
+        gathers = np.where((layouts.zero == 3) & (streams > 0), 2 * streams, 1)
+        scatters = np.where((layouts.zero >= 2) & (streams > 0), streams, 1)
+        moved = (owned * states.gradient * scatters, owned * states.parameter * gathers)
+        num_bytes = owned * (states.parameter + states.gradient + states.optimizer)
+        traffic = 2 * states.parameter + states.gradient + 2 * states.updated
+        beyond = np.maximum(0.0, owned * traffic / HOST_UPDATE_BYTES_PER_S - update_s)
+    else:
+        num_bytes = owned * states.optimizer
+        moved, beyond = (num_bytes, num_bytes), none
+    there, back = (
+        prices.copy_s(direction, size, options.offload_tier)
+        for direction, size in zip(("out", "in"), moved, strict=True)
+    )
+    if options.offload_states == "parameters":
+        exposed = there + back + beyond
+    else:
+        hidden = prices.copy_hidden_share
+        beside = np.maximum(0.0, np.maximum(there, back) - update_s)
+        exposed = hidden * beside + (1.0 - hidden) * (there + back)
+    return States(
+        num_bytes=num_bytes,
+        out_bytes=moved[0],
+        in_bytes=moved[1],
+        exposed_s=exposed * prices.scale("exposed.copy"),
+    )
