@@ -5,7 +5,12 @@ interleaved with the others, and writes the table into docs/accuracy.md. The pre
 machine's profile (`forerun profile`) and nothing from these runs. The noise floor of a family is
 the spread of its medians over the rounds.
 
+A model with routed experts runs further families, with expert parallelism, and has a table of its
+own. What tokens choose is not known without a run: a first one, of one process, gives the loads of
+experts, and every plan with expert parallelism is predicted with these.
+
     python benchmarks/bench_cpu_families.py --model tiny-3m --rounds 3
+    python benchmarks/bench_cpu_families.py --model tiny-moe-4m --rounds 3
 """
 
 from __future__ import annotations
@@ -20,18 +25,20 @@ from typing import Any
 
 import msgspec
 
-from forerun import Measurement, Mesh, Plan, PlanFile, Workload
+from forerun import Measurement, Mesh, Model, Plan, PlanFile, Workload
 from forerun.catalogs import load_cluster, load_model
 from forerun.costmodel import diff, estimate
 from forerun.executors import run
 from forerun.lengths import Lengths
 from forerun.plan import Phase, Setting, even_stages, techniques
 from forerun.planner import Pins, search
+from forerun.planner.experts import expect_loads
 
 SECONDS_PER_RUN = 20.0
 """Slow families take fewer steps."""
 
-BEGIN, END = "<!-- cpu-families: begin -->", "<!-- cpu-families: end -->"
+MARKS = {False: "cpu-families", True: "cpu-experts"}
+"""Of the table, by whether the model has routed experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,23 @@ FAMILIES = (
     Family(processes=4, zero=3, degrees={"pp": 2, "dp_shard": 2}),
 )
 
+EXPERT_FAMILIES = (
+    Family(processes=2, degrees={"dp_replicate": 2, "ep": 2}),
+    Family(processes=2, micro_batch_seqs=2, recompute="full", degrees={"dp_replicate": 2, "ep": 2}),
+    Family(processes=2, zero=1, degrees={"dp_shard": 2, "ep": 2}),
+    Family(processes=2, zero=3, degrees={"dp_shard": 2, "ep": 2}),
+    Family(processes=2, sp=True, degrees={"tp": 2, "ep": 2}),
+    Family(processes=4, degrees={"dp_replicate": 4, "ep": 4}),
+    Family(processes=4, zero=3, degrees={"dp_shard": 4, "ep": 2}),
+    Family(processes=4, zero=1, degrees={"pp": 2, "dp_shard": 2, "ep": 2}),
+    Family(processes=4, sp=True, degrees={"tp": 2, "dp_replicate": 2, "ep": 2}),
+)
+
+
+def has_experts(model: Model) -> bool:
+    """Whether tokens of a model are routed."""
+    return any(layer.experts is not None for layer in model.layers)
+
 
 def make_plan(family: Family, model_name: str, workload: Workload) -> PlanFile:
     """The plan of a family, predicted with the machine's profile."""
@@ -109,8 +133,19 @@ def make_plan(family: Family, model_name: str, workload: Workload) -> PlanFile:
         stages=even_stages(model.num_layers, mesh.num_stages, cluster.pools[0].name),
         settings=(Setting(layers=(0, model.num_layers - 1), techniques=chosen),),
     )
-    plan = Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
+    return predicted(Plan(model=model, cluster=cluster, workload=workload, phases=(phase,)))
+
+
+def predicted(plan: Plan) -> PlanFile:
+    """The plan with its estimate."""
     return PlanFile(label=plan.label, plan=plan, estimate=estimate(plan))
+
+
+def with_loads(file: PlanFile, loads: Measurement | None) -> PlanFile:
+    """The plan predicted with the loads of experts that a run measured, where ranks share them."""
+    if loads is None or file.plan.phase.mesh.ep == 1:
+        return file
+    return predicted(expect_loads(file.plan, loads))
 
 
 def best_plan(model_name: str, workload: Workload, processes: int) -> PlanFile:
@@ -164,8 +199,9 @@ def table(rows: list[Row], model_name: str, best: dict[int, str]) -> list[str]:
     """The report in Markdown."""
     environment = rows[0].runs[0].environment
     profile = rows[0].file.plan.cluster.profile
+    begin, end = marks(rows[0].file.plan.model)
     lines = [
-        BEGIN,
+        begin,
         f"Model {model_name}, {datetime.date.today()}, "
         f"{environment.get('cpu', 'cpu')}, {environment.get('cores', '?')} cores, "
         f"torch {environment.get('torch', '?')}; profile of {profile.date if profile else 'none'}. "
@@ -209,14 +245,21 @@ def table(rows: list[Row], model_name: str, best: dict[int, str]) -> list[str]:
             f"fastest measured `{fastest.file.label}` at {fastest.measured_s * 1e3:.1f} ms: "
             f"regret {chosen.measured_s / fastest.measured_s - 1:.1%}."
         )
-    return [*lines, END]
+    return [*lines, end]
+
+
+def marks(model: Model) -> tuple[str, str]:
+    """The lines between which a model's table stands."""
+    name = MARKS[has_experts(model)]
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def write_report(path: Path, lines: list[str]) -> None:
-    """Replace the report between its marks."""
-    text = path.read_text() if path.exists() else f"# Accuracy\n\n{BEGIN}\n{END}\n"
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    """Replace the report between its marks, its first and last line."""
+    begin, end = lines[0], lines[-1]
+    text = path.read_text() if path.exists() else f"# Accuracy\n\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
     path.write_text(before + "\n".join(lines) + after)
 
 
@@ -233,8 +276,14 @@ def main() -> None:
     workload = Workload(
         seq_tokens=options.seq_len, global_batch_seqs=options.global_batch, steps=options.steps
     )
-    families = [f for f in FAMILIES if options.only in (None, f.processes)]
+    routed = has_experts(load_model(options.model))
+    every = FAMILIES + (EXPERT_FAMILIES if routed else ())
+    families = [f for f in every if options.only in (None, f.processes)]
     files = [make_plan(family, options.model, workload) for family in families]
+    if routed:
+        alone = make_plan(FAMILIES[0], options.model, workload)
+        loads = run(alone, steps=options.steps, warmup_steps=3)
+        files = [with_loads(file, loads) for file in files]
     best: dict[int, str] = {}
     for processes in sorted({f.processes for f in families}):
         chosen = best_plan(options.model, workload, processes)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from ..errors import InputError
-from ..model import Experts, LatentAttention, Layer, Mlp, Model, Norm, Positions
+from ..experts import Experts, Scores
+from ..model import LatentAttention, Layer, Mlp, Model, Norm, Positions
 from .huggingface_encoders import READERS
 
 Config = dict[str, Any]
@@ -42,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(qkv_bias=True, omitted="the gate of the shared expert"),
     "qwen3": Family(omitted=_QK_NORM),
     "qwen3_moe": Family(omitted=_QK_NORM),
-    "deepseek_v3": Family(omitted="the router's correction bias"),
+    "deepseek_v3": Family(omitted="the router's correction bias and groups of experts"),
     "gpt_oss": Family(rope_theta=150000.0, omitted="biases of experts and router, attention sinks"),
     "nemotron": Family(activation="relu2", norm="layernorm"),
     "gpt2": Family(
@@ -212,7 +213,19 @@ def _experts(reader: Reader) -> Experts | None:
         top_k=reader.size("num_experts_per_tok"),
         ffn_hidden=width,
         shared_ffn_hidden=shared or reader.count("n_shared_experts", 0) * width,
+        scores=_scores(reader),
+        renormalise=reader.flag("norm_topk_prob", True),
+        routed_scale=reader.number("routed_scaling_factor", 1.0),
     )
+
+
+def _scores(reader: Reader) -> Scores:
+    """What a router makes scores by: DeepSeek-V3's configs leave the sigmoid out."""
+    default = "sigmoid" if reader.raw.get("model_type") == "deepseek_v3" else "softmax"
+    name = reader.raw.get("scoring_func", default)
+    if name not in ("softmax", "sigmoid"):
+        raise reader.error("scoring_func", "not softmax or sigmoid")
+    return name
 
 
 def _layer(reader: Reader, family: Family, experts: Experts | None, notes: list[str]) -> Layer:

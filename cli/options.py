@@ -48,7 +48,7 @@ space_option = click.option(
     "--space",
     type=click.Choice(["run", "all"]),
     help="What free axes take: what forerun run executes (default on one node), or all that is "
-    "predicted: ep, too (default on several).",
+    "predicted: single tensors to keep, too (default on several).",
 )
 fit_option = click.option(
     "--fit",
@@ -99,6 +99,32 @@ JOB_OPTIONS = (
         default="adamw",
         show_default=True,
         help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
+    ),
+    click.option(
+        "--capacity-factor",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Rows per expert over the mean, the rest dropped; default: the model's.",
+    ),
+    click.option(
+        "--balance-loss",
+        type=click.Choice(["none", "micro-batch", "global-batch"]),
+        default="none",
+        show_default=True,
+        help="Load-balancing loss of the routers, over this many tokens.",
+    ),
+    click.option(
+        "--balance-loss-coef",
+        type=click.FloatRange(min=0),
+        default=0.01,
+        show_default=True,
+        help="Its weight.",
+    ),
+    click.option(
+        "--router-z-loss-coef",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="Weight of the squared log-sum-exp of router logits.",
     ),
     click.option(
         "--clip-norm",
@@ -263,6 +289,8 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     model = (
         trace_model(flags, seq_tokens) if is_traced(flags["model"]) else load_model(flags["model"])
     )
+    if flags.get("capacity_factor") is not None:
+        model = with_capacity(model, flags["capacity_factor"])
     resolved = resolve_gpus(flags["gpus"])
     quality, accepted = read_quality(flags)
     workload = Workload(
@@ -274,6 +302,9 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         optimizer=flags["optimizer"],
         clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
+        balance_loss=flags.get("balance_loss", "none"),
+        balance_loss_coef=flags.get("balance_loss_coef", 0.01),
+        router_z_loss_coef=flags.get("router_z_loss_coef", 0.0),
         quality=quality,
         accepted=accepted,
     )
@@ -301,6 +332,23 @@ def with_budgets(cluster: Cluster, flags: Mapping[str, Any]) -> Cluster:
             for pool in pools
         )
     return msgspec.structs.replace(cluster, pools=pools)
+
+
+def with_capacity(model: Model, factor: float) -> Model:
+    """The model with a capacity factor for the experts of all layers."""
+    import msgspec
+
+    replace = msgspec.structs.replace
+    if all(layer.experts is None for layer in model.layers):
+        raise InputError("capacity-factor", factor, f"{model.name} has no routed experts",
+                         "drop --capacity-factor")  # fmt: skip
+    layers = tuple(
+        layer
+        if layer.experts is None
+        else replace(layer, experts=replace(layer.experts, capacity_factor=factor))
+        for layer in model.layers
+    )
+    return replace(model, layers=layers)
 
 
 def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
@@ -410,7 +458,7 @@ def search_pins(job: Job, flags: Mapping[str, Any]) -> Pins:
 
     (pool, *others) = job.cluster.pools
     run_only = flags["space"] == "run"
-    beyond = (flags["ep"] or 1) > 1
+    beyond = bool(flags["offload"]) and not all(layer.is_plain for layer in job.model.layers)
     if flags["space"] is None and not others and pool.num_nodes == 1 and not beyond:
         run_only = can_be_executed(job.model)
     return msgspec.structs.replace(read_pins(flags), run_only=run_only)

@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 from .. import document
+from ..measurement import Measurement
+from ..plan import Plan
 from .options import (
+    POSITIVE,
     axis_options,
     common_options,
     job_options,
@@ -21,6 +24,17 @@ from .options import (
 )
 
 
+def with_experts(plan: Plan, placement: Path | None, loads: Path | None) -> Plan:
+    """The plan with its experts placed, and loaded as a run measured."""
+    from ..planner.experts import expect_loads, place_experts_in
+
+    if placement is not None:
+        plan = place_experts_in(plan, document.read_raw(placement), str(placement))
+    if loads is not None:
+        plan = expect_loads(plan, document.read(Measurement, loads))
+    return plan
+
+
 @click.command("predict")
 @job_options
 @axis_options
@@ -30,9 +44,34 @@ from .options import (
     type=click.Path(path_type=Path),
     help="Pipeline orders in place of a schedule: the file of forerun solve pipeline --csv.",
 )
+@click.option(
+    "--expert-loads",
+    type=click.Path(path_type=Path),
+    help="Measurement of a run: how uneven the experts' loads are.",
+)
+@click.option(
+    "--expert-placement",
+    type=click.Path(path_type=Path),
+    help="Placement of experts on ranks, from forerun solve experts -o.",
+)
+@click.option(
+    "--expert-offload", is_flag=True, help="Keep the moments of the experts' optimiser on the host."
+)
+@click.option(
+    "--expert-host-bytes", type=POSITIVE, help="Host memory for them, per rank; default: no limit."
+)
 @output_option("the plan file")
 @common_options
-def command(as_json: bool, output: Path | None, orders_path: Path | None, **flags: Any) -> None:
+def command(
+    as_json: bool,
+    output: Path | None,
+    orders_path: Path | None,
+    expert_loads: Path | None,
+    expert_placement: Path | None,
+    expert_offload: bool,
+    expert_host_bytes: int | None,
+    **flags: Any,
+) -> None:
     """Predict the cost of one layout; nothing is searched.
 
     An axis not given is 1 or off, dp takes the ranks left, the precision is bf16 (fp32 on CPUs),
@@ -50,7 +89,14 @@ def command(as_json: bool, output: Path | None, orders_path: Path | None, **flag
         from ..planner.pipeline import read_csv
 
         orders = read_csv(orders_path)
-    plan_file = plan_file_of(fixed_plan(job.model, job.cluster, job.workload, pins, orders))
+    plan = fixed_plan(job.model, job.cluster, job.workload, pins, orders)
+    if expert_placement is not None or expert_loads is not None:
+        plan = with_experts(plan, expert_placement, expert_loads)
+    if expert_offload or expert_host_bytes is not None:
+        from ..planner.experts import offload_experts
+
+        plan = offload_experts(plan, expert_host_bytes)
+    plan_file = plan_file_of(plan)
     say_not_executed(plan_file.plan)
     if output is not None:
         document.write(output, plan_file)

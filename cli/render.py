@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import document
 from ..estimate import Estimate
-from ..measurement import Measurement
+from ..measurement import ExpertLoad, Measurement
 from ..plan import Plan, PlanFile
 from ..units import GIB, format_bytes, format_seconds
 
@@ -252,6 +252,26 @@ def print_measurement(measurement: Measurement) -> None:
         print_allocator(measurement.allocator)
     if loss:
         print_line(f"loss {loss[0]:.4f} -> {loss[-1]:.4f} over {len(loss)} steps")
+    if measurement.experts:
+        print_line(experts_line(measurement.experts))
+
+
+def experts_line(experts: Sequence[ExpertLoad]) -> str:
+    """How even the loads of experts were, in the worst layer.
+
+    >>> load = ExpertLoad(layer=3, ep=2, tokens=(6, 2), imbalance=1.5, dropped=0.25)
+    >>> experts_line([load])
+    'experts: the hottest 1.50 x the mean, the fullest rank 1.50 x (layer 3), 25.0 % dropped'
+    """
+    hottest = max(
+        max(load.tokens) * len(load.tokens) / max(1, sum(load.tokens)) for load in experts
+    )
+    fullest = max(experts, key=lambda load: load.imbalance)
+    dropped = sum(load.dropped for load in experts) / len(experts)
+    return (
+        f"experts: the hottest {hottest:.2f} x the mean, the fullest rank "
+        f"{fullest.imbalance:.2f} x (layer {fullest.layer}), {100 * dropped:.1f} % dropped"
+    )
 
 
 def print_away(off_device: Mapping[str, float], copied: Mapping[str, float]) -> None:

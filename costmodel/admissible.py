@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..plan import Plan
 from . import optimizers
 from .groups import Grouped
-from .techniques import precision
+from .techniques import expert_offload, precision
 
 
 def refuse(plan: Plan) -> InputError | None:
@@ -22,7 +22,7 @@ def refuse(plan: Plan) -> InputError | None:
             reason = optimizers.refuse(plan.workload.optimizer, pool)
             if reason is not None:
                 return reason
-    return None
+    return expert_offload.refuse(plan)
 
 
 def check(plan: Plan) -> None:

@@ -74,7 +74,13 @@ def owned_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) ->
     """Trained parameters whose optimiser states a rank holds."""
     stack, counts = prices.pool.stack, Counts.of(load, costs)
     owned = counts.trained / Divisors.of(stack, layouts).optimizer
-    return owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
+    return owned + owned_expert_params(load, costs, layouts, prices)
+
+
+def owned_expert_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+    """Those of them that belong to routed experts."""
+    divisor = Divisors.of(prices.pool.stack, layouts, experts=True).optimizer
+    return Counts.of(load, costs).experts / divisor
 
 
 def staged_bytes(owned: Array, states: StateBytes, options: Options) -> Array:

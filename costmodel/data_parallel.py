@@ -33,11 +33,12 @@ from .graph import Array
 from .layout import Layouts
 from .options import Options
 from .overlap import Moved, felt_s, moved
-from .pieces import Pieces
+from .pieces import Piece, Pieces
 from .prices import Prices
 from .sharing import SharingGroup
 from .stages import Load
 from .state_bytes import in_units
+from .techniques.expert_placement import replica_bytes
 from .unit_stream import streaming_share, units_felt_s
 
 
@@ -114,21 +115,26 @@ def _units(
     all_params = load.params(costs)
     copies = rest_gathers * _copy_s(rest_params, prices, options)
     copies_back = scatters * _copy_s(rest_params, prices, options)
+    replicas_s = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
+        replicas_s = replicas_s + count * _replicas_s(piece, layouts, prices)
         one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
         copies_back = copies_back + count * scatters * one_copy
     sharded = units_felt_s(load, costs, layouts, prices, options)
-    reduce = _reduce(all_params, layouts, prices)
+    held = load.total(costs, "expert_params")
+    reduce = _reduce(all_params, SharingGroup.dense(layouts), layouts, prices)
+    reduce = reduce + _reduce(held, SharingGroup.experts(layouts), layouts, prices)
     backward_s = load.total(costs, "backward_s") + load.total(costs, "recompute_s")
     beside = felt_s(reduce, backward_s, streaming_share(load, costs), prices)
     replicated = np.where(alone, beside, reduce.seconds)
-    gathers = load.num_layers * layer_gathers + rest_gathers
-    unit_scatters = (load.num_layers + 1) * scatters
+    num_units = load.num_layers + _expert_units(load, costs, layouts)
+    gathers = num_units * layer_gathers + rest_gathers
+    unit_scatters = (num_units + 1) * scatters
     host_s = sum(load.host_s(costs))
     compute_s = m * (load.total(costs, "forward_s") + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
-    exposed = np.where(units, sharded, replicated) + waiting
+    exposed = np.where(units, sharded, replicated) + waiting + replicas_s
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
@@ -140,7 +146,7 @@ def _units(
         host_s=host * prices.scale("host"),
         forward_s=np.where(units, copies, 0.0),
         backward_s=np.where(units, copies_back, 0.0)
-        + _accumulate_s(all_params, layouts, prices, options),
+        + _accumulate_s(all_params + held, layouts, prices, options),
         wire_bytes=_wire(load, costs, layouts, prices, options),
         shard=layouts.shards.astype(float),
     )
@@ -159,11 +165,33 @@ def _copy_s(params: Array, prices: Prices, options: Options) -> Array:
     return np.where(params > 0, seconds, 0.0)
 
 
-def _reduce(params: Array, layouts: Layouts, prices: Prices) -> Moved:
-    """All-reduce of all gradients (ZeRO 0)."""
-    ranks, stride = (layouts.dp * layouts.cp).astype(float), layouts.tp.astype(float)
+def _expert_units(load: Load, costs: Pieces, layouts: Layouts) -> Array:
+    """Experts that ep divides are units of their own, shared by fewer ranks than their layer."""
+    apart = np.zeros(1)
+    for count, piece in zip(load.layers, costs.layers, strict=True):
+        apart = apart + count * (piece.expert_params > 0)
+    return np.where(layouts.ep > 1, apart, 0.0)
+
+
+def _reduce(params: Array, group: SharingGroup, layouts: Layouts, prices: Prices) -> Moved:
+    """All-reduce of gradients that are whole on every rank (ZeRO 0)."""
     num_bytes = params * prices.pool.stack.reduce_bytes
-    return moved("all_reduce", num_bytes, ranks, stride, layouts.world / ranks, prices)
+    groups = layouts.world / group.ranks
+    return moved("all_reduce", num_bytes, group.ranks, group.stride, groups, prices)
+
+
+def _replicas_s(piece: Piece, layouts: Layouts, prices: Prices) -> Array:
+    """The two all-to-alls in which a layer's replicas of experts add their gradients up."""
+    shard = _expert_shard(layouts, prices, piece.options)
+    ep, stride = layouts.ep.astype(float), layouts.expert_tp.astype(float)
+    num_bytes = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard) / 2
+    return 2 * moved("all_to_all", num_bytes, ep, stride, layouts.world / ep, prices).seconds
+
+
+def _expert_shard(layouts: Layouts, prices: Prices, options: Options) -> Array:
+    """Ranks over which an expert's gradient at rest is divided."""
+    units = in_units(layouts, options, prices.pool.stack)
+    return np.where(units, SharingGroup.experts(layouts).shard, 1.0)
 
 
 def _accumulate_s(params: Array, layouts: Layouts, prices: Prices, options: Options) -> Array:
@@ -205,4 +233,9 @@ def _wire(
         total["all_reduce@dp"] = total["all_reduce@dp"] + np.where(
             replicas > 1, reduced * reduce_bytes, 0.0
         )
+    ep = layouts.ep.astype(float)
+    for count, piece in zip(load.layers, costs.layers, strict=True):
+        shard = _expert_shard(layouts, prices, piece.options)
+        exchanged = replica_bytes(piece.trainable_expert_params, piece.options, ep, shard)
+        total["all_to_all@ep"] = total.get("all_to_all@ep", 0.0) + count * exchanged
     return total

@@ -22,9 +22,13 @@ from .techniques import offload
 HIDDEN_SHARE = 0.5
 """Part of an operator's time that communication beside it can hide behind: a ring's first and last
 steps have nothing to hide behind, and both want the device. Assumed."""
-MESH_AXES = {"ulysses": "cp", "ring": "cp", "expert_tp": "tp"}
+MESH_AXES = {
+    "ulysses": "cp", "ring": "cp", "expert_tp": "tp", "even_tp": "tp", "uneven_tp": "tp",
+    "micro_batch_ranks": "ep", "batch_ranks": "ep",
+}  # fmt: skip
 """The mesh axis that a group lies on, where it has another name: ulysses and ring are the two parts
-of cp, expert_tp is what tp is for experts."""
+of cp, expert_tp is what tp is for experts; the counts of a balance loss are told as those of rows
+are, though over more ranks."""
 
 
 def mesh_axis(axis: str) -> str:
@@ -42,10 +46,12 @@ def stride_of(axis: str, layouts: Layouts) -> Array:
 
     ep lies over cp and dp, and over tp where experts are not cut by it.
     """
-    if axis in ("tp", "expert_tp"):
+    if mesh_axis(axis) == "tp":
         return np.ones(1)
     if axis == "ep":
         return layouts.expert_tp.astype(float)
+    if axis in ("micro_batch_ranks", "batch_ranks"):
+        return np.where(layouts.sequence_parallel > 0, 1, layouts.tp).astype(float)
     inside = layouts.tp * layouts.ulysses if axis == "ring" else layouts.tp
     return inside.astype(float)
 
@@ -70,7 +76,8 @@ def backward_collectives(graph: Graph, again: frozenset[str], options: Options) 
 
 def again_collectives(graph: Graph, again: frozenset[str], options: Options) -> list[Collective]:
     """Collectives of the operators that run again, on all tokens or on those left behind."""
-    more = [c for op in graph.operators if op.name in again for c in op.forward_collectives]
+    repeated = (c for op in graph.operators if op.name in again for c in op.forward_collectives)
+    more = [c for c in repeated if not c.once]
     return list(map(offload.of_left_tokens, more)) if offload.by_tokens(options) else more
 
 
@@ -81,6 +88,7 @@ def wire_bytes(group: Sequence[Collective], sizes: Sizes, layouts: Layouts) -> d
         key = f"{c.kind}@{mesh_axis(c.axis)}"
         moved = c.buffer.num_bytes(sizes) * (sizes[c.sent] if c.sent is not None else 1.0)
         moved = np.where(ranks_of(c.axis, layouts) > 1, moved, 0.0)
+        moved = np.round(moved, 3)  # rows per token may be a fraction, all rows are not
         total[key] = total.get(key, np.zeros(len(layouts))) + moved
     return total
 
@@ -147,7 +155,7 @@ def exposed_s(
         if axis == "tp":
             one = _tensor_parallel_s(c, one, ranks, prices, options, beside)
         if axis == "ep":
-            one = one * stack.expert_parallel_exposed
+            one = one * stack.expert_parallel_exposed * (options.expert_imbalance or 1.0)
         here = np.where(ranks > 1, (one + lost) * prices.scale(f"exposed.{axis}"), 0.0)
         seconds[axis] = seconds.get(axis, 0.0) + here
     share = HIDDEN_SHARE if stack.can_overlap else 0.0

@@ -69,6 +69,8 @@ class Collective:
     buffer: Tensor
     overlaps: str | None = None
     """Name of the operator that it runs beside; None = between dependent operators."""
+    once: bool = False
+    """Whether it is left out when its operator runs again in backward."""
     passes: str | None = None
     """Of a send: the axis whose size is the rounds that follow one another."""
     sent: str | None = None
@@ -109,6 +111,8 @@ class Operator:
     """Dtype that its matmul runs in where that is not its input's (fp8, fp4)."""
     grad_inputs: bool = True
     """Whether the inputs need a gradient (token ids do not)."""
+    copies_over: str | None = None
+    """Of an edge without collectives: it copies its input, each way, where this axis is above 1."""
     unpacks: tuple[Tensor, ...] = ()
     """What backward makes anew, while it runs, of tensors that are saved in other dtypes."""
 

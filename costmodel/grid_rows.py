@@ -42,13 +42,16 @@ def ranks_looked_at(
     return [*ranks, *until[:-1], last]
 
 
-def cuts_of_a_layer(model: Model, layouts: Layouts) -> list[NDArray[np.int64]]:
+def cuts_of_a_layer(
+    model: Model, layouts: Layouts, balance_loss: str = "none"
+) -> list[NDArray[np.int64]]:
     """Everything of a layout that the cost of one micro-batch through a layer depends on."""
     x = layouts
+    over_samples = not model.is_decoder or balance_loss == "global-batch"
     return [
         x.micro_batch_seqs, x.tp, x.sequence_parallel, x.cp, x.ulysses, x.ep, x.expert_tp,
         (x.zero > 0).astype(np.int64), (x.zero > 2).astype(np.int64),
-        x.dp if not model.is_decoder else np.zeros(1, dtype=np.int64),
+        x.dp if over_samples else np.zeros(1, dtype=np.int64),
     ]  # fmt: skip
 
 

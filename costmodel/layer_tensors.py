@@ -21,8 +21,7 @@ def layer_tensors(
     """The tensors of a layer of `model.layers[group]` that can be kept, in the order in which its
     forward makes them; the first is its input."""
     plain = replace(options, recompute="none", keep=(), offload=0.0)
-    fused = pool.device.kind == "gpu"
-    return tensor_names(layer_graph(model, model.layers[group], plain, sequence_parallel, fused))
+    return tensor_names(layer_graph(model, model.layers[group], plain, pool, sequence_parallel))
 
 
 def only_own(

@@ -62,6 +62,26 @@ class Layouts:
         return np.where((self.dp * self.cp) % self.ep == 0, self.tp, 1)
 
     @property
+    def even_tp(self) -> Ints:
+        """Those of them whose rows are gathered in equal parts, dropless: where ep is 1."""
+        return np.where(self.ep > 1, 1, self.expert_tp)
+
+    @property
+    def uneven_tp(self) -> Ints:
+        """Those of them whose rows are as many as tokens chose."""
+        return np.where(self.ep > 1, self.expert_tp, 1)
+
+    @property
+    def micro_batch_ranks(self) -> Ints:
+        """Ranks that see different tokens of one micro-batch."""
+        return self.cp * np.where(self.sequence_parallel > 0, self.tp, 1)
+
+    @property
+    def batch_ranks(self) -> Ints:
+        """Ranks that see different tokens of one forward pass of all replicas."""
+        return self.micro_batch_ranks * self.dp
+
+    @property
     def shards(self) -> Ints:
         """Ranks over which states are divided: under ZeRO those of cp too, which hold the same
         weights."""
@@ -167,7 +187,11 @@ def _layer_sizes(model: Model, layer: Layer, layouts: Layouts, seq_tokens: int) 
         "ep": ep,
         **_core_sizes(layer, layouts, seq_tokens),
         **(_latent_sizes(layer.latent, len(layouts)) if layer.latent is not None else {}),
-        **(_expert_sizes(layer.experts, layouts) if layer.experts is not None else {}),
+        **(
+            _expert_sizes(layer.experts, layouts, seq_tokens / cp / part)
+            if layer.experts is not None
+            else {}
+        ),
     }
 
 
@@ -219,19 +243,34 @@ def _latent_sizes(latent: LatentAttention, length: int) -> Sizes:
     return {name: np.full(length, float(size)) for name, size in sizes.items()}
 
 
-def _expert_sizes(experts: Experts, layouts: Layouts) -> Sizes:
+def _expert_sizes(experts: Experts, layouts: Layouts, seq_part: Array) -> Sizes:
     """Sizes of routed experts: ep divides them, tp their width.
 
-    "copies" are the rows that a token becomes: top_k, times the capacity factor where there is one.
+    "copies" are the rows that a token becomes: top_k, or as many as fill all buffers to capacity;
+    "held" those that a rank's experts get for each of its own tokens, the same on average. "sorted"
+    is above 1 where rows arrive from several sources for several experts.
     """
     tp, ep = layouts.tp.astype(float), layouts.ep.astype(float)
-    copies = experts.top_k * (experts.capacity_factor or 1.0)
+    copies = np.full(len(layouts), float(experts.top_k))
+    if experts.capacity_factor is not None:
+        tokens = layouts.micro_batch_seqs * seq_part
+        filled = experts.capacity_factor * experts.top_k * tokens / experts.num_experts
+        copies = experts.num_experts * np.ceil(filled) / tokens
+    gathered = np.where(layouts.sequence_parallel > 0, layouts.expert_tp, 1)
+    local = experts.num_experts / ep
     return {
-        "experts": experts.num_experts / ep,
+        "experts": local,
         "all_experts": np.full(len(layouts), float(experts.num_experts)),
+        "all_slots": np.full(len(layouts), float(experts.num_experts)),
         "top_k": np.full(len(layouts), float(experts.top_k)),
-        "copies": np.full(len(layouts), float(copies)),
+        "copies": copies,
+        "held": copies,
+        "sorted": np.where(local > 1, ep * gathered, 1.0),
         "expert_ffn": experts.ffn_hidden / layouts.expert_tp,
         "expert_tp": layouts.expert_tp.astype(float),
+        "even_tp": layouts.even_tp.astype(float),
+        "uneven_tp": layouts.uneven_tp.astype(float),
+        "micro_batch_ranks": layouts.micro_batch_ranks.astype(float),
+        "batch_ranks": layouts.batch_ranks.astype(float),
         "shared_ffn": experts.shared_ffn_hidden / tp,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from .graph import Array, Graph, Operator, Sizes
 from .operators import transients
-from .standing import main_tensor, standing, total_bytes
+from .standing import main_tensor, moves, standing, total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
                 new[tensor.name] = tensor.num_bytes(sizes)
         added = sum(new.values(), np.zeros(1))
         if op.kind == "edge":  # where nothing is exchanged the edge hands the tensor on
-            peak = np.maximum(peak, before + np.where(_ranks(op, sizes) > 1, added, 0.0))
+            peak = np.maximum(peak, before + np.where(moves(op, sizes), added, 0.0))
         else:
             extra = transients(op.kind, op.outputs[-1].dtype)[0] * main_tensor(op).num_bytes(sizes)
             extra = extra + total_bytes(op.held_forward, sizes)
@@ -112,14 +112,6 @@ def _forward(graph: Graph, sizes: Sizes, keep: set[str]) -> tuple[Array, dict[st
         for name in [n for n in gone if n not in made or n in read]:
             before = before - live.pop(name)
     return peak, {name: size for name, size in live.items() if name in keep}
-
-
-def _ranks(op: Operator, sizes: Sizes) -> Array:
-    """Ranks of the group that an edge's collectives run over."""
-    ranks = np.ones(1)
-    for c in (*op.forward_collectives, *op.backward_collectives):
-        ranks = np.maximum(ranks, sizes[c.axis])
-    return ranks
 
 
 def _names(op: Operator) -> set[str]:
@@ -173,7 +165,7 @@ def _input_gradients(
     made = {t.name: t.num_bytes(sizes) for t in op.inputs}
     total = sum(made.values(), np.zeros(1))
     if op.kind == "edge":
-        return made, np.where(_ranks(op, sizes) > 1, total, 0.0)
+        return made, np.where(moves(op, sizes), total, 0.0)
     extra = transients(op.kind, op.outputs[-1].dtype)[1] * main_tensor(op).num_bytes(sizes)
     if op.kind == "cross_entropy":  # a cut vocabulary takes one pass over its gradient, not two
         extra = np.where(sizes["tp"] > 1, np.maximum(total, extra / 2), extra)

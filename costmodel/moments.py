@@ -37,6 +37,7 @@ from .pieces import Pieces
 from .stages import Load
 from .state_bytes import StateBytes, in_units
 from .states import AtRest, Counts, Divisors
+from .techniques import expert_offload
 from .working_copies import WorkingCopies
 
 Kind = Literal["head", "last", "second", "fetch", "first", "update"]
@@ -248,10 +249,12 @@ class _Rank:
     load: Load
     costs: Pieces
     layouts: Layouts
+    options: Options
     stack: Stack
     kept: Kept
     units: NDArray[np.bool_]
     states: StateBytes
+    counts: Counts
     rest: AtRest
     copies: WorkingCopies
 
@@ -260,16 +263,19 @@ def _moments(
     load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack
 ) -> Iterator[Moment]:
     states, counts = StateBytes.of(stack, options), Counts.of(load, costs)
-    rest = AtRest.of(counts, states, layouts, stack).on_device(options)
+    hosted = expert_offload.MOMENT_BYTES if options.expert_offload else 0.0
+    rest = AtRest.of(counts, states, layouts, stack, hosted).on_device(options)
     more = excess_bytes(load, costs, layouts, options, stack)
     rank = _Rank(
         load=load,
         costs=costs,
         layouts=layouts,
+        options=options,
         stack=stack,
         kept=Kept.of(costs, layouts, stack),
         units=in_units(layouts, options, stack),
         states=states,
+        counts=counts,
         rest=replace(rest, optimizer=rest.optimizer + more),
         copies=WorkingCopies.of(load, costs, layouts, options, stack),
     )
@@ -303,11 +309,24 @@ def _moments(
         yield moment("first", always, _front_layers(rank, grads, 1))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
     owned = counts.trained / Divisors.of(stack, layouts).optimizer
+    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
     staged = staged_bytes(owned, states, options)
+    if options.expert_offload:
+        staged = staged + expert_offload.piece_bytes(_largest_expert_tensor(rank))
     terms = {
         **at_rest, "gradients": around[1].after, "comm_buffers": exchange, "workspace": staged
     }  # fmt: skip
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
+
+
+def _largest_expert_tensor(rank: _Rank) -> Array:
+    """Parameters of the largest tensor of experts that the rank owns a part of."""
+    owned = Divisors.of(rank.stack, rank.layouts, experts=True).optimizer
+    largest = np.zeros(1)
+    for count, piece in zip(rank.load.layers, rank.costs.layers, strict=True):
+        one = piece.trainable_expert_params / max(1, piece.expert_tensors) / owned
+        largest = np.where(count > 0, np.maximum(largest, one), largest)
+    return largest
 
 
 SPLIT = [SCHEDULES.index(name) for name in SPLIT_SCHEDULES]
@@ -331,16 +350,23 @@ def _bucket(rank: _Rank) -> Array:
     layouts = rank.layouts
     several = layouts.dp * layouts.cp > 1
     sums = ~rank.units & several & (layouts.pp > 1) & (rank.stack.sharding == "fsdp")
-    return np.where(sums, np.minimum(rank.rest.whole_gradients, BUCKET_BYTES), 0.0)
+    bucketed = rank.rest.whole_gradients - _apart(rank)
+    return np.where(sums, np.minimum(bucketed, BUCKET_BYTES), 0.0)
+
+
+def _apart(rank: _Rank) -> Array:
+    """Gradients of experts that ep divides, which are summed where they lie."""
+    return np.where(rank.layouts.ep > 1, rank.states.gradient * rank.counts.experts, 0.0)
 
 
 def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
     """Gradients around the first backward of a step, and around later ones.
 
     DDP's buckets, which a pipeline has none of, are always there, and with several micro-batches
-    the gradients that accumulate before the exchange stand beside them; FSDP holds sharded
-    gradients, and unsharded ones while micro-batches accumulate without a scatter. Megatron-like
-    stacks allocate one buffer for all gradients before the first step.
+    the gradients that accumulate before the exchange stand beside them; experts that ep divides are
+    summed where they lie. FSDP holds sharded gradients, and unsharded ones while micro-batches
+    accumulate without a scatter. Megatron-like stacks allocate one buffer for all gradients before
+    the first step.
     """
     layouts, full = rank.layouts, rank.rest.whole_gradients
     if rank.stack.sharding == "megatron":
@@ -349,11 +375,11 @@ def _gradients(rank: _Rank) -> tuple[_Gradients, _Gradients]:
         return always, always
     m, units = layouts.num_microbatches, rank.units
     scatter_each = (layouts.zero >= 2) & (layouts.pp == 1)
-    replicas = layouts.dp * layouts.cp
-    buckets = np.where(~units & (replicas > 1) & (layouts.pp == 1), full, 0.0)
+    replicas, apart = layouts.dp * layouts.cp, _apart(rank)
+    buckets = np.where(~units & (replicas > 1) & (layouts.pp == 1), full - apart, 0.0)
     waiting = np.where(units & ~scatter_each & (m > 1), full, rank.rest.gradients)
     local = np.where(units, waiting, full)
-    after = np.where((buckets > 0) & (m == 1), buckets, local + buckets)
+    after = np.where((buckets > 0) & (m == 1), buckets + apart, local + buckets)
     streams = units & scatter_each
     if rank.stack.keeps_gradients:
         always = _Gradients(before=after, after=after, fresh=streams)

@@ -209,8 +209,8 @@ def operator_s(op: Operator, sizes: Sizes, prices: Prices, options: Options) -> 
 def _factor(kind: str, dtype: str, prices: Prices, options: Options) -> float:
     """Time relative to the operator's price."""
     stack = prices.pool.stack
-    if kind.startswith("grouped"):
-        return stack.expert_imbalance
+    if kind.startswith("grouped"):  # a plan's own imbalance is in the rows already
+        return stack.expert_imbalance if options.expert_imbalance is None else 1.0
     if is_matmul(kind):
         rowwise = dtype == "fp8" and options.recipe == "rowwise"
         return 1.0 / stack.rowwise_fraction if rowwise else 1.0
@@ -261,8 +261,14 @@ def _exchange_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array,
 def _edge_copies(op: Operator, sizes: Sizes, prices: Prices) -> tuple[Array, Array]:
     """Copies around the collectives of an edge, forward and backward, where the stack makes them.
 
-    A gathered sequence is made contiguous afterwards, one to be scattered before.
+    A gathered sequence is made contiguous afterwards, one to be scattered before. An edge without
+    collectives is a copy itself.
     """
+    if op.copies_over is not None:
+        shape = [volume(op.inputs[0].axes, sizes)]
+        seconds = prices.operator("copy", shape, op.inputs[0].dtype)[0]
+        seconds = np.where(sizes[op.copies_over] > 1, seconds, 0.0)
+        return seconds, seconds
 
     def copies(group: Sequence[Collective]) -> Array:
         seconds = np.zeros(1)

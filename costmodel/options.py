@@ -64,6 +64,16 @@ class Options:
     """Whether matmuls are cut up to overlap with tensor-parallel communication."""
     runtime: str = "eager"
     """eager, compiled, graphs: how the host launches operators."""
+    balance_loss: str = "none"
+    """Over which tokens a router's choices are counted: none, micro-batch, global-batch."""
+    expert_slots: int | None = None
+    """Experts (or replicas) per expert-parallel rank of a placement; None = each expert once."""
+    expert_replicas: int = 0
+    """Slots of a placement beyond one per expert."""
+    expert_imbalance: float | None = None
+    """Rows of the fullest expert-parallel rank over the mean; None = as the stack says."""
+    expert_offload: bool = False
+    """Whether moments of the experts' optimiser wait on the host."""
     packing: Packing | None = None
     """Documents packed into sequences; None = a sequence is one document."""
 
@@ -74,7 +84,9 @@ class Options:
         def setting(name: str) -> Mapping[str, Any]:
             return phase.technique(name, layer)
 
-        precision, lora = setting("precision"), setting("lora")
+        precision, lora, placed = setting("precision"), setting("lora"), setting("expert-placement")
+        ranks = placed.get("slots")
+        held = {expert for rank in ranks for expert in rank} if ranks else set()
         return Options(
             compute=str(precision.get("compute", "bf16")),
             recipe=str(precision.get("recipe", "tensorwise")),
@@ -96,6 +108,11 @@ class Options:
             offload_tier=str(setting("offload").get("tier", "host")),
             offload_states=setting("offload").get("states"),
             runtime=str(setting("runtime").get("mode", "eager")),
+            balance_loss=workload.balance_loss if workload is not None else "none",
+            expert_slots=len(ranks[0]) if ranks else None,
+            expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
+            expert_imbalance=placed.get("imbalance"),
+            expert_offload=bool(setting("expert-offload").get("moments", False)),
             packing=Packing.of(workload) if workload is not None else None,
         )
 
@@ -145,5 +162,7 @@ _SETTINGS = (
     ("offload", "tier", "offload_tier"),
     ("offload", "states", "offload_states"),
     ("runtime", "mode", "runtime"),
+    ("expert-placement", "imbalance", "expert_imbalance"),
+    ("expert-offload", "moments", "expert_offload"),
 )
 """Technique, its setting, and the field of `Options` that holds it."""

@@ -19,7 +19,12 @@ import numpy as np
 from .graph import Array
 from .prices import Prices
 
-MEMORY_PASSES = {"all_gather": 2.0, "reduce_scatter": 3.0, "all_reduce": 5.0}
+MEMORY_PASSES = {
+    "all_gather": 2.0,
+    "reduce_scatter": 3.0,
+    "all_reduce": 5.0,
+    "all_to_all": 2.0,
+}
 """Reads and writes of device memory per byte of the buffer: a step of a ring receives what the next
 one sends, and where it reduces, reads its own part as well."""
 

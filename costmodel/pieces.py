@@ -83,6 +83,8 @@ class Piece:
     """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
+    expert_tensors: int
+    """Those of them that hold routed experts."""
     trained: tuple[TrainedTensor, ...]
     """Those with optimiser states."""
     live: Liveness
@@ -258,11 +260,18 @@ def graph_and_sizes(
     return graph, local_axes(local_sizes(near, layer, layout, seq_tokens), options)
 
 
-def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool]:
-    """What a graph depends on besides its layer: fused norms, options, kept operands, casts."""
+def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool, bool]:
+    """What a graph depends on besides its layer: fused norms, options, kept operands, casts, counts
+    of rows that ranks tell each other."""
     stack, low = pool.stack, options.compute != options.tensor_dtype
     fused = pool.device.kind == "gpu"
-    return fused, options, stack.keeps_operands and low, stack.casts_weights and low
+    return (
+        fused,
+        options,
+        stack.keeps_operands and low,
+        stack.casts_weights and low,
+        stack.exchanges_counts,
+    )
 
 
 def _priced(
@@ -348,12 +357,13 @@ def _key(
     options: Options,
 ) -> bytes:
     """All that a piece depends on without a profile: not pp, the number of nodes, nor, but for
-    losses over all samples and packed documents, dp."""
+    losses and counts over all samples and packed documents, dp."""
     degrees = [
         layouts.micro_batch_seqs, layouts.tp, layouts.cp, layouts.ulysses, layouts.ep,
         layouts.expert_tp, layouts.sequence_parallel, layouts.zero,
     ]  # fmt: skip
-    if not near.is_decoder or options.packing is not None:
+    over_samples = options.packing is not None or options.balance_loss == "global-batch"
+    if not near.is_decoder or over_samples:
         degrees.append(layouts.dp)
     if options.packing is not None:
         degrees += [layouts.num_microbatches, layouts.pp]
@@ -417,22 +427,30 @@ def _graph(
     options: Options,
     keeps_operands: bool,
     casts_weights: bool,
+    counted: bool,
 ) -> Graph:
     """The rewritten graph of a piece: it does not depend on the layout, so that one serves all."""
-    graph = apply(_plain_graph(build, model, layer, sp, fused, options), options)
+    graph = apply(_plain_graph(build, model, layer, sp, fused, options, counted), options)
     if casts_weights:
         graph = precision.cast_weights(graph)
     return precision.keep_operands(graph, options.compute) if keeps_operands else graph
 
 
-def layer_graph(model: Model, layer: Layer, options: Options, sp: bool, fused: bool) -> Graph:
-    """The rewritten graph of a layer of a model."""
+def layer_graph(model: Model, layer: Layer, options: Options, pool: Pool, sp: bool) -> Graph:
+    """The rewritten graph of a layer of a model on the devices and the stack of a pool."""
     near, layer = _nearby(model, layer)
-    return _graph("layer", near, layer, sp, fused, options, False, False)
+    fused, counted = pool.device.kind == "gpu", pool.stack.exchanges_counts
+    return _graph("layer", near, layer, sp, fused, options, False, False, counted)
 
 
 def _plain_graph(
-    build: str, model: Model, layer: Layer, sp: bool, fused: bool, options: Options
+    build: str,
+    model: Model,
+    layer: Layer,
+    sp: bool,
+    fused: bool,
+    options: Options,
+    counted: bool,
 ) -> Graph:
     if not model.is_decoder:
         return stack_graph(build, model, layer, sp=sp, fused=fused, options=options)
@@ -440,7 +458,9 @@ def _plain_graph(
         return embedding(model, sequence_parallel=sp)
     if build == "head":
         return head(model, sequence_parallel=sp, fused=fused)
-    return decoder_layer(model, layer, sequence_parallel=sp, fused=fused, options=options)
+    return decoder_layer(
+        model, layer, sequence_parallel=sp, fused=fused, options=options, counted=counted
+    )
 
 
 RUNTIME_LAUNCHES = {"eager": 1.0, "compiled": 0.5, "graphs": 0.05}
@@ -507,6 +527,7 @@ def _piece(
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
+        expert_tensors=sum("experts" in weight.axes for weight in graph.weights),
         trained=trained_tensors(graph, sizes),
         live=live,
         moved_bytes=parted.moved + zero,
@@ -591,9 +612,13 @@ def _host(
     """Host time beyond the operators: Python and autograd glue, DTensor dispatch, checkpoints."""
     if graph.name != "layer":
         return np.zeros(1), np.zeros(1)
+    routed = any(op.kind == "routing" for op in graph.operators)
     forward, backward = prices.host("layer_forward"), prices.host("layer_backward")
+    if routed:
+        forward = max(forward, prices.host("expert_layer_forward"))
+        backward = max(backward, prices.host("expert_layer_backward"))
     if graph.checkpointed:
-        backward += prices.host("layer_forward") + prices.host("checkpoint")
+        backward += forward + prices.host("checkpoint")
     prefix = "tp_sp_layer" if sp else "tp_layer"
     tp = layouts.tp > 1
     extra = prices.host(f"{prefix}_backward")
@@ -604,7 +629,8 @@ def _host(
     if "ring" not in sizes:  # a traced module
         return forward, backward
     several = {"ring_block": (sizes[BLOCKS[options.cp_kind][0]], CORE in again),
-               "ulysses_layer": (layouts.ulysses > 1, graph.checkpointed)}  # fmt: skip
+               "ulysses_layer": (layouts.ulysses > 1, graph.checkpointed),
+               "ep_layer": ((layouts.ep > 1) & routed, graph.checkpointed)}  # fmt: skip
     if "documents" in sizes:  # those of a rank's share of the sequence, of every row
         count = sizes["batch"] * np.maximum(sizes["documents"] / sizes["ring"], 1.0)
         several["document"] = (count, CORE in again)
@@ -620,12 +646,15 @@ CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "v
 
 
 def _uncut_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
-    """With a split sequence each rank sees a part of it: gradients of whole weights are summed."""
+    """With a split sequence each rank sees a part of it: gradients of whole weights are summed.
+
+    Without, those of routers are: each rank sees its part of the experts' outputs.
+    """
     total = np.zeros(len(tp))
-    if sp:
-        for weight in graph.weights:
-            if weight.trainable and not CUT_AXES & set(weight.axes):
-                total = total + volume(weight.axes, sizes) * 4
+    for weight in graph.weights:
+        whole = not CUT_AXES & set(weight.axes) if sp else "all_experts" in weight.axes
+        if weight.trainable and whole:
+            total = total + volume(weight.axes, sizes) * 4
     return np.where(tp > 1, total, 0.0)
 
 
@@ -679,6 +708,7 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
+        expert_tensors=yes.expert_tensors,
         trained=pick_tensors(),
         live=live(yes.live, no.live),
         moved_bytes=pick(yes.moved_bytes, no.moved_bytes),

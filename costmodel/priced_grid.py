@@ -50,7 +50,7 @@ class PricedGrid:
         self._seq_tokens, self._known = seq_tokens, known
         on_a_node = min(pool.num_devices, pool.devices_per_node)
         self.prices = self.alone = Prices(pool, profile, on_a_node)
-        first, self.local = alike(cuts_of_a_layer(model, layouts))
+        first, self.local = alike(cuts_of_a_layer(model, layouts, policies[0].balance_loss))
         self._cut = cut = layouts.take(first)
         self.costs = pieces_of_each(model, cut, seq_tokens, self.prices, policies, known)
         priced = seconds_of(self.costs)

@@ -7,7 +7,9 @@ assumed constants ("assumed").
 
 Names in `Profile.host_s`, seconds beyond the operators themselves: `layer_forward`,
 `layer_backward` (Python and autograd glue of one block), `checkpoint` (per recomputed block),
+`expert_layer_forward|backward` (glue of a block with routed experts, in the place of the former),
 `tp_layer_forward|backward`, `tp_sp_layer_forward|backward` (DTensor dispatch per block),
+`ep_layer_forward|backward` (what expert parallelism adds per block),
 `ring_block_forward|backward` (per block of keys that comes round), `ulysses_layer_forward|backward`
 (per block), `document_forward|backward` (per block and packed document),
 `fsdp_unit_forward|backward` (per FSDP unit), `ddp_step`, `pp_action` (per pipeline action),

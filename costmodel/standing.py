@@ -59,11 +59,12 @@ def standing(graph: Graph, sizes: Sizes, *, lands: bool = False) -> Standing:
 
 
 def moves(op: Operator, sizes: Sizes) -> Array:
-    """Whether an edge makes a new tensor: where a group of its collectives has several ranks."""
-    several = np.zeros(1, dtype=bool)
+    """Whether an edge makes a new tensor: where the group that it copies over, or one of its
+    collectives, has several ranks."""
+    ranks = np.ones(1) if op.copies_over is None else sizes[op.copies_over]
     for c in (*op.forward_collectives, *op.backward_collectives):
-        several = several | (sizes[c.axis] > 1)
-    return several
+        ranks = np.maximum(ranks, sizes[c.axis])
+    return ranks > 1
 
 
 def main_tensor(op: Operator) -> Tensor:

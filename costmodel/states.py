@@ -114,8 +114,14 @@ class AtRest:
         )
 
     @staticmethod
-    def of(counts: Counts, states: StateBytes, layouts: Layouts, stack: Stack) -> AtRest:
-        """The states of these parameters."""
+    def of(
+        counts: Counts,
+        states: StateBytes,
+        layouts: Layouts,
+        stack: Stack,
+        hosted: float = 0.0,
+    ) -> AtRest:
+        """The states of these parameters; `hosted` bytes of each expert's lie on the host."""
         dense = Divisors.of(stack, layouts)
         experts = Divisors.of(stack, layouts, experts=True)
         frozen = counts.frozen * states.frozen + counts.frozen_rest * states.used
@@ -124,8 +130,8 @@ class AtRest:
             parameters=(trained * states.parameter + frozen) / dense.parameters
             + (counts.experts * states.parameter + counts.frozen_experts * states.frozen)
             / experts.parameters,
-            optimizer=states.optimizer
-            * (trained / dense.optimizer + counts.experts / experts.optimizer),
+            optimizer=states.optimizer * trained / dense.optimizer
+            + (states.optimizer - hosted) * counts.experts / experts.optimizer,
             gradients=states.gradient
             * (trained / dense.gradients + counts.experts / experts.gradients),
             whole_gradients=states.gradient * counts.with_gradient,

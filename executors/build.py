@@ -1,11 +1,12 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, precision, context and tensor parallel, compilation, recompute and
-offload, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, precision, context, tensor and expert parallel, compilation,
+recompute and offload, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from ..plan import Plan
 from . import context_parallel, data_parallel, init, keeping, tensor_parallel, traced
 from .away import Away
 from .decoder import Decoder
+from .experts.parallel import ExpertParallel, has_experts
 from .marks import Marks
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import precision, runtime
+from .techniques import expert_offload, precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -40,6 +42,20 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
 
 
+def _optimizer(
+    plan: Plan, pieces: Sequence[nn.Module], device: torch.device, away: Away
+) -> torch.optim.Optimizer:
+    """The workload's optimiser; moments, of all parameters or of experts, wait where planned."""
+    named = [pair for piece in pieces for pair in piece.named_parameters()]
+    parameters = [parameter for _, parameter in named]
+    setting = plan.phase.technique("expert-offload")
+    if not setting.get("moments", False):
+        return away.make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate)
+    hosted = [parameter for name, parameter in named if ".experts." in name]
+    tier = expert_offload.HostTier(device, setting.get("host_bytes"))
+    return expert_offload.OffloadedAdamW(parameters, hosted, plan.workload.learning_rate, tier)
+
+
 def build_piece(
     plan: Plan,
     stage: int,
@@ -48,6 +64,7 @@ def build_piece(
     marks: Marks,
     away: Away,
     spread: context_parallel.Spread,
+    experts: ExpertParallel | None = None,
     first_piece: Decoder | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
@@ -63,18 +80,21 @@ def build_piece(
     precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
     if phase.mesh.tp > 1:
-        tp_dims = tensor_parallel.apply(piece, mesh["tp"], phase.sequence_parallel)
+        sequence_parallel, expert_tp = phase.sequence_parallel, phase.mesh.expert_tp
+        tp_dims = tensor_parallel.apply(piece, mesh["tp"], sequence_parallel, expert_tp)
+    if experts is not None:
+        experts.apply(piece)
     runtime.apply(piece, phase)
     blocks = ((int(index), block) for index, block in piece.blocks.items())
     keeping.apply(blocks, plan, marks, away.mover, device)
     if data_parallel.uses_fsdp(phase):
-        data_parallel.apply_fsdp(piece, phase, mesh)
+        data_parallel.apply_fsdp(piece, phase, mesh, experts)
     at_rest = away.parameters_device(device)
     piece.to_empty(device=at_rest)
     tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
-    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest)
+    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest, experts)
     if data_parallel.uses_ddp(phase):
-        return piece, data_parallel.apply_ddp(piece, phase, mesh), tp_dims
+        return piece, data_parallel.apply_ddp(piece, phase, mesh, experts), tp_dims
     return piece, piece, tp_dims
 
 
@@ -100,16 +120,19 @@ def build(
         return traced.build(plan, module, mesh, device, marks, away)
     stages = local_stages(phase, mesh.get_local_rank("pp"))
     spread = context_parallel.over_mesh(phase)
+    experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        built.append(build_piece(plan, stage, mesh, device, marks, away, spread, first_piece))
+        part = build_piece(plan, stage, mesh, device, marks, away, spread, experts, first_piece)
+        built.append(part)
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
     pipeline = None
     if phase.mesh.pp > 1:
-        pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks)
-    parameters = [p for piece in pieces for p in piece.parameters()]
+        pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks, experts)
+    if experts is not None:
+        experts.watch(pieces, data_parallel.uses_fsdp(phase))
     trainer = Trainer(
         plan,
         device,
@@ -117,11 +140,12 @@ def build(
         pieces,
         modules,
         pipeline,
-        away.make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate),
+        _optimizer(plan, pieces, device, away),
         tied_groups(plan),
         tp_dims,
         marks,
         away,
+        experts,
     )
     trainer.spread = spread
     return trainer

@@ -17,8 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..plan import Phase
 from .decoder import Decoder
+from .experts.layer import Moe
+from .experts.parallel import ExpertParallel
+from .experts.sharding import shard_experts, whole_slots
 from .techniques import precision
-from .torch_compat import CPUOffloadPolicy, DeviceMesh, FSDPModule, flattened, fully_shard
+from .torch_compat import (
+    CPUOffloadPolicy,
+    DeviceMesh,
+    FSDPModule,
+    flattened,
+    fully_shard,
+    ignore_in_ddp,
+)
 
 
 def uses_fsdp(phase: Phase) -> bool:
@@ -47,11 +57,14 @@ def state_mesh(phase: Phase, mesh: DeviceMesh) -> DeviceMesh:
     )
 
 
-def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
+def apply_fsdp(
+    piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
+) -> None:
     """Shard each block, then what is left of the piece.
 
     Under a pipeline, and below ZeRO 3, parameters stay gathered from the first forward of a step to
-    its last backward.
+    its last backward. Experts that ep divides are a unit of their own, over the ranks that hold the
+    same ones.
     """
     options: dict[str, Any] = {
         "mesh": state_mesh(phase, mesh), "mp_policy": precision.policy(phase)
@@ -60,7 +73,14 @@ def apply_fsdp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> None:
         options["offload_policy"] = CPUOffloadPolicy()
     keep = phase.zero < 3 or phase.mesh.pp > 1
     for block in piece.blocks.values():
-        fully_shard(block, reshard_after_forward=not keep, **options)
+        moe = getattr(block, "mlp", None)
+        placed: dict[str, Any] = {}
+        if isinstance(moe, Moe) and experts is not None:
+            if experts.mesh is not None:
+                shard_experts(moe, experts, precision.policy(phase), reshard=not keep)
+            else:
+                placed = {"shard_placement_fn": whole_slots(moe, phase.mesh.dp_shard)}
+        fully_shard(block, reshard_after_forward=not keep, **placed, **options)
     fully_shard(piece, reshard_after_forward=False, **options)
 
 
@@ -92,8 +112,14 @@ def replica_group(phase: Phase, mesh: DeviceMesh) -> dist.ProcessGroup:
     return flattened(mesh, axes).get_group()
 
 
-def apply_ddp(piece: Decoder, phase: Phase, mesh: DeviceMesh) -> DistributedDataParallel:
-    """The piece under DDP; initial parameters are equal already, so nothing is broadcast."""
+def apply_ddp(
+    piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
+) -> DistributedDataParallel:
+    """The piece under DDP; initial parameters are equal already, so nothing is broadcast.
+
+    Gradients of experts that ep divides are none of its business.
+    """
+    ignore_in_ddp(piece, experts.ignored(piece) if experts is not None else [])
     return DistributedDataParallel(
         piece,
         process_group=replica_group(phase, mesh),

@@ -27,6 +27,10 @@ from .context_parallel import (
     repeated,
     to_tokens,
 )
+from .experts.layer import Moe
+from .latent import Latent
+from .linear import Linear
+from .rotary import rotary_table, rotate
 
 Run = Callable[..., Any]
 """`run(name, function, *args)`: the result of a named operator on its arguments."""
@@ -40,25 +44,6 @@ def run_plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
 def same(x: Tensor) -> Tensor:
     """What an edge within one rank does."""
     return x
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines of rotary positions, (2, *positions, D), fp32."""
-    half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = theta ** (-half / head_dim)
-    angle = positions.to(torch.float32)[..., None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-def rotate(x_BSHD: Tensor, table: Tensor) -> Tensor:
-    """Rotary positions applied to queries or keys.
-
-    The table has the dtype of `x`; it is (2, S, D), or (2, B, S, D) where rows differ.
-    """
-    cos, sin = (table if table.dim() == 4 else table[:, None])[:, :, :, None].unbind(0)
-    first, second = x_BSHD.chunk(2, dim=-1)
-    return x_BSHD * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def make_norm(layer: Layer, hidden: int, eps: float) -> nn.Module:
@@ -77,18 +62,6 @@ def attention_core(
     return F.scaled_dot_product_attention(
         q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1]
     )
-
-
-class Linear(nn.Linear):
-    """A linear whose product with its weight a technique may exchange."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.product: Callable[..., Tensor] = F.linear
-        """x, weight, bias (or None, or left out) -> x weight^T + bias."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.product(input, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -169,7 +142,7 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 class Mlp(nn.Module):
     """Dense feed-forward block."""
 
-    def __init__(self, model: Model, layer: Layer) -> None:
+    def __init__(self, hidden: int, layer: Layer, width: int, bias: bool) -> None:
         super().__init__()
         self.kind = layer.mlp
         self.run: Run = run_plainly
@@ -177,9 +150,9 @@ class Mlp(nn.Module):
         self.leave: Callable[[Tensor], Tensor] = same
         self.activation = ACTIVATIONS[layer.mlp]
         if layer.mlp in GATED:
-            self.gate = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.up = Linear(model.hidden, layer.ffn_hidden, bias=layer.bias)
-        self.down = Linear(layer.ffn_hidden, model.hidden, bias=layer.bias)
+            self.gate = Linear(hidden, width, bias=bias)
+        self.up = Linear(hidden, width, bias=bias)
+        self.down = Linear(width, hidden, bias=bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         run = self.run
@@ -190,19 +163,32 @@ class Mlp(nn.Module):
         return run("mlp.leave", self.leave, run("down", self.down, inner_BSF))
 
 
+def make_mlp(hidden: int, layer: Layer) -> Mlp | Moe:
+    """The MLP of a layer, or the mixture of experts in its place."""
+    if layer.experts is None:
+        return Mlp(hidden, layer, layer.ffn_hidden, layer.bias)
+    width = layer.experts.shared_ffn_hidden
+    return Moe(hidden, layer, Mlp(hidden, layer, width, bias=False) if width else None)
+
+
 class Block(nn.Module):
-    """One decoder layer: pre-norm attention and MLP, each with a residual."""
+    """One decoder layer: pre-norm attention and MLP (or experts), each with a residual."""
 
     def __init__(self, model: Model, layer: Layer) -> None:
         super().__init__()
         self.run: Run = run_plainly
         self.attention_norm = make_norm(layer, model.hidden, model.norm_eps)
-        self.attention = Attention(model, layer)
+        self.attention = (
+            Attention(model, layer)
+            if layer.latent is None
+            else Latent(model, layer.heads, layer.latent)
+        )
         self.mlp_norm = make_norm(layer, model.hidden, model.norm_eps)
-        self.mlp = Mlp(model, layer)
+        self.mlp = make_mlp(model.hidden, layer)
 
     def run_by(self, run: Run) -> None:
-        """Have every operator of the block run by `run`."""
+        """Have every operator of the block run by `run`; experts and latent attention name none."""
+        assert isinstance(self.attention, Attention) and isinstance(self.mlp, Mlp)
         self.run = self.attention.run = self.mlp.run = run
 
     def forward(
@@ -272,6 +258,12 @@ class Decoder(nn.Module):
                 self.head = Linear(model.hidden, model.vocab, bias=False)
         self.tables: dict[tuple[int, Spread, torch.dtype], Tensor] = {}
 
+    @property
+    def rotary_dim(self) -> int:
+        """Size of the part of a head that turns with its position."""
+        first = self.model.layers[0]
+        return first.head_dim if first.latent is None else first.latent.qk_rope_head_dim
+
     def rotary(self, num_tokens: int, like: Tensor) -> Tensor | None:
         """The rotary table of this rank's tokens, one after the other; made once, in the dtype of
         `like`, and kept."""
@@ -280,8 +272,7 @@ class Decoder(nn.Module):
         key = (num_tokens, self.spread, like.dtype)
         if key not in self.tables:
             positions = self.spread.places(num_tokens * self.spread.ranks).to(like.device)
-            head_dim = self.model.layers[0].head_dim
-            table = rotary_table(positions, head_dim, self.model.rope_theta).to(like.dtype)
+            table = rotary_table(positions, self.rotary_dim, self.model.rope_theta).to(like.dtype)
             self.tables = {key: table}
         return self.tables[key]
 
@@ -289,8 +280,8 @@ class Decoder(nn.Module):
         """The rotary table (2, B, S, D) of tokens at these places in their documents."""
         if self.model.positions != "rope":
             return None
-        head_dim = self.model.layers[0].head_dim
-        return rotary_table(positions_BS, head_dim, self.model.rope_theta).to(x_BSE.dtype)
+        table = rotary_table(positions_BS, self.rotary_dim, self.model.rope_theta)
+        return table.to(x_BSE.dtype)
 
     def embed(self, tokens_BS: Tensor, positions: Tensor | None) -> Tensor:
         """Hidden states of tokens, (B, S/parts, E)."""

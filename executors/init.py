@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..model import Model
+from .experts.parallel import ExpertParallel
 from .torch_compat import DTensor
 
 STD = 0.02
+MATRICES = 3
+"""Dimensions of the weights of several experts."""
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -21,25 +25,41 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 def full_parameter(
-    name: str, shape: tuple[int, ...], model: Model, seed: int, device: torch.device
+    name: str,
+    shape: tuple[int, ...],
+    model: Model,
+    seed: int,
+    device: torch.device,
+    experts: Sequence[int] | None = None,
 ) -> Tensor:
-    """The whole initial parameter, fp32.
+    """The whole initial parameter, fp32; of several experts' weights those of `experts` alone.
 
     Norm weights 1, biases 0, matrices normal with standard deviation 0.02, those that write into
-    the residual stream divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3).
+    the residual stream divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Each expert
+    has a seed of its own, so that a rank makes no other.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device=device)
     if name.endswith("norm.weight"):
         return torch.ones(shape, device=device)
-    generator = torch.Generator(device).manual_seed(parameter_seed(seed, name))
     residual = name.endswith(("wo.weight", "down.weight"))
     std = STD / math.sqrt(2 * model.num_layers) if residual else STD
+    if len(shape) == MATRICES:
+        each = range(shape[0]) if experts is None else experts
+        names = [f"{name}.{expert}" for expert in each]
+        return torch.stack([_normal(own, shape[1:], std, seed, device) for own in names])
+    return _normal(name, shape, std, seed, device)
+
+
+def _normal(
+    name: str, shape: tuple[int, ...], std: float, seed: int, device: torch.device
+) -> Tensor:
+    generator = torch.Generator(device).manual_seed(parameter_seed(seed, name))
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
 
 
 def local_part(full: Tensor, parameter: Tensor, tp_dim: int | None, tp: tuple[int, int]) -> Tensor:
-    """The part of `full` that this rank stores: cut by tp (rank, size), then by FSDP along dim 0.
+    """The part of `full` that this rank stores: cut by tp (rank, size), then as FSDP places it.
 
     Both cut as `torch.chunk` does; FSDP's last ranks may hold nothing of a small parameter.
     """
@@ -47,9 +67,12 @@ def local_part(full: Tensor, parameter: Tensor, tp_dim: int | None, tp: tuple[in
         full = full.chunk(tp[1], tp_dim)[tp[0]]
     if not isinstance(parameter, DTensor):
         return full
-    mesh = parameter.device_mesh  # replicas, where there are any, and shards
-    parts, index = full.chunk(mesh.shape[-1]), mesh.get_local_rank(mesh.ndim - 1)
-    return parts[index] if index < len(parts) else full[:0]
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_shard():
+            dim, mesh = getattr(placement, "dim", 0), parameter.device_mesh
+            parts, index = full.chunk(mesh.size(axis), dim), mesh.get_local_rank(axis)
+            full = parts[index] if index < len(parts) else full.narrow(dim, 0, 0)
+    return full
 
 
 @torch.no_grad()
@@ -61,9 +84,11 @@ def initialise(
     tp_dims: dict[str, int],
     tp: tuple[int, int],
     device: torch.device,
+    experts: ExpertParallel | None = None,
 ) -> None:
     """Fill a piece that has been allocated; `shapes` are those before any sharding."""
     for name, parameter in piece.named_parameters():
-        full = full_parameter(name, shapes[name], model, seed, device)
+        own = experts.experts_of(name) if experts is not None else None
+        full = full_parameter(name, shapes[name], model, seed, device, own)
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.copy_(local_part(full, parameter, tp_dims.get(name), tp))

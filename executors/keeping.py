@@ -35,14 +35,15 @@ def apply(
         assert isinstance(block, Block)
         mode = mode_of(plan, index)
         by_tokens = plan.phase.technique("offload", index).get("rest", "keep") == "recompute"
+        named = plan.phase.mesh.ulysses == 1 and plan.model.layer_at(index).is_plain
         policy = None
         if mode == "full":
             block.forward = recomputed(block.forward, marks)
         elif mode == "full_keep_attn":
             kept = block.attention.core = KeptAttention()
             block.forward = recomputed(block.forward, marks, kept)
-        elif mode == "selective" and plan.phase.mesh.ulysses > 1:
-            # frames know no tensors on their way between ranks
+        elif mode == "selective" and not named:
+            # frames know no tensors on their way between ranks, nor those of experts and low ranks
             block.attention.core = recomputed(block.attention.core, marks)
         elif by_tokens or mode != "none":
             policy = Policy.of(*layer_graph(plan, index))

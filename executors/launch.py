@@ -33,7 +33,7 @@ from .interrupts import Stop, stopping_gently
 from .machine import Nodes
 from .measure import report
 from .processes import kill_tree, terminated_like_an_exit
-from .support import check_executed
+from .support import check_executed, check_kept
 
 OnProgress = Callable[[int, int, float], None]
 """Hears (step, steps, loss) after every step, warm-up included; steps is 0 where none were set."""
@@ -120,6 +120,8 @@ def run(
     machine.check_offload(plan_file, offload_folder)
     if training is not None:
         training = _absolute(training)
+        if training.checkpoint is not None or training.resume is not None:
+            check_kept(plan)
         if training.until_loss is None and training.until_s is None:
             steps = steps or plan.phase.steps
         machine.check_training(plan, steps, training)

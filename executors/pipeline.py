@@ -19,6 +19,7 @@ from ..plan import SPLIT_SCHEDULES, Phase, rank_of
 from . import data_parallel, split_backward
 from .data import Rows
 from .decoder import Decoder
+from .experts.parallel import ExpertParallel
 from .marks import Marks
 from .techniques import offload, precision
 from .torch_compat import DeviceMesh, ObservedStage, Runtime
@@ -66,6 +67,7 @@ class Pipeline:
         mesh: DeviceMesh,
         device: torch.device,
         marks: Marks,
+        experts: ExpertParallel | None = None,
         first: tuple[Tensor, ...] = (),
     ) -> None:
         """`first` is the form of what the first stage takes, where that is not tokens."""
@@ -94,8 +96,10 @@ class Pipeline:
             )
             stage.marks, stage.later = marks, later
             if data_parallel.uses_replicas(phase):
+                apart = set(experts.ignored(piece) if experts is not None else ())
+                same = [p for name, p in piece.named_parameters() if name not in apart]
                 stage.replicas = data_parallel.Replicas(
-                    piece.parameters(), data_parallel.replica_group(phase, mesh)
+                    same, data_parallel.replica_group(phase, mesh)
                 )
             self.stages.append(stage)
         if self.has_first and self.has_last and model.tied_embeddings:

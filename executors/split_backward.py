@@ -23,6 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Owed = Callable[[Tensor | None], Tensor]
+"""Makes a weight's gradient, and adds it to the one that there may be; returns the sum."""
+
 
 class Later:
     """Products of one stage whose weights still wait for their gradients."""
@@ -30,8 +33,8 @@ class Later:
     def __init__(self) -> None:
         self.putting_off = False
         """Whether a backward that runs now is the first half of one."""
-        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Weight (N, K), input (M, K) and gradient of the output (M, N)."""
+        self.waiting: list[tuple[Tensor, Owed]] = []
+        """Weights, and what makes their gradients."""
         self._block: int | None = None
         self._copies: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
         """Inputs that lie in buffers, of one block, and their copies. Each input is held as long as
@@ -56,14 +59,18 @@ class Later:
 
 
 @torch.no_grad()
-def add_gradients(waiting: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+def add_gradients(waiting: list[tuple[Tensor, Owed]]) -> None:
     """Add to the gradients of weights what their products owe; lets go of each pair at once."""
     while waiting:
-        weight_NK, x_MK, grad_MN = waiting.pop()
-        if weight_NK.grad is None:
-            weight_NK.grad = grad_MN.t() @ x_MK
-        else:
-            weight_NK.grad.addmm_(grad_MN.t(), x_MK)
+        weight, owed = waiting.pop()
+        weight.grad = owed(weight.grad)
+
+
+def owed_by_linear(x_MK: Tensor, grad_MN: Tensor, there_NK: Tensor | None) -> Tensor:
+    """The gradient of a weight (N, K) of input and gradient of the output, added to `there_NK`."""
+    if there_NK is None:
+        return grad_MN.t() @ x_MK
+    return there_NK.addmm_(grad_MN.t(), x_MK)
 
 
 class Keep(torch.autograd.Function):
@@ -87,7 +94,7 @@ class Keep(torch.autograd.Function):
         if ctx.later.putting_off:
             if ctx.lent is not None:
                 x_MK = ctx.later.copy_of(x_MK, ctx.lent)
-            ctx.later.waiting.append((ctx.weight_NK, x_MK, grad_MN))
+            ctx.later.waiting.append((ctx.weight_NK, partial(owed_by_linear, x_MK, grad_MN)))
             return grads[0], None, None, None, None
         return grads[0], grad_MN.t() @ x_MK, None, None, None
 
@@ -126,7 +133,10 @@ def apply(piece: nn.Module, lent: Iterable[nn.Module] = ()) -> Later:
         x = Keep.apply(x, weight_NK, later, slot, block)  # pyright: ignore[reportAssignmentType]
         return Product.apply(x, bias_N, (weight_NK,), slot)
 
-    for module in piece.modules():
+    modules: list[Any] = list(piece.modules())
+    for module in modules:
         if hasattr(module, "product"):
             module.product = partial(product, block_of.get(module))  # pyright: ignore[reportArgumentType]
+        if hasattr(module, "later"):  # products of several experts
+            module.later = later
     return later

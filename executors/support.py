@@ -9,12 +9,12 @@ from typing import Any
 from ..costmodel import admissible
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
-from ..costmodel.techniques import apply
+from ..costmodel.techniques import apply, expert_offload
 from ..costmodel.techniques.offload import check as check_offload
 from ..costmodel.techniques.recompute import tensor_names
 from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
-from ..model import Model
+from ..model import Layer, Model
 from ..plan import (
     RECIPES,
     RECOMPUTE_MODES,
@@ -26,11 +26,16 @@ from ..plan import (
     Plan,
 )
 
-TECHNIQUES = ("precision", "recompute", "offload", "runtime", "context-parallel")
+TECHNIQUES = (
+    "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement",
+    "expert-offload"
+)  # fmt: skip
 """Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
+EXPERT_OPTIMIZERS = ("adamw", "sgd")
+"""Those whose states experts have been trained with: one per element, in the parameter's dtype."""
 LINEARS = ("wq", "wk", "wv", "wo", "gate", "up", "down")
 IN_FRAMES = (TENSORS, "elementwise", "per_op")
 """Recompute modes that run single operators again, and not the attention core alone."""
@@ -48,9 +53,12 @@ def check_executed(plan: Plan) -> None:
     _check_offload(plan)
     if plan.model.traced is None:
         check_model(plan.model)
+        _check_runtime(plan)
         _check_kept(plan)
         _check_single_operators(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
+        _check_shards(plan)
+        _check_beside(plan)
     elif plan.workload.lengths is not None:
         raise InputError("lengths", plan.workload.lengths.name,
                          "documents are packed for decoders of the catalog alone",
@@ -72,8 +80,6 @@ def _compiles(phase: Phase) -> bool:
 
 
 def _check_phase(phase: Phase) -> None:
-    if phase.mesh.ep > 1:
-        raise InputError("ep", phase.mesh.ep, "cannot be run yet", "use --ep 1")
     for setting in phase.settings:
         for name in setting.techniques:
             if name not in TECHNIQUES:
@@ -95,6 +101,51 @@ def _check_phase(phase: Phase) -> None:
         if runtime == "compiled" and phase.schedule in SPLIT_SCHEDULES:
             raise InputError("schedule", phase.schedule, "splits backwards, and layers compiled "
                              "as a whole do not", "use 1f1b, or --runtime eager")  # fmt: skip
+
+
+def _check_beside(plan: Plan) -> None:
+    """What layers with routed experts or latent attention are not run beside yet."""
+    phase, workload = plan.phase, plan.workload
+    for index in range(plan.model.num_layers):
+        layer = plan.model.layer_at(index)
+        if layer.is_plain:
+            continue
+        what = "routed experts" if layer.experts is not None else "latent attention"
+        if phase.mesh.cp > 1:
+            raise InputError("cp", phase.mesh.cp, f"layer {index} has {what}, which do not share "
+                             "sequences yet", "use --cp 1")  # fmt: skip
+        if workload.lengths is not None:
+            raise InputError("lengths", workload.lengths.name, f"layer {index} has {what}, beside "
+                             "which documents are not packed yet", "drop --lengths")  # fmt: skip
+        precision = phase.technique("precision", index)
+        for key, problem in (
+            ("compute", precision.get("compute") == "fp8"),
+            ("activations", "activations" in precision),
+        ):
+            if problem:
+                raise InputError(f"precision.{key}", precision[key], f"layer {index} has {what}, "
+                                 "which do not work in 8 bits yet",
+                                 "use bf16, and store activations as they come")  # fmt: skip
+        mode = phase.technique("recompute", index).get("mode", "none")
+        if mode in IN_FRAMES:
+            raise InputError("recompute", mode, f"layer {index} has {what}, whose tensors are not "
+                             "told apart yet", "use full or selective")  # fmt: skip
+        offload = phase.technique("offload", index)
+        if offload.get("activations") or offload.get("rest") == "recompute":
+            raise InputError("offload", offload.get("activations", 0.0), f"layer {index} has "
+                             f"{what}, whose activations do not leave the device yet",
+                             "use --offload 0, or recompute full")  # fmt: skip
+        if offload.get("states") == "parameters" and layer.experts is not None:
+            raise InputError("offload", "parameters", f"layer {index} has routed experts, whose "
+                             "shards FSDP does not move yet",
+                             "use --offload optimizer, or --expert-offload")  # fmt: skip
+        if mode == "full_keep_attn" and layer.latent is not None:
+            raise InputError("recompute", mode, f"layer {index} has latent attention, whose output "
+                             "is not kept apart", "use full or selective")  # fmt: skip
+        if layer.experts is not None and workload.optimizer not in EXPERT_OPTIMIZERS:
+            raise InputError("optimizer", workload.optimizer, f"layer {index} has routed experts, "
+                             "whose states it does not hold yet",
+                             f"use {' or '.join(EXPERT_OPTIMIZERS)}")  # fmt: skip
 
 
 def _check_precision(plan: Plan) -> None:
@@ -213,6 +264,15 @@ def _need_torchao(field: str, value: str, instead: str) -> None:
                          f"pip install 'forerun[torchao]', or use {instead}")  # fmt: skip
 
 
+def _check_runtime(plan: Plan) -> None:
+    """Raise InputError where a layer with routed experts would be compiled."""
+    for index in range(plan.model.num_layers):
+        runtime = plan.phase.technique("runtime", index).get("mode", "eager")
+        if runtime == "compiled" and plan.model.layer_at(index).experts is not None:
+            raise InputError("runtime", runtime, f"layer {index} routes tokens to experts, in "
+                             "sizes that a compiled layer does not know", "use eager")  # fmt: skip
+
+
 def _check_kept(plan: Plan) -> None:
     """Raise InputError where what layers keep contradicts itself, or names tensors they lack."""
     phase = plan.phase
@@ -298,19 +358,54 @@ def check_model(model: Model) -> None:
                          "encoders, images and convolutions are not executed yet",
                          "run a decoder; this model can be planned and predicted")  # fmt: skip
     for layer in model.layers:
-        if layer.experts is not None:
-            raise InputError("layers.experts", layer.experts.num_experts,
-                             "mixtures of experts cannot be run yet",
-                             "use a dense model")  # fmt: skip
-        if layer.latent is not None:
-            raise InputError("layers.latent", layer.latent.kv_lora_rank,
-                             "latent attention cannot be run yet",
-                             "use a model with grouped-query attention")  # fmt: skip
-    if len({layer.head_dim for layer in model.layers}) > 1 and model.positions == "rope":
+        if layer.bias and (layer.experts is not None or layer.latent is not None):
+            raise InputError("layers.bias", True, "experts and latent attention have no biases",
+                             "set bias = false (qkv_bias may stay beside experts)")  # fmt: skip
+        if layer.qkv_bias and layer.latent is not None:
+            raise InputError("layers.qkv_bias", True, "latent attention has no biases",
+                             "set qkv_bias = false")  # fmt: skip
+    if len(set(map(_rotary_dim, model.layers))) > 1 and model.positions == "rope":
         raise InputError("layers.head_dim", "unequal", "rotary positions take one head size",
                          "give all layers the same head_dim")  # fmt: skip
     if model.positions == "alibi":
         raise InputError("positions", "alibi", "cannot be run yet", "use rope, learned or none")
+
+
+def _check_shards(plan: Plan) -> None:
+    """Raise InputError where ZeRO would have to cut experts into unequal parts."""
+    phase, mesh, hidden = plan.phase, plan.phase.mesh, plan.model.hidden
+    shards = mesh.expert_shards
+    for index in range(plan.model.num_layers if phase.zero else 0):
+        experts = plan.model.layer_at(index).experts
+        if experts is None:
+            continue
+        slots = phase.technique("expert-placement", index).get("slots")
+        held = len(slots[0]) if slots else experts.num_experts // mesh.ep
+        replicated = slots is not None and held * mesh.ep > experts.num_experts
+        widths = (experts.ffn_hidden // mesh.expert_tp, hidden)
+        if (replicated or held % shards) and any(width % shards for width in widths):
+            raise InputError("dp_shard", mesh.dp_shard, f"{shards} ranks share {held} experts of "
+                             f"width {widths[0]}, which they divide neither way",
+                             "change dp_shard or ep")  # fmt: skip
+
+
+def check_kept(plan: Plan) -> None:
+    """Raise InputError for a plan that can be run, but not kept in checkpoints."""
+    if plan.phase.technique(expert_offload.NAME).get("moments", False):
+        raise InputError("checkpoint", expert_offload.NAME,
+                         "moments on the host are not kept yet",
+                         "drop --checkpoint, or plan without --expert-offload")  # fmt: skip
+    for index in range(plan.model.num_layers):
+        slots = plan.phase.technique("expert-placement", index).get("slots", ())
+        in_slots = [expert for rank in slots for expert in rank]
+        if in_slots != list(range(len(in_slots))):
+            raise InputError("checkpoint", "expert-placement", f"layer {index} has its experts out "
+                             "of order, which checkpoints do not keep yet",
+                             "drop --checkpoint, or plan without --expert-placement")  # fmt: skip
+
+
+def _rotary_dim(layer: Layer) -> int:
+    return layer.head_dim if layer.latent is None else layer.latent.qk_rope_head_dim
 
 
 def _check_length(model: Model, seq_tokens: int) -> None:

@@ -11,6 +11,10 @@ forward / backward:
     with sequence parallelism      enter  all-gather / reduce-scatter
                                    leave  reduce-scatter / all-gather
 
+Latent attention enters with its low-rank tensors instead, whose projections are whole. A mixture of
+experts enters and leaves once, without sequence parallelism; with it only the expert that every
+token passes does, and the routed ones exchange rows (`experts/trip.py`).
+
 With it, hidden states between modules hold a part of the sequence, and the
 gradients of uncut parameters (norms, positions, biases after a reduction) are sums over the group
 that the trainer makes once per step.
@@ -29,12 +33,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Block, Decoder, Linear
+from .decoder import Block, Decoder, Mlp
+from .experts.layer import Moe
+from .linear import Linear
 from .torch_compat import DeviceMesh, all_gather_single, reduce_scatter_single
 from .vocab_loss import vocab_loss
 
-COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up")
-ROWS = ("attention.wo", "mlp.down")
+COLUMNS = (
+    "attention.wq", "attention.wk", "attention.wv", "attention.q_b", "attention.kv_b",
+    "mlp.gate", "mlp.up", "mlp.shared.gate", "mlp.shared.up",
+)  # fmt: skip
+ROWS = ("attention.wo", "mlp.down", "mlp.shared.down")
+EXPERTS = {"mlp.experts.gate": 1, "mlp.experts.up": 1, "mlp.experts.down": 2}
+"""Dimension along which tp cuts the weights of routed experts."""
 Group = dist.ProcessGroup
 
 
@@ -125,8 +136,10 @@ def enter_first(enter: Callable[[Tensor], Tensor], _: nn.Module, args: tuple[Any
     return (enter(args[0]), *args[1:])
 
 
-def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str, int]:
-    """Cut a piece (on the meta device) over the tp mesh, in place.
+def apply(
+    piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool, expert_tp: int = 1
+) -> dict[str, int]:
+    """Cut a piece (on the meta device) over the tp mesh, in place; experts by `expert_tp`.
 
     Returns the dimension along which each cut parameter was cut, by name.
     """
@@ -143,14 +156,11 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
         for name in COLUMNS + ROWS:
             for parameter in _cut_linear(block, name, mesh.size()):
                 cut[f"blocks.{index}.{parameter}"] = 1 if name in ROWS else 0
-        for name in ROWS:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, Linear)
-            _replace_forward(linear, partial(row_forward, linear))
+        if expert_tp > 1:
+            for parameter, dim in _cut_experts(block, expert_tp):
+                cut[f"blocks.{index}.{parameter}"] = dim
         assert isinstance(block, Block)
-        block.attention.enter = block.mlp.enter = enter
-        block.attention.leave = partial(row_leave, block.attention.wo, leave)
-        block.mlp.leave = partial(row_leave, block.mlp.down, leave)
+        _edges(block, enter, leave, sequence_parallel)
     if hasattr(piece, "embedding"):
         _cut_parameter(piece.embedding, "weight", 0, mesh.size())
         cut["embedding.weight"] = 0
@@ -165,6 +175,37 @@ def apply(piece: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str
     if sequence_parallel:
         piece.sequence_shard = (rank, mesh.size())
     return cut
+
+
+def _edges(
+    block: Block,
+    enter: Callable[[Tensor], Tensor],
+    leave: Callable[[Tensor], Tensor],
+    sequence_parallel: bool,
+) -> None:
+    """Let a block's tensors enter its cut matrices, and their outputs leave."""
+    for name in ROWS:
+        if name in dict(block.named_modules()):
+            linear = block.get_submodule(name)
+            assert isinstance(linear, Linear)
+            _replace_forward(linear, partial(row_forward, linear))
+    attention, mlp = block.attention, block.mlp
+    attention.enter, attention.leave = enter, partial(row_leave, attention.wo, leave)
+    if isinstance(mlp, Moe) and not sequence_parallel:  # shared and routed experts, summed at once
+        mlp.enter, mlp.leave = enter, leave
+        return
+    dense = mlp.shared if isinstance(mlp, Moe) else mlp
+    if isinstance(dense, Mlp):
+        dense.enter, dense.leave = enter, partial(row_leave, dense.down, leave)
+
+
+def _cut_experts(block: nn.Module, size: int) -> list[tuple[str, int]]:
+    """Cut the weights of a block's routed experts, if it has any; their names and dimensions."""
+    modules = dict(block.named_modules())
+    found = [(name, dim) for name, dim in EXPERTS.items() if name in modules]
+    for name, dim in found:
+        _cut_parameter(modules[name], "weight", dim, size)
+    return [(f"{name}.weight", dim) for name, dim in found]
 
 
 def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -26,6 +27,8 @@ from torch.distributed.pipelining.schedules import (
     _wait_batch_p2p,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw as adamw_update
 
 from ..kernels.fp8_cast import chunks
 from ..orders import Orders, action_text
@@ -43,12 +46,15 @@ __all__ = [
     "MixedPrecisionPolicy",
     "ObservedStage",
     "Runtime",
+    "adamw_update",
     "all_gather_single",
     "destroy_process_groups",
     "flattened",
     "fully_shard",
     "fused_rms_norm",
     "fused_rms_norm_backward",
+    "grouped_matmul",
+    "ignore_in_ddp",
     "is_fake",
     "operator_name",
     "reduce_scatter_single",
@@ -65,6 +71,11 @@ if hasattr(dist, "all_gather_single"):
 else:
     all_gather_single = dist.all_gather_into_tensor
     reduce_scatter_single = dist.reduce_scatter_tensor
+
+grouped_matmul: Callable[..., Tensor] | None = getattr(
+    F, "grouped_mm", getattr(torch, "_grouped_mm", None)
+)
+"""(rows, weights (X, in, out), offs): one kernel for the matmuls of all experts."""
 
 
 def flattened(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
@@ -296,6 +307,12 @@ def _first_of_each(order: list[Any], kind: str) -> list[Any]:
             seen.add(action.stage_index)
         kept.append(action)
     return kept
+
+
+def ignore_in_ddp(module: Any, names: list[str]) -> None:
+    """Have DDP leave these parameters of a module alone."""
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 def scale_all(tensors: list[Tensor], factor: Tensor) -> None:

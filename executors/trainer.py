@@ -17,6 +17,7 @@ from .away import Away
 from .context_parallel import Spread
 from .data import Rows
 from .decoder import Decoder
+from .experts.parallel import ExpertParallel
 from .marks import Marks, Observer
 from .pipeline import Pipeline
 from .torch_compat import DeviceMesh, DTensor
@@ -38,6 +39,7 @@ class Trainer:
         tp_dims: dict[str, int],
         marks: Marks,
         away: Away,
+        experts: ExpertParallel | None = None,
     ) -> None:
         self.plan, self.phase, self.mesh = plan, plan.phase, plan.phase.mesh
         self.device, self.device_mesh = device, device_mesh
@@ -51,6 +53,7 @@ class Trainer:
         """Where the tensors of a step lie, if their places are solved for."""
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
+        self.experts = experts
         self.spread = Spread()
         """The ranks that share a sequence."""
         self.shared: tuple[str, ...] = ("embedding.weight",)
@@ -75,6 +78,8 @@ class Trainer:
         rows = tokens_BS1 if isinstance(tokens_BS1, Rows) else Rows.of(tokens_BS1)
         part = self.spread.part
         rows = Rows(part(rows.inputs_BS), part(rows.targets_BS), rows.documents_BN)
+        if self.experts is not None:
+            self.experts.begin_step()
         with nullcontext() if self.arena is None else self.arena.step():
             if self.pipeline is not None:
                 loss = self.pipeline.step(rows)
@@ -100,19 +105,31 @@ class Trainer:
         """Sum gradients that ranks hold in part.
 
         Under sequence parallelism those of parameters that tp did not cut (one all-reduce of all of
-        them); with tied tables under a pipeline that of the table, over first and last stage.
+        them), without it those of routers, whose tokens' outputs are partial sums; with tied tables
+        under a pipeline that of the table, over first and last stage.
         """
-        if self.phase.sequence_parallel:
-            group = self.device_mesh.get_group("tp")
-            parameters = self._named_parameters()
-            whole = [p for name, p in parameters.items() if name not in self.tp_dims]
-            sum_coalesced([local(p.grad) for p in whole if p.grad is not None], group)
+        partial = self._partial_over_tp() if self.mesh.tp > 1 else []
+        if partial:
+            sum_coalesced(partial, self.device_mesh.get_group("tp"))
+        if self.experts is not None:
+            self.experts.finish_step()
         if self.tied_group is not None:
             parameters = self._named_parameters()
             for name in self.shared:
                 gradient = parameters[name].grad if name in parameters else None
                 if gradient is not None:
                     dist.all_reduce(local(gradient), group=self.tied_group)
+
+    def _partial_over_tp(self) -> list[Tensor]:
+        """Gradients of which each tp rank holds a part."""
+        split, experts = self.phase.sequence_parallel, self.experts
+        return [
+            local(p.grad)
+            for name, p in self._named_parameters().items()
+            if p.grad is not None
+            and ((split and name not in self.tp_dims) or (experts and experts.routes(name)))
+            and not (experts is not None and experts.owns(name))
+        ]
 
     def optimizer_step(self) -> None:
         """Gradients clipped where the workload says so, AdamW, then gradients dropped."""
@@ -128,12 +145,17 @@ class Trainer:
             return
         held = {n: p.grad for n, p in self._named_parameters().items() if p.grad is not None}
         copies = {name: self._copies(name) for name in held}
-        parts = clipping.by_copies({name: local(g) for name, g in held.items()}, copies)
+        gradients = {name: local(gradient) for name, gradient in held.items()}
+        if self.experts is not None:
+            gradients, copies = self.experts.apart(gradients, copies)
+        parts = clipping.by_copies(gradients, copies)
         with self.marks.mark("optimizer"):
             clipping.clip(parts, clip_norm, self.device)
 
     def _copies(self, name: str) -> int:
         """How many ranks hold the same part of a parameter's gradient."""
+        if self.experts is not None and self.experts.owns(name):
+            return self.experts.copies
         copies = data_parallel.copies(self.phase)
         if name not in self.tp_dims:
             copies *= self.mesh.tp
@@ -196,13 +218,15 @@ class Trainer:
         return {name: self._full(name, p.detach()) for name, p in self._named_parameters().items()}
 
     def _full(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole of a parameter or gradient: FSDP's shards gathered, then those of tp."""
+        """The whole of a parameter or gradient: FSDP's shards gathered, those of tp, of ep."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if name not in self.tp_dims:
-            return whole
-        parts = [torch.empty_like(whole) for _ in range(self.mesh.tp)]
-        dist.all_gather(parts, whole.contiguous(), group=self.device_mesh.get_group("tp"))
-        return torch.cat(parts, self.tp_dims[name])
+        if name in self.tp_dims:
+            parts = [torch.empty_like(whole) for _ in range(self.mesh.tp)]
+            dist.all_gather(parts, whole.contiguous(), group=self.device_mesh.get_group("tp"))
+            whole = torch.cat(parts, self.tp_dims[name])
+        if self.experts is not None and self.experts.owns(name):
+            return self.experts.whole(name, whole)
+        return whole
 
 
 def tied_groups(plan: Plan) -> dist.ProcessGroup | None:

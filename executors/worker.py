@@ -32,6 +32,7 @@ from . import data, job
 from .arena import StaticArena
 from .build import build
 from .decoder import Decoder
+from .experts.loads import rank_loads
 from .measure import environment, lives, pace
 from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
@@ -145,6 +146,7 @@ class Run:
         if self.device.type == "cpu":  # pages of a mapped file are the process's, not the device's
             peak_bytes -= int(self.trainer.away.made_bytes().get("host", 0.0))
         allocated_bytes = environment.allocated_bytes(self.device)
+        experts = rank_loads(self.trainer.experts)
         live, counter = self.count_step()
         live_bytes = live.peak()
         bytes_copied = self.trainer.away.take_copied()
@@ -159,6 +161,7 @@ class Run:
             live_bytes=live_bytes,
             profiled_s=profiled_s,
             bytes_on_wire=counter.bytes_on_wire(),
+            experts=experts,
             bytes_copied=bytes_copied,
             bytes_off_device=self.trainer.away.made_bytes(),
             allocator=self.allocator(live),
@@ -195,8 +198,11 @@ class Run:
             # restarted while it was being measured: steps that are not kept
             return self.keeper.losses, [self.train_step()[0] for _ in range(THROWAWAY_STEPS)]
         while self.keeper is not None or len(seconds) < self.last_step:
-            if len(seconds) == self.work.warmup_steps and self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            if len(seconds) == self.work.warmup_steps:
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                if self.trainer.experts is not None:
+                    self.trainer.experts.forget()
             step_s, loss, wishes = self.train_step()
             seconds.append(step_s)
             losses.append(loss)
@@ -273,11 +279,25 @@ class Run:
         return (self.folder / job.STOP).exists(), late
 
     def fail_diverged(self, loss: float, local_loss: Tensor) -> None:
-        """Raise RunFailed that names the step and the ranks."""
-        ranks = ", ".join(map(str, self.trainer.diverged_ranks(local_loss)))
+        """Raise RunFailed that names the step and the ranks, or the router that gave no numbers."""
         kept = self.keeper.last_words() if self.keeper is not None else ""
+        self.check_routers(kept)
+        ranks = ", ".join(map(str, self.trainer.diverged_ranks(local_loss)))
         raise RunFailed(f"loss={loss} at step {self.next_step} on rank {ranks}: training diverged"
                         f"{kept}; lower the learning rate or use fp32")  # fmt: skip
+
+    def check_routers(self, kept: str) -> None:
+        """Raise RunFailed on every rank when a router of any gave no numbers."""
+        experts = self.trainer.experts
+        if experts is None:
+            return
+        broken: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(broken, experts.broken_routers())
+        for rank, layers in enumerate(broken):
+            if layers:
+                raise RunFailed(f"router=nan: that of layer {layers[0]} on rank {rank} at step "
+                                f"{self.next_step}: training diverged{kept}; lower the learning "
+                                "rate, or raise router_z_loss_coef")  # fmt: skip
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -10,8 +10,8 @@
                that on the host; only where the workload allows it (`quality.py`)
 
 Where plans are made to be run here, sets of tensors are left out, since they ask for a search of
-their own, and 8 bits with a fraction on the host, which does not run; on CPUs so is offload, since
-their host is the CPU.
+their own, and what does not run: a fraction on the host beside 8 bits, routed experts or latent
+attention. On CPUs offload is left out altogether, since their host is the CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def policies(
     plain = replace(base, recompute="none")
     moved = pins.offload is None and "none" in modes and on_gpus
     low = base.activations is not None or base.compute in LOW_COMPUTE
-    moved = moved and (all_of_it or not low)
+    moved = moved and (all_of_it or (not low and all(x.is_plain for x in model.layers)))
     if moved and all(pool.host for pool in pools):
         found += [replace(plain, offload=fraction) for fraction in SEARCHED_OFFLOADS]
     stores = on_gpus and _may_store(model, base, runs=not all_of_it)
@@ -91,7 +91,7 @@ def _may_store(model: Model, base: Options, runs: bool) -> bool:
         return False
     if base.compute in LOW_COMPUTE and base.recipe != "coat":
         return False
-    return not runs or all(layer.mlp in EXECUTED for layer in model.layers)
+    return not runs or all(x.mlp in EXECUTED and x.is_plain for x in model.layers)
 
 
 def policies_under(

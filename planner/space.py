@@ -15,8 +15,9 @@ each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
 below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
-with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp and ep are
-off unless they are asked for; so is offload, since the host of a CPU is the CPU.
+with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp beside
+experts and latent attention is off unless it is asked for, since no executor has it; so is offload,
+since the host of a CPU is the CPU.
 
 Of several pools each holds the next stages of the pipeline, in either order (`routes`): the ranks
 of a stage divide the devices of every pool, and chunks of models with unlike layers are left out.
@@ -129,6 +130,7 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         runtime=pins.runtime or "eager",
         cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
+        balance_loss=workload.balance_loss,
         clips=workload.clip_norm is not None,
         keep=pins.keep or (),
         offload_rest=pins.offload_rest or "keep",
@@ -160,6 +162,9 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
         ok &= grid.pp * grid.vpp == len(pins.stages)
     if len(pools) > 1 and len(model.layers) > 1:
         ok &= grid.vpp == 1
+    if not everything(pools, pins):
+        even = ok & even_experts(model, grid)
+        ok = even if even.any() else ok  # a run says what is wrong with what the pins ask for
     if pins.schedule is None:
         ok &= ~np.isin(grid.schedule, LONG) | (grid.num_microbatches >= 2 * grid.pp)
     rows = np.flatnonzero(ok)
@@ -184,7 +189,8 @@ def _contexts(
     """Pairs (cp, ulysses)."""
     shortest = min(model.lengths(workload.seq_tokens), default=0)
     free = [1]
-    if model.traced is None:
+    shares = all(layer.is_plain for layer in model.layers) or everything(pools, pins)
+    if model.traced is None and shares:
         most = min(pool.num_devices for pool in pools)
         free = [n for n in _powers(most) if n == 1 or shortest // n >= CP_TOKENS]
     pairs: list[tuple[int, int]] = []
@@ -208,7 +214,7 @@ def _experts(model: Model, pools: Sequence[Pool], pins: Pins, shape: _Shape) -> 
     counts = {layer.experts.num_experts for layer in model.layers if layer.experts is not None}
     if pins.ep is not None:
         return [pins.ep]
-    if not counts or not everything(pools, pins):
+    if not counts:
         return [1]
     holders = shape.dp * shape.cp * shape.tp
     per_node = gcd(*(pool.devices_per_node for pool in pools))
@@ -378,14 +384,34 @@ def ordinary(grid: Layouts) -> NDArray[np.bool_]:
 
 
 def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
-    """Experts are shared out evenly, over ranks that hold the same dense weights or over tp too."""
+    """Experts are shared out evenly, over ranks that hold the same dense weights or, where these
+    split the sequence, over tp too; states are divided into equal parts."""
     holders = grid.dp * grid.cp
-    ok = (holders % grid.ep == 0) | ((holders * grid.tp) % grid.ep == 0)
+    apart = holders % grid.ep == 0
+    split = (grid.sequence_parallel == 1) | (grid.tp == 1)
+    ok = apart | (((holders * grid.tp) % grid.ep == 0) & split)
+    sharing = grid.shards * grid.tp // grid.expert_tp
+    ok &= (sharing % grid.ep == 0) | (grid.ep % sharing == 0)
     counts = [layer.experts.num_experts for layer in model.layers if layer.experts is not None]
     if not counts:
         return ok & (grid.ep == 1)
     for count in counts:
         ok &= count % grid.ep == 0
+    return ok
+
+
+def even_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
+    """True where ZeRO cuts the experts of a rank into equal parts, by number or along their widths:
+    others cannot be run (`executors/support.py`)."""
+    ok = np.ones(len(grid), dtype=bool)
+    shards = np.maximum(1, grid.shards * grid.tp // grid.expert_tp // grid.ep)
+    for layer in model.layers:
+        if layer.experts is None:
+            continue
+        by_number = layer.experts.num_experts // grid.ep % shards == 0
+        width = layer.experts.ffn_hidden // grid.expert_tp
+        by_width = (width % shards == 0) & (model.hidden % shards == 0)
+        ok &= (grid.zero == 0) | by_number | by_width
     return ok
 
 

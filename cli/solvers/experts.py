@@ -41,9 +41,10 @@ def command(
     slots: int | None,
     groups: int | None,
 ) -> None:
-    """Replicate and place the experts of LOADS, a CSV file, so that the fullest rank has little.
+    """Replicate and place the experts of LOADS so that the fullest rank has little.
 
-    The columns are expert and load, or layer and one column per expert with a row per layer.
+    LOADS is the JSON that forerun run wrote, or a CSV file whose columns are expert and load, or
+    layer and one column per expert with a row per layer.
     """
     from ...planner.experts import Layout, place_experts, read_loads
     from .. import render

@@ -5,7 +5,8 @@ and works on its part of the sequence where that is split. What is gathered over
 low-rank tensors, not the hidden states. In training keys are materialised per head: a part of its
 own and the rotary part that all heads share. Query and key heads are larger than value heads; the
 core is priced by their mean, which gives the forward's FLOPs exactly and the backward's (3 matmuls
-of the one size, 2 of the other) within 4 % for 192 and 128.
+of the one size, 2 of the other) within 4 % for 192 and 128. A CPU's fused kernel wants heads of one
+size: values are filled up with zeros to that of keys, and what comes out is cut off again.
 
 Source: DeepSeek-AI 2024, DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 """
@@ -42,13 +43,28 @@ def latent_attention(
     rope_q = replace(
         elementwise("rope_q", "rope", (q0,), q), price_axes=((*TOKENS, "heads", "rope_dim"),)
     )
+    attention = [core(q, k, v, o, options.cp_kind)]
+    if not fused and latent.v_head_dim < latent.qk_nope_head_dim + latent.qk_rope_head_dim:
+        attention = _one_size(q, k, v, o, options.cp_kind)
     return [
         norm("attention_norm", layer.norm, x, n1, fused=fused),
         *_queries(latent, n1, q0, sp, fused),
         send(rope_q, q),
         *_keys_values(n1, k, v, sp, fused),
-        core(q, k, v, o, options.cp_kind),
+        *attention,
         *output_projection(layer, o, out, VALUES, sp),
+    ]
+
+
+def _one_size(q: Tensor, k: Tensor, v: Tensor, o: Tensor, cp_kind: str) -> list[Operator]:
+    """The core on values as wide as keys."""
+    wide_v, wide_o = replace(q, name="v.padded"), replace(q, name="o.padded")
+    attention = core(q, k, wide_v, wide_o, cp_kind)
+    squares, tokens, _ = attention.price_axes
+    return [
+        elementwise("attention.pad", "copy", (v,), wide_v),
+        replace(attention, price_axes=(squares, tokens, ("qk_dim",))),
+        elementwise("attention.cut", "copy", (wide_o,), o),
     ]
 
 

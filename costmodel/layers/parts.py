@@ -109,6 +109,13 @@ def boundary_op(
     )
 
 
+def local_copy(name: str, x: Tensor, out: Tensor, axis: str) -> Operator:
+    """An edge on one rank: the same rows in another order, where an axis is above 1."""
+    return Operator(
+        name=name, kind="edge", price_axes=(x.axes,), inputs=(x,), outputs=(out,), copies_over=axis
+    )
+
+
 def enter(name: str, x: Tensor, out: Tensor, sequence_parallel: bool, axis: str = "tp") -> Operator:
     """The edge from a replicated (or split) region into tensor-parallel matmuls; `out` is whole."""
     kind = "reduce_scatter" if sequence_parallel else "all_reduce"

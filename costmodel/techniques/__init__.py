@@ -6,7 +6,7 @@ import numpy as np
 
 from ..graph import Graph, Sizes
 from ..options import Options
-from . import attention, lora, offload, precision, recompute, runtime, storage
+from . import attention, expert_placement, lora, offload, precision, recompute, runtime, storage
 
 
 def apply(graph: Graph, options: Options) -> Graph:
@@ -27,7 +27,7 @@ def apply(graph: Graph, options: Options) -> Graph:
 
 def local_axes(sizes: Sizes, options: Options) -> Sizes:
     """Local axis sizes with those of the axes that techniques add."""
-    sizes = offload.local_axes(sizes, options)
+    sizes = expert_placement.local_axes(offload.local_axes(sizes, options), options)
     if options.lora_rank is None:
         return sizes
     rank = np.full(len(sizes["tp"]), float(options.lora_rank))

@@ -54,6 +54,10 @@ def check(options: Options) -> None:
         raise InputError("offload.states", options.offload_states,
                          f"moves fp32 moments of adamw, not those of {options.optimizer}",
                          "use --optimizer adamw, or no offload of states")  # fmt: skip
+    if options.offload_states is not None and options.expert_offload:
+        raise InputError("offload.states", options.offload_states, "beside expert-offload, which "
+                         "moves the moments of experts by itself",
+                         "use one of --offload and --expert-offload")  # fmt: skip
     if options.offload_rest == "recompute" and options.recompute != "none":
         raise InputError("offload.rest", "recompute",
                          f"recompute={options.recompute} says already what is made again",

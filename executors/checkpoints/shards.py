@@ -2,7 +2,8 @@
 
 A parameter has one global name and shape in every layout. What a rank stores of it is one box:
 tensor parallelism cuts one dimension evenly, FSDP cuts the first dimension of that cut as
-`torch.chunk` does, a pipeline leaves whole parameters to other ranks. Moments of the optimiser lie
+`torch.chunk` does, expert parallelism the first into equal runs of experts, a pipeline leaves whole
+parameters to other ranks. Moments of the optimiser lie
 like their parameters. A checkpoint holds boxes under global names, so that it can be read into any
 other set of boxes.
 
@@ -53,6 +54,10 @@ def box_of(trainer: Trainer, name: str, parameter: Tensor) -> Shard:
         dim = trainer.tp_dims[name]
         offsets[dim] += trainer.coordinates["tp"] * shape[dim]
         shape[dim] *= trainer.mesh.tp
+    experts = trainer.experts
+    if experts is not None and experts.owns(name):  # in order: `support.check_kept`
+        offsets[0] += experts.ep_rank * shape[0]
+        shape[0] *= trainer.mesh.ep
     return Shard(tensor=part, shape=tuple(shape), offsets=tuple(offsets))
 
 

@@ -50,6 +50,16 @@ KINDS = {
 
 NAMESPACES = ("c10d", "_c10d_functional")
 
+NAMED_GROUPS = {
+    "ep": "ep",
+    "expert_counts": "ep",
+    "mesh_expert_shard": "dp",
+    "mesh_expert_replicate": "dp",
+    "mesh_expert_tp": "tp",
+}
+"""Axis by a group's description, where the ranks alone do not tell: those of the expert mesh borrow
+the ranks of others."""
+
 
 class Call(NamedTuple):
     """One collective as it was issued."""
@@ -135,24 +145,26 @@ class CollectiveCounter(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, kind: str, args: Sequence[Any]) -> None:
-        ranks = _group_ranks(args)
+        group = _group(args)
+        ranks = dist.get_process_group_ranks(group)
         if len(ranks) > 1:
             message_bytes = _message_bytes(func, kind, args, len(ranks))
-            self.calls.append(Call(kind, purpose(kind, axis_of(self.mesh, ranks)), message_bytes))
+            named = NAMED_GROUPS.get(getattr(group, "group_desc", ""))
+            axis = named or purpose(kind, axis_of(self.mesh, ranks))
+            self.calls.append(Call(kind, axis, message_bytes))
 
 
-def _group_ranks(args: Sequence[Any]) -> list[int]:
-    """Global ranks of the group of a collective, from its arguments.
+def _group(args: Sequence[Any]) -> Any:
+    """The process group of a collective, from its arguments.
 
     c10d operators take the group object, the first script object among their arguments; functional
     ones its name, their last argument.
     """
     for value in args:
         if isinstance(value, torch.ScriptObject):
-            return dist.get_process_group_ranks(dist.ProcessGroup.unbox(value))
+            return dist.ProcessGroup.unbox(value)
     last = args[-1]
-    group = resolve_group(last) if isinstance(last, str) else last
-    return dist.get_process_group_ranks(group)
+    return resolve_group(last) if isinstance(last, str) else last
 
 
 def _message_bytes(func: Any, kind: str, args: Sequence[Any], num_ranks: int) -> int:

@@ -17,6 +17,7 @@ from ...document import Value
 from ...estimate import MEMORY_TERMS, TIME_TERMS
 from ...measurement import Measurement, RankMeasurement, StepTimes
 from ...plan import Plan
+from ..experts.loads import RankLoad, combine
 
 
 class RankResult(Value, frozen=True, kw_only=True):
@@ -35,6 +36,7 @@ class RankResult(Value, frozen=True, kw_only=True):
     profiled_s: dict[str, float] = {}
     """Seconds by time term, mean of the profiled steps, unscaled."""
     bytes_on_wire: dict[str, float] = {}
+    experts: tuple[RankLoad, ...] = ()
     bytes_copied: dict[str, float] = {}
     bytes_off_device: dict[str, float] = {}
     allocator: dict[str, float] = {}
@@ -87,6 +89,7 @@ def measurement(
         loss=results[0].loss,
         ranks=ranks,
         environment={**results[0].environment, **environment},
+        experts=combine(plan, [result.experts for result in results]),
         emulated=emulated,
     )
 

@@ -51,6 +51,15 @@ COPIES: list[tuple[int, ...]] = [(2**14,), (2**18,), (2**20,), (2**22,)]
 COPY_OPERATORS = ("copy_d2h", "copy_h2d", "copy_to_disk", "copy_from_disk")
 """Between the device and the tiers of offload."""
 
+GROUPED = [
+    (64, 32, 32, 4), (512, 64, 128, 8), (1024, 320, 128, 8), (1024, 128, 320, 8),
+    (2048, 96, 128, 16), (2048, 128, 96, 16), (2048, 512, 192, 8), (2048, 192, 512, 8),
+    (4096, 256, 256, 8), (4096, 64, 256, 64), (8192, 256, 256, 16),
+]  # fmt: skip
+FEW_GROUPED = [(64, 32, 32, 4), (1024, 320, 128, 8), (1024, 128, 320, 8), (4096, 256, 256, 8)]
+ROUTING = [(64, 8), (512, 8), (2048, 8), (2048, 64), (8192, 16)]
+PERMUTE = [(2**10, 2), (2**14, 2), (2**16, 2), (2**16, 4), (2**18, 2), (2**18, 8), (2**20, 2)]
+
 
 CASTS = ("quantize", "quantize_weight", "quantize_store")
 CAST_ELEMENTS = [2**12, 2**16, 2**20]
@@ -100,6 +109,10 @@ def cpu_grid(dtype: str, busy: int, quick: bool) -> Grid:
         **_elementwise(FEW_ELEMENTS if few else ELEMENTS),
         "embedding": _few(EMBEDDING, 4) if few else EMBEDDING,
         "cross_entropy": _few(CROSS_ENTROPY, 4) if few else CROSS_ENTROPY,
+        "grouped_linear": FEW_GROUPED if few else GROUPED,
+        "routing": _few(ROUTING, 3) if few else ROUTING,
+        "permute": _few(PERMUTE, 4) if few else PERMUTE,
+        "unpermute": _few(PERMUTE, 4) if few else PERMUTE,
     }
     if dtype == "fp32":
         grid["adamw"] = _few(ADAMW, 5) if few else ADAMW
@@ -137,6 +150,15 @@ def cuda_grid(dtype: str) -> Grid:
         "embedding": [(2048, 1024, 256), (2048, 1024, 32768), (8192, 4096, 32768),
                       (8192, 4096, 128256)],
         "cross_entropy": [(2048, 256), (2048, 32768), (8192, 32768), (8192, 128256)],
+        "grouped_linear": [
+            (rows, out, width, groups)
+            for rows in (4096, 32768)
+            for out, width in ((2048, 2048), (14336, 4096), (4096, 14336), (2048, 7168))
+            for groups in (8, 32)
+        ],
+        "routing": [(2048, 8), (8192, 64), (8192, 256), (32768, 128)],
+        "permute": [(2**20, 2), (2**24, 2), (2**24, 8), (2**26, 4)],
+        "unpermute": [(2**20, 2), (2**24, 2), (2**24, 8), (2**26, 4)],
         "copy_h2d": [(count,) for count in elements[2:]],
         "copy_d2h": [(count,) for count in elements[2:]],
     }  # fmt: skip

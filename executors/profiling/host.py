@@ -96,6 +96,27 @@ class OperatorTimes:
             (5, (0.0, add)),  # where a tensor has several users, their gradients are summed
         ])  # fmt: skip
 
+    def expert_block(self) -> tuple[float, float]:
+        """All operators of one block with routed experts in the place of its MLP."""
+        e, width = steps.EXPERTS, HEADS * HEAD_DIM
+        rows, add = SEQ * e.top_k, self.of("add", SEQ * HIDDEN)[0]
+        return _sum([
+            (2, self.of("rmsnorm", SEQ, HIDDEN)),
+            (3, self.linear(width, HIDDEN)),
+            (1, self.linear(HIDDEN, width)),
+            (2, self.of("rope", SEQ * width)),
+            (1, self.of("attention", HEADS, SEQ, HEAD_DIM)),
+            (1, self.linear(e.num_experts, HIDDEN)),
+            (1, self.of("routing", SEQ, e.num_experts)),
+            (1, self.of("permute", SEQ * HIDDEN, e.top_k)),
+            (2, self.of("grouped_linear", rows, FFN, HIDDEN, e.num_experts)),
+            (1, self.of("swiglu", rows * FFN)),
+            (1, self.of("grouped_linear", rows, HIDDEN, FFN, e.num_experts)),
+            (1, self.of("unpermute", SEQ * HIDDEN, e.top_k)),
+            (2, (add, 0.0)),
+            (6, (0.0, add)),
+        ])  # fmt: skip
+
     def ends_s(self) -> float:
         """Forward and backward of the operators of embedding, final norm, head and loss."""
         return sum(_sum([
@@ -133,6 +154,8 @@ class HostTimes:
             "many": tiny_plan(MANY),
             "three": tiny_plan(FEW, num_microbatches=3),
             "full": tiny_plan(MANY, recompute="full"),
+            "experts.few": tiny_plan(FEW, experts=steps.EXPERTS),
+            "experts.many": tiny_plan(MANY, experts=steps.EXPERTS),
             "documents.few": tiny_plan(FEW, documents=True),
             "documents.many": tiny_plan(MANY, documents=True),
         }
@@ -151,6 +174,12 @@ class HostTimes:
         for name, whole in (("forward", self.forward_s), ("backward", self.backward_s)):
             packed = per_layer_s(times["documents.few"], times["documents.many"], name)
             self._keep(f"document_{name}", (packed - whole) / SEQ)
+        few, many = times["experts.few"], times["experts.many"]
+        self.expert_forward_s = per_layer_s(few, many, "forward")
+        self.expert_backward_s = per_layer_s(few, many, "backward")
+        expert_block_s = self.operators.expert_block()
+        self._keep("expert_layer_forward", self.expert_forward_s - expert_block_s[0])
+        self._keep("expert_layer_backward", self.expert_backward_s - expert_block_s[1])
         self._keep("checkpoint", twice / MANY - self.forward_s)
         self._keep("micro_batch", self.micro_s - accumulate - layers_s - self.operators.ends_s())
         self._keep("step", self.few_s - self.micro_s + accumulate - adamw)
@@ -165,6 +194,8 @@ class HostTimes:
             plans[f"fsdp.{label}"] = tiny_plan(layers, mesh=Mesh(dp_shard=2), zero=1)
             plans[f"tp.{label}"] = tiny_plan(layers, mesh=Mesh(tp=2))
             plans[f"tp_sp.{label}"] = tiny_plan(layers, mesh=Mesh(tp=2), sequence_parallel=True)
+            apart = Mesh(dp_replicate=2, ep=2)
+            plans[f"ep.{label}"] = tiny_plan(layers, mesh=apart, experts=steps.EXPERTS)
             plans[f"ring.{label}"] = tiny_plan(layers, mesh=Mesh(cp=2))
             plans[f"ulysses.{label}"] = tiny_plan(layers, mesh=Mesh(cp=2, ulysses=2))
         times = steps.run_interleaved(plans)
@@ -183,6 +214,13 @@ class HostTimes:
         # a round is priced as an all-gather's, and there are two of them in backward
         self._extra("ring_block", times, "ring", calls["all_gather"] + block[0] + add,
                     2 * calls["all_gather"] + block[1] + 2 * add)  # fmt: skip
+        few, many = times["ep.few"], times["ep.many"]
+        for name, alone_s, num_calls in (
+            ("forward", self.expert_forward_s, 3),
+            ("backward", self.expert_backward_s, 2),
+        ):
+            beyond_s = per_layer_s(few, many, name) - alone_s - num_calls * calls["all_to_all"]
+            self._keep(f"ep_layer_{name}", beyond_s)
         self._pipeline(calls["p2p"])
         dist.destroy_process_group()
 

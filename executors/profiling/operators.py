@@ -16,14 +16,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from ...experts import Experts
 from ...kernels.fp8_cast import E4M3, E5M2, cast, pack_groups, unpack_groups
 from ..adamw_fp8 import AdamWFp8
-from ..decoder import rotary_table, rotate, token_loss
+from ..decoder import token_loss
+from ..experts.grouped import GroupedLinear, Groups
+from ..experts.routing import route
+from ..experts.rows import Permute, Unpermute, sorted_places
+from ..rotary import rotary_table, rotate
 from ..tiers import make_tier
 from ..torch_compat import scaled_matmul
 from .timing import Buffers, Call, Clock, Ring
@@ -257,6 +264,72 @@ def _cross_entropy(buffers: Buffers, sizes: Sizes) -> Case:
     return _through_autograd(lambda x: token_loss(x, targets), rotating[0], rotating, buffers)
 
 
+def _grouped_linear(buffers: Buffers, sizes: Sizes) -> Case:
+    """The matmuls of several experts on equally many rows each; weights and inputs are cold."""
+    rows, width_out, width_in, num_groups = sizes
+    each = rows // num_groups
+    layer = GroupedLinear(num_groups, width_in, width_out)
+    groups = Groups(torch.full((num_groups,), each, device=buffers.device), [each] * num_groups)
+    inputs = _leaves(buffers.rotating(each * num_groups, width_in))
+    weights = _leaves(buffers.rotating(num_groups, width_out, width_in))
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight}, (x, groups))
+
+    count = min(len(inputs), len(weights))
+    rotating = [(inputs[i], weights[i]) for i in range(count)]
+    return _through_autograd(function, rotating[0], rotating, buffers)
+
+
+def _choices(buffers: Buffers, tokens: int, copies: int) -> Tensor:
+    """Experts that tokens would choose: twice as many experts as copies, evenly drawn."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(tokens, 2 * copies, generator=generator)
+    return scores.topk(copies, dim=1).indices.to(buffers.device)
+
+
+def _routing(buffers: Buffers, sizes: Sizes) -> Case:
+    """Scores and the two largest of them; no more than there are."""
+    tokens, num_experts = sizes
+    spec = Experts(num_experts=num_experts, top_k=min(2, num_experts), ffn_hidden=1)
+    rotating = [(x,) for x in _leaves(buffers.rotating(tokens, num_experts))]
+    return _through_autograd(lambda x: route(x, spec).weights_TK, rotating[0], rotating, buffers)
+
+
+ROW = 128
+"""Width of the rows that are permuted: the kinds are priced by elements."""
+
+
+def _permute(buffers: Buffers, sizes: Sizes) -> Case:
+    """Sorting the choices, and tokens as rows in that order."""
+    elements, copies = sizes
+    tokens = elements // ROW
+    chosen = _choices(buffers, tokens, copies)
+
+    def function(x: Tensor) -> Tensor:
+        places = sorted_places(chosen, 2 * copies)
+        out: Any = Permute.apply(x, places.token_R, places.row_TK, False)
+        return out
+
+    rotating = [(x,) for x in _leaves(buffers.rotating(tokens, ROW))]
+    return _through_autograd(function, rotating[0], rotating, buffers)
+
+
+def _unpermute(buffers: Buffers, sizes: Sizes) -> Case:
+    """The weighted sum of each token's rows; backward gives the weights' gradient, too."""
+    elements, copies = sizes
+    tokens = elements // ROW
+    row_TK = sorted_places(_choices(buffers, tokens, copies), 2 * copies).row_TK
+    weights_TK = torch.full((tokens, copies), 0.5, device=buffers.device, requires_grad=True)
+
+    def function(x: Tensor, weights: Tensor) -> Tensor:
+        out: Any = Unpermute.apply(x, weights, row_TK, False)
+        return out
+
+    rotating = [(x, weights_TK) for x in _leaves(buffers.rotating(tokens * copies, ROW))]
+    return _through_autograd(function, rotating[0], rotating, buffers)
+
+
 def _adamw(buffers: Buffers, sizes: Sizes) -> Case:
     """Fused AdamW on `elements` fp32 parameters in `tensors` tensors, states cold where large."""
     elements, tensors = sizes
@@ -426,6 +499,12 @@ BENCHES: dict[str, Bench] = {
     "cast": Bench(ELEMENTS, _cast, _volume),
     "embedding": Bench(("tokens", "hidden", "vocab"), _embedding, _embedding_work),
     "cross_entropy": Bench(("tokens", "vocab"), _cross_entropy, _volume),
+    "grouped_linear": Bench(
+        ("rows", "out", "in", "groups"), _grouped_linear, lambda s: float(s[0] * s[1] * s[2])
+    ),
+    "routing": Bench(("tokens", "experts"), _routing, _volume),
+    "permute": Bench(("elements", "copies"), _permute, _volume),
+    "unpermute": Bench(("elements", "copies"), _unpermute, _volume),
     "adamw": Bench(("elements", "tensors"), _adamw, lambda sizes: float(sizes[0])),
     "adamw_fp8": Bench(("elements", "tensors"), _adamw_fp8, lambda sizes: float(sizes[0])),
     "quantize": Bench(ELEMENTS, _quantize, _volume, engine=False),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ...catalogs import load_cluster
+from ...experts import Experts
 from ...lengths import Lengths
 from ...mesh import Mesh
 from ...model import Layer, Model
@@ -30,6 +31,7 @@ STEPS = 16
 FEW, MANY = 2, 6
 """Layers of the two models whose difference tells the time of one layer."""
 ALONE = Mesh()
+EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=FFN)
 CPU = torch.device("cpu")
 
 
@@ -43,11 +45,15 @@ def tiny_plan(
     compute: str = "fp32",
     runtime: str = "eager",
     num_microbatches: int = 1,
+    experts: Experts | None = None,
     documents: bool = False,
 ) -> Plan:
     """A plan for a model of `num_layers` negligible layers, one sequence per micro-batch; with
     `documents` each token is one."""
-    layer = Layer(repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN)
+    layer = Layer(
+        repeat=num_layers, heads=HEADS, kv_heads=HEADS, head_dim=HEAD_DIM, ffn_hidden=FFN,
+        experts=experts,
+    )  # fmt: skip
     chosen = techniques(compute, recompute)
     if runtime != "eager":
         chosen["runtime"] = {"mode": runtime}

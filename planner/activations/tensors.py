@@ -88,7 +88,10 @@ def _graph(setting: Setting, index: int, layer: Layer) -> tuple[Graph, Sizes]:
     fused = setting.prices.pool.device.kind == "gpu"
     sp = bool(layouts.sequence_parallel[0])
     if model.is_decoder:
-        graph = decoder_layer(model, layer, sequence_parallel=sp, fused=fused, options=options)
+        counted = setting.prices.pool.stack.exchanges_counts
+        graph = decoder_layer(
+            model, layer, sequence_parallel=sp, fused=fused, options=options, counted=counted
+        )
     else:
         graph = stack_graph("layer", model, layer, sp=sp, fused=fused, options=options)
     sizes = local_axes(local_sizes(model, layer, layouts, setting.seq_tokens), options)

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...document import read
 from ...errors import InputError, NoFeasiblePlan
+from ...measurement import Measurement
 from ..csv_rows import Table, amount, check_header, read_rows
 
 Floats = NDArray[np.float64]
@@ -51,10 +53,13 @@ class Layout:
 
 
 def read_loads(path: str | Path) -> Loads:
-    """The loads of a CSV file: `expert,load` for one layer, or `layer,NAME,NAME,...` for several.
+    """The loads of a CSV file, `expert,load` for one layer or `layer,NAME,NAME,...` for several, or
+    those that a run measured (the JSON of `forerun run`), by the numbers of layers and experts.
 
     Raises InputError naming the row and the column.
     """
+    if Path(path).suffix == ".json":
+        return _measured(read(Measurement, path), path)
     table = read_rows(path)
     if table.header[0] == "layer":
         return _by_layer(table)
@@ -64,6 +69,23 @@ def read_loads(path: str | Path) -> Loads:
     _refuse_repeated("expert", names)
     tokens = [amount(line[load_at], "load", row) for row, line in enumerate(table.rows, start=1)]
     return Loads(experts=tuple(names), layers=("0",), tokens=np.array([tokens]))
+
+
+def _measured(measurement: Measurement, path: str | Path) -> Loads:
+    """The loads of a run; its layers have equally many experts."""
+    found = measurement.experts
+    if not found:
+        raise InputError("loads", path, "measured no experts",
+                         "run a model that has some, or give a CSV file")  # fmt: skip
+    sizes = {len(load.tokens) for load in found}
+    if len(sizes) > 1:
+        raise InputError("loads", sorted(sizes), "layers of unequally many experts",
+                         "give the loads of one kind of layer as a CSV file")  # fmt: skip
+    return Loads(
+        experts=tuple(map(str, range(sizes.pop()))),
+        layers=tuple(str(load.layer) for load in found),
+        tokens=np.array([load.tokens for load in found], dtype=np.float64),
+    )
 
 
 def _by_layer(table: Table) -> Loads:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .cluster import Cluster, Device, Link, Pool, Profile
 from .errors import ForerunError, InputError, NoFeasiblePlan, RunFailed, ToleranceExceeded
 from .estimate import Estimate, Interval
+from .experts import Experts
 from .measurement import Measurement
 from .mesh import Mesh
-from .model import Experts, Layer, Model
+from .model import Layer, Model
 from .plan import Phase, Plan, PlanFile, Setting, Stage
 from .stack import Stack
 from .workload import Workload

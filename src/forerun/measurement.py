@@ -38,6 +38,23 @@ class RankMeasurement(Value, frozen=True, kw_only=True):
     bytes_off_device: dict[str, float] = {}
 
 
+class ExpertLoad(Value, frozen=True, kw_only=True):
+    """What the router of one layer did over the timed steps."""
+
+    layer: int
+    ep: int = 1
+    """Expert-parallel ranks of the run."""
+    tokens: tuple[int, ...]
+    """Choices that fell on each expert, of all ranks; what a full expert turned away included."""
+    imbalance: float
+    """Rows of the fullest expert-parallel rank over the mean, mean over forward passes; 1 where
+    ranks exchange no rows."""
+    dropped: float = 0.0
+    """Fraction of the choices that a full expert turned away."""
+    balance: float = 0.0
+    """E sum f p, mean over forward passes: 1 when choices are even."""
+
+
 class Measurement(Document, frozen=True, kw_only=True):
     """One executed plan."""
 
@@ -72,4 +89,6 @@ class Measurement(Document, frozen=True, kw_only=True):
     """Mean loss per token of every step, warm-up included."""
     ranks: tuple[RankMeasurement, ...]
     environment: dict[str, str]
+    experts: tuple[ExpertLoad, ...] = ()
+    """Of every layer with routed experts; `forerun solve experts` places them by it."""
     emulated: bool = False

@@ -53,6 +53,35 @@ class Mesh(Value, frozen=True, kw_only=True):
         return self.pp * self.dp * self.cp * self.tp
 
     @property
+    def expert_tp(self) -> int:
+        """Ranks over which tp cuts an expert: 1 where ep lies over the ranks of tp as well."""
+        return self.tp if (self.dp * self.cp) % self.ep == 0 else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks of the same experts over which ZeRO divides their states: those of dp_shard and cp
+        (and of tp where experts are not cut by it), shared among ep."""
+        return max(1, self.dp_shard * self.cp * self.tp // self.expert_tp // self.ep)
+
+    def expert_shape(self) -> dict[str, int]:
+        """Degrees of the expert mesh in rank order, outermost first; their product is the world.
+
+        The same ranks in the same order as `shape`: ep lies over neighbours on the axes that hold
+        the same dense weights, so that copies of an expert are ep (times expert_tp) apart.
+
+        >>> Mesh(dp_shard=4, tp=2, ep=2).expert_shape()
+        {'pp': 1, 'expert_replicate': 1, 'expert_shard': 2, 'ep': 2, 'expert_tp': 2}
+        """
+        holders = self.dp * self.cp * self.tp // self.expert_tp // self.ep
+        return {
+            "pp": self.pp,
+            "expert_replicate": holders // self.expert_shards,
+            "expert_shard": self.expert_shards,
+            "ep": self.ep,
+            "expert_tp": self.expert_tp,
+        }
+
+    @property
     def num_stages(self) -> int:
         """Pipeline stages: chunks over all pipeline ranks."""
         return self.pp * self.vpp

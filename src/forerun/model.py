@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from . import ends, traced
 from .document import Document, Value
 from .errors import InputError
+from .experts import Experts
 from .traced import Traced, TracedOperator
 from .vision import Conditioning, ConvBlock, Patches
 
@@ -17,19 +18,6 @@ GATED: tuple[Mlp, ...] = ("swiglu", "geglu")
 Norm = Literal["rmsnorm", "layernorm"]
 Positions = Literal["rope", "learned", "alibi", "relative", "none"]
 Head = Literal["lm", "mlm", "classifier", "projection", "diffusion"]
-
-
-class Experts(Value, frozen=True, kw_only=True):
-    """The routed experts that take the place of a layer's MLP."""
-
-    num_experts: int
-    top_k: int
-    ffn_hidden: int
-    """Width of one routed expert."""
-    shared_ffn_hidden: int = 0
-    """Total width of the experts that every token passes; 0 = none."""
-    capacity_factor: float | None = None
-    """None = dropless."""
 
 
 class LatentAttention(Value, frozen=True, kw_only=True):
@@ -82,6 +70,11 @@ class Layer(Value, frozen=True, kw_only=True):
     def tokens(self, seq_tokens: int) -> int:
         """Tokens of one sample in this layer at a workload's sequence length."""
         return self.seq_tokens or math.ceil(self.seq_share * seq_tokens)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has neither routed experts nor latent attention."""
+        return self.experts is None and self.latent is None
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
@@ -244,6 +237,8 @@ class Model(Document, frozen=True, kw_only=True):
                 _positive(self.name, f"layers.{field}", getattr(layer, field))
             if layer.experts is None:
                 _positive(self.name, "layers.ffn_hidden", layer.ffn_hidden)
+            else:
+                layer.experts.check(self.name)
             if layer.heads % layer.kv_heads:
                 raise InputError("layers.kv_heads", layer.kv_heads,
                                  f"does not divide {layer.heads} heads of {self.name}",

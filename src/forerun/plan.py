@@ -12,6 +12,7 @@ from .cluster import Cluster
 from .document import Document, Value
 from .errors import InputError
 from .estimate import Estimate
+from .experts import check_placement
 from .mesh import Mesh
 from .model import Layer, Model
 from .orders import Orders, check_orders, owners, parse_orders, splits
@@ -142,7 +143,7 @@ class Phase(Value, frozen=True, kw_only=True):
             parts.append(f"cp{mesh.cp}" + (f"-u{mesh.ulysses}" if mesh.ulysses > 1 else "")
                          + (f"-{kind}" if kind in ("ring", "lightseq") else ""))  # fmt: skip
         if mesh.ep > 1:
-            parts.append(f"ep{mesh.ep}")
+            parts.append(f"ep{mesh.ep}{self._placement()}")
         if mesh.tp > 1:
             parts.append(f"tp{mesh.tp}" + ("-sp" if self.sequence_parallel else ""))
         if mesh.pp > 1:
@@ -157,6 +158,17 @@ class Phase(Value, frozen=True, kw_only=True):
         runtime = str(self.technique("runtime").get("mode", "eager"))
         parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
+
+    def _placement(self) -> str:
+        """A hash of the experts' placement, where there is one."""
+        placed = [
+            (setting.layers, setting.techniques["expert-placement"]["slots"])
+            for setting in self.settings
+            if "slots" in setting.techniques.get("expert-placement", {})
+        ]
+        if not placed:
+            return ""
+        return f"-placed~{sha256(msgspec.json.encode(placed)).hexdigest()[:4]}"
 
     def _precision(self) -> str:
         """Compute dtype with its recipe."""
@@ -350,6 +362,18 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if phase.compute_dtype not in COMPUTE_DTYPES:
         raise _refuse("precision", phase.compute_dtype, "unknown dtype of matmuls",
                       f"use {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
+    routed = plan.workload.balance_loss != "none" or plan.workload.router_z_loss_coef > 0
+    if routed and not any(layer.experts for layer in model.layers):
+        raise _refuse("balance_loss", plan.workload.balance_loss,
+                      f"{model.name} has no routers to train by it", "leave it out")  # fmt: skip
+    for setting in phase.settings:
+        placed = setting.techniques.get("expert-placement")
+        if placed is None:
+            continue
+        for index in range(setting.layers[0], min(setting.layers[1], model.num_layers - 1) + 1):
+            experts = model.layer_at(index).experts
+            if experts is not None:
+                check_placement(placed, experts, mesh.ep)
     kind = str(phase.technique("context-parallel").get("kind", CP_KINDS[0]))
     if kind not in CP_KINDS:
         raise _refuse("cp-kind", kind, "unknown kind of context parallelism",
@@ -454,13 +478,8 @@ def layout_problems(
     if mesh.dp_shard > 1 and zero == 0:
         yield _refuse("zero", 0, f"dp_shard={mesh.dp_shard} shards states",
                       "use --zero 1, 2 or 3, or dp_replicate")  # fmt: skip
-    if mesh.ep > 1 and not any(layer.experts for layer in model.layers):
-        yield _refuse("ep", mesh.ep, f"{model.name} has no experts", "drop --ep")
+    yield from _expert_problems(model, mesh, sequence_parallel)
     for layer in model.layers:
-        if layer.experts is not None and layer.experts.num_experts % mesh.ep:
-            yield _refuse("ep", mesh.ep,
-                          f"does not divide {layer.experts.num_experts} experts of {model.name}",
-                          "give a divisor")  # fmt: skip
         if mesh.ulysses > 1:
             yield from _ulysses_problems(model, layer, mesh)
 
@@ -518,6 +537,24 @@ def _microbatch_problems(mesh: Mesh, schedule: str, num_microbatches: int) -> It
     if schedule in LOOPED_SCHEDULES and num_microbatches % mesh.pp:
         problem = f"{schedule} needs a multiple of pp={mesh.pp}"
         yield _refuse("num_microbatches", num_microbatches, problem, "change the micro-batch")
+
+
+def _expert_problems(model: Model, mesh: Mesh, sequence_parallel: bool) -> Iterator[InputError]:
+    """Experts are shared out evenly, tokens routed once, and states divided into equal parts."""
+    if mesh.ep > 1 and not any(layer.experts for layer in model.layers):
+        yield _refuse("ep", mesh.ep, f"{model.name} has no experts", "drop --ep")
+    for layer in model.layers:
+        if layer.experts is not None and layer.experts.num_experts % mesh.ep:
+            yield _refuse("ep", mesh.ep,
+                          f"does not divide {layer.experts.num_experts} experts of {model.name}",
+                          "give a divisor")  # fmt: skip
+    if mesh.tp > mesh.expert_tp and not sequence_parallel:
+        yield _refuse("ep", mesh.ep, f"lies over tp={mesh.tp}, whose ranks then route a part of "
+                      "the sequence each", "add --sp, or let ep divide dp*cp")  # fmt: skip
+    sharing = mesh.dp_shard * mesh.cp * mesh.tp // mesh.expert_tp
+    if sharing % mesh.ep and mesh.ep % sharing:
+        yield _refuse("ep", mesh.ep, f"neither divides nor is a multiple of the {sharing} ranks "
+                      "that share states", "change ep or dp_shard")  # fmt: skip
 
 
 def _check_orders(phase: Phase) -> None:

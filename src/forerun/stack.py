@@ -131,7 +131,11 @@ class Stack(Value, frozen=True, kw_only=True):
     expert_efficiency: float = 1.0
     """Grouped matmuls of experts relative to a plain matmul of the same total size."""
     expert_imbalance: float = 1.0
-    """Tokens of the busiest expert rank relative to the mean."""
+    """Tokens of the busiest expert rank relative to the mean, where a plan does not say."""
+    exchanges_counts: bool = False
+    """Whether expert-parallel ranks first tell each other how many rows go where, and then sort
+    what arrives by expert, as steps of their own (our executors); elsewhere these are left to the
+    fitted constants."""
     sharding: Literal["fsdp", "megatron"] = "fsdp"
     """fsdp: parameters gathered and gradients scattered by units (FSDP2, ZeRO-3 style); megatron:
     16-bit parameters whole on the rank, gradients reduced once per step, states beside them."""

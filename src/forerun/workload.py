@@ -14,6 +14,7 @@ Objective = Literal["throughput", "cost", "memory"]
 Optimizer = Literal[
     "adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "adamw_fp8_block", "adamw_offload", "sgd"
 ]
+BalanceLoss = Literal["none", "micro-batch", "global-batch"]
 
 
 class Workload(Document, frozen=True, kw_only=True):
@@ -44,6 +45,14 @@ class Workload(Document, frozen=True, kw_only=True):
     """Classes of techniques that the planner may use (`planner/quality.py`)."""
     accepted: tuple[str, ...] = ()
     """Single techniques that it may use whatever their class, by the names of their records."""
+    balance_loss: BalanceLoss = "none"
+    """Load-balancing loss of every router, E sum_i f_i p_i: the fractions f of choices that fall on
+    an expert are those of one micro-batch, or of all replicas and of the step's micro-batches so
+    far (Qiu et al. 2025, Demons in the Detail)."""
+    balance_loss_coef: float = 0.01
+    """Its weight beside the loss of tokens; `router_aux_loss_coef` of Hugging Face models."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the mean squared log-sum-exp of router logits (Zoph et al. 2022, ST-MoE)."""
 
     def __post_init__(self) -> None:
         for field in ("seq_tokens", "global_batch_seqs", "steps"):
@@ -52,6 +61,10 @@ class Workload(Document, frozen=True, kw_only=True):
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise InputError("clip-norm", self.clip_norm, "not a positive number",
                              "give one such as 1.0, or leave it out")  # fmt: skip
+        for field in ("balance_loss_coef", "router_z_loss_coef"):
+            weight: float = getattr(self, field)
+            if not 0 <= weight < float("inf"):
+                raise InputError(field, weight, "not a weight of zero or more", "give 0 for none")
 
     @property
     def global_batch_tokens(self) -> int:

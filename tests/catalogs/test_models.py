@@ -96,7 +96,10 @@ ROUNDED = {  # 1e9 parameters as their papers or tables print them, and how far 
     "stablelm-alpha": (3.64, 0.005),
 }
 
-TINY = {"tiny-1m": 1e6, "tiny-3m": 3e6, "tiny-6m": 6e6, "tiny-25m": 25e6}
+TINY = {
+    "tiny-1m": 1e6, "tiny-3m": 3e6, "tiny-6m": 6e6, "tiny-25m": 25e6, "tiny-moe-4m": 4e6,
+    "tiny-mla-moe-2m": 2e6,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -115,9 +118,10 @@ def test_tiny_family(name: str) -> None:
     model = load_model(name)
     assert model.num_params == pytest.approx(TINY[name], rel=0.2)
     assert (model.vocab, model.tied_embeddings, model.positions) == (256, False, "rope")
-    layer = model.layers[0]
-    assert layer.heads * layer.head_dim == model.hidden
-    assert all(size % 2 == 0 for size in (layer.heads, layer.kv_heads, layer.ffn_hidden))
+    layer = model.layers[-1]
+    values = layer.head_dim if layer.latent is None else layer.latent.v_head_dim
+    assert layer.heads * values == model.hidden
+    assert all(size % 2 == 0 for size in (layer.heads, layer.kv_heads, *layer.mlp_widths))
 
 
 @pytest.mark.parametrize("name", names("models"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,23 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forerun.catalogs import load_model
+from forerun.catalogs import load_cluster, load_model
 from forerun.costmodel import Layouts, bound_layouts, estimate
-from forerun.costmodel.graph import volume
+from forerun.costmodel.exposed import forward_collectives, wire_bytes
+from forerun.costmodel.graph import Graph, Sizes, volume
 from forerun.costmodel.layers import decoder_layer, embedding, head
 from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operators import KINDS
 from forerun.costmodel.options import Options
+from forerun.costmodel.prices import Prices
+from forerun.costmodel.techniques import apply
+from forerun.costmodel.techniques.expert_offload import host_bytes
 from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
 from forerun.plan import Plan, layout_problems
+from forerun.planner.experts import offload_experts
 
 from .graphs import forward_flops, layer_graph, layouts_of, moved, num_bytes
 
 MakePlan = Callable[..., Plan]
 
+PRICES = Prices(load_cluster("8xH100").pools[0], None)
 SEQ = 4096
 H, HEADS, KV, HEAD, FFN, EXPERTS, TOP_K = 4096, 32, 8, 128, 14336, 8, 2
 """Mixtral 8x7B (arXiv 2401.04088, table 1)."""
@@ -102,7 +109,8 @@ def test_all_to_all_moves_each_token_top_k_times(make_plan: MakePlan) -> None:
     plan = make_plan("mixtral-8x7b", dp_shard=8, ep=8, zero=1, seq_tokens=SEQ, global_batch_seqs=16)
     result = estimate(plan)
     micro_batches, layers = 2, 32
-    assert result.bytes_on_wire["all_to_all@ep"] == micro_batches * layers * 4 * SEQ * TOP_K * H * 2
+    rows, counts = 4 * SEQ * TOP_K * H * 2, EXPERTS * 8
+    assert result.bytes_on_wire["all_to_all@ep"] == micro_batches * layers * (rows + counts)
     assert result.time_terms_s["exposed.ep"] > 0
 
 
@@ -206,3 +214,122 @@ def test_frozen_experts_have_neither_gradients_nor_an_update(make_plan: MakePlan
     result = estimate(msgspec.structs.replace(plan, phases=(phase,)))
     assert result.bytes_on_wire["reduce_scatter@dp"] == pytest.approx(4 * adapters, rel=1e-9)
     assert result.time_terms_s["optimizer"] < estimate(plan).time_terms_s["optimizer"] / 100
+
+
+def counted_graph(**degrees: int) -> tuple[Graph, Sizes]:
+    """A Mixtral layer as our executors run it."""
+    model, options = load_model("mixtral-8x7b"), Options(compute="bf16")
+    sp = bool(degrees.get("sequence_parallel", 0))
+    graph = decoder_layer(model, model.layers[0], sequence_parallel=sp, fused=True,
+                          options=options, counted=True)  # fmt: skip
+    sizes = local_sizes(model, model.layers[0], layouts_of(**degrees), SEQ)
+    return apply(graph, options), sizes
+
+
+def test_counts_go_first_and_rows_are_gathered_evenly_or_not() -> None:
+    """Of 8 experts 8 bytes each; uneven rows over tp by all-to-all, even ones by a gather."""
+    graph, sizes = counted_graph(ep=4)
+    counts, rows = moved(graph, "ep")[:2]
+    assert num_bytes([counts], sizes) == EXPERTS * 8
+    assert num_bytes([rows], sizes) == SEQ * TOP_K * H * 2
+    for ep, even in ((1, True), (4, False)):
+        graph, sizes = counted_graph(ep=ep, tp=2, sequence_parallel=1)
+        wire = wire_bytes(forward_collectives(graph, Options(compute="bf16"), PRICES), sizes,
+                          layouts_of(ep=ep, tp=2, sequence_parallel=1))  # fmt: skip
+        # counts of both tp ranks, and the inputs of attention, which are gathered as well
+        small = 2 * EXPERTS * 8
+        gathered = float(wire["all_gather@tp"][0]) - SEQ * H * 2 - small
+        assert gathered == (SEQ * TOP_K * H * 2 if even else 0)
+        assert float(wire.get("all_to_all@tp", np.zeros(1))[0]) == (
+            0 if even else 2 * SEQ * TOP_K * H * 2
+        )
+
+
+def _with_placement(plan: Plan, **setting: Any) -> Plan:
+    (own,) = plan.phase.settings
+    techniques = {**own.techniques, "expert-placement": setting}
+    settings = (msgspec.structs.replace(own, techniques=techniques),)
+    return msgspec.structs.replace(
+        plan, phases=(msgspec.structs.replace(plan.phase, settings=settings),)
+    )
+
+
+SLOTS = [[0, 1, 2], [3, 4, 0], [5, 6, 1], [7, 0, 1]]
+"""Experts 0 and 1 three times each."""
+
+
+def test_replicas_take_memory_and_an_exchange_of_gradients(make_plan: MakePlan) -> None:
+    plan = make_plan("mixtral-8x7b", dp_shard=8, ep=4, zero=1, seq_tokens=SEQ, global_batch_seqs=8)
+    placed = _with_placement(plan, slots=SLOTS)
+    before, after = estimate(plan), estimate(placed)
+    one, layers = 3 * H * FFN, 32
+    more_rows = after.bytes_on_wire["all_to_all@ep"] - before.bytes_on_wire["all_to_all@ep"]
+    counts = layers * (12 - 8) * 8
+    shards, ep = 2, 4
+    assert more_rows - counts == layers * 2 * 4 * one * 4 / ep / shards
+    ratio = after.memory_terms_bytes["optimizer"] / before.memory_terms_bytes["optimizer"]
+    assert 1.4 < ratio < 1.5, "three experts on a rank instead of two, and the dense weights"
+
+
+def test_imbalance_costs_time_and_memory_but_no_bytes(make_plan: MakePlan) -> None:
+    plan = make_plan("mixtral-8x7b", dp_shard=8, ep=8, zero=1, seq_tokens=SEQ, global_batch_seqs=8)
+    even, uneven = (estimate(_with_placement(plan, imbalance=x)) for x in (1.0, 2.0))
+    assert even.bytes_on_wire == uneven.bytes_on_wire == estimate(plan).bytes_on_wire
+    assert uneven.time_terms_s["exposed.ep"] > 1.9 * even.time_terms_s["exposed.ep"]
+    assert uneven.time_terms_s["forward"] > even.time_terms_s["forward"]
+    assert uneven.peak_memory_bytes.median > even.peak_memory_bytes.median
+    alone = make_plan("mixtral-8x7b", dp_shard=8, zero=3, seq_tokens=SEQ, global_batch_seqs=8)
+    assert estimate(_with_placement(alone, imbalance=1.0)) == estimate(alone)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("micro-batch", 2), ("global-batch", 8)])
+def test_a_balance_loss_sums_four_bytes_per_expert(
+    make_plan: MakePlan, kind: Any, ranks: int
+) -> None:
+    """Over the parts of a sequence, or over all replicas' too; not again in a recomputed layer."""
+    plan = make_plan("mixtral-8x7b", dp_replicate=4, tp=2, sp=True, seq_tokens=SEQ,
+                     global_batch_seqs=8, recompute="full")  # fmt: skip
+    workload = msgspec.structs.replace(plan.workload, balance_loss=kind)
+    with_loss = estimate(msgspec.structs.replace(plan, workload=workload))
+    assert with_loss.bytes_on_wire["all_reduce@ep"] == 2 * 32 * EXPERTS * 4
+    layouts = Layouts.of(plan.phase)
+    sizes = local_sizes(plan.model, plan.model.layers[0], layouts, SEQ)
+    axis = "micro_batch_ranks" if kind == "micro-batch" else "batch_ranks"
+    assert sizes[axis][0] == ranks
+
+
+def test_capacity_is_a_whole_number_of_rows() -> None:
+    """Of 8 experts, 1.1 x 2 x 100 / 8 = 27.5 rows each: 28."""
+    experts = load_model("mixtral-8x7b").layers[0].experts
+    assert experts is not None
+    full = msgspec.structs.replace(experts, capacity_factor=1.1)
+    assert full.capacity(100) == 28
+    layer = msgspec.structs.replace(load_model("mixtral-8x7b").layers[0], experts=full)
+    sizes = local_sizes(load_model("mixtral-8x7b"), layer, layouts_of(), 100)
+    assert sizes["copies"][0] * 100 == pytest.approx(8 * 28)
+
+
+def test_moments_on_the_host_leave_the_device(make_plan: MakePlan) -> None:
+    plan = make_plan("mixtral-8x7b", dp_shard=8, ep=8, zero=1, seq_tokens=SEQ, global_batch_seqs=8)
+    hosted = offload_experts(plan, None)
+    before, after = estimate(plan), estimate(hosted)
+    moments = 8 * 32 * 3 * H * FFN  # of one expert per layer
+    saved = before.memory_terms_bytes["optimizer"] - after.memory_terms_bytes["optimizer"]
+    assert saved == host_bytes(hosted) == moments
+    link = plan.cluster.pools[0].host
+    assert link is not None
+    assert after.time_terms_s["exposed.copy"] == pytest.approx(
+        2 * moments / link.bytes_per_s, rel=0.05
+    )
+    with pytest.raises(InputError, match=f"^expert-offload.host_bytes=1000: .* take {moments}"):
+        offload_experts(plan, 1000)
+
+
+def test_routers_are_summed_over_tp_without_a_split_sequence(make_plan: MakePlan) -> None:
+    """Each rank sees its part of the experts' outputs, so that a router's gradient is a part."""
+    plan = make_plan("mixtral-8x7b", dp_replicate=4, tp=2, seq_tokens=SEQ, global_batch_seqs=4)
+    dense = make_plan("llama-2-7b", dp_replicate=4, tp=2, seq_tokens=SEQ, global_batch_seqs=4)
+    wire, plain = estimate(plan).bytes_on_wire, estimate(dense).bytes_on_wire
+    edges = (4 * 32 + 2) * SEQ * H * 2
+    assert wire["all_reduce@tp"] - plain["all_reduce@tp"] == 32 * EXPERTS * H * 4
+    assert plain["all_reduce@tp"] >= edges

@@ -22,6 +22,8 @@ class Use:
     techniques: dict[str, dict[str, Any]] = field(default_factory=dict)
     phase: dict[str, Any] = field(default_factory=dict)
     optimizer: str | None = None
+    routed: bool = False
+    """Whether it is about routed experts, which the model then has."""
 
 
 USES: dict[str, Use] = {
@@ -31,6 +33,8 @@ USES: dict[str, Use] = {
     "adamw4bit": Use(optimizer="adamw4bit"),
     "adamw8bit": Use(optimizer="adamw8bit"),
     "attention": Use({"attention": {"kernel": "unfused"}}),
+    "expert-offload": Use(families.OFFLOAD["more"], routed=True),
+    "expert-placement": Use(families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
     "lora": Use({"lora": {"rank": 8}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),
     "offload": Use({"offload": {"activations": 0.5}}),
@@ -73,7 +77,8 @@ def plan_of(first: str, second: str) -> Plan:
         mesh["dp_shard"] = 1  # two processes: what ZeRO would shard over is one rank
     elif "dp_shard" not in mesh:
         mesh["dp_replicate"] = WORLD
-    plan = families.make_plan(WIDE, **phase)
+    model = families.MOE if any(use.routed for use in uses) else WIDE
+    plan = families.make_plan(model, **phase)
     settings = tuple(msgspec.structs.replace(s, techniques=techniques) for s in plan.phase.settings)
     workload = msgspec.structs.replace(plan.workload, optimizer=(optimizers or ["adamw"])[0])
     return msgspec.structs.replace(

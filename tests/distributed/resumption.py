@@ -18,14 +18,16 @@ from forerun.executors.checkpoints.folder import Checkpoint
 from forerun.executors.checkpoints.shards import named_parameters
 from forerun.executors.checkpoints.writer import Writer
 from forerun.executors.trainer import Trainer
-from forerun.model import Model
 from forerun.plan import Plan
 
 SAME = {1: ("accumulation",), 2: ("1f1b",), 4: ("ddp4",)}
 """Families of the default run that go on in their own layout; `ddp4` sums over more than two."""
 
 CHAIN = {
-    2: {"llama": ("zero3", "tp-sp", "zigzag zero3", "zb-v")},
+    2: {
+        "llama": ("zero3", "tp-sp", "zigzag zero3", "zb-v"),
+        "moe": ("ep2 ddp", "zero3", "ep2 zero2"),
+    },
     4: {"gpt": ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3")},
 }
 """Layouts of the default run that hand a training on, a step each."""
@@ -36,13 +38,16 @@ LONG_CHAIN = {
     4: ("tp2 x ddp2", "pp2x2 x zero3", "tp2-sp x zero3", "pp4", "hsdp zero3", "tp2 x pp2", "ddp4",
         "pp2 x zero1", "cp2 x hsdp"),
 }  # fmt: skip
+LONG_EXPERT_CHAIN = {4: ("hsdp ep2", "ep2 x tp2-sp", "ep2 x fsdp2")}
+"""The same of a mixture of experts."""
 
 DDP4 = {"mesh": {"dp_replicate": 4}, "micro_batch_seqs": 1}
 
 
-def plan_of(model: Model, family: str, world: int) -> Plan:
-    settings = DDP4 if family == "ddp4" else families.FAMILIES[world][family]
-    return families.make_plan(model, **settings)
+def plan_of(model: str, family: str, world: int) -> Plan:
+    if family == "ddp4":
+        return families.make_plan(families.MODELS[model], **DDP4)
+    return families.plan_of(world, model, family)
 
 
 def facts(plan: Plan) -> Checkpoint:
@@ -93,7 +98,7 @@ def resumed(plan: Plan, place: Path, step: int, group: Any) -> tuple[Trainer, li
     return trainer, losses
 
 
-def same_layout(model: Model, family: str, world: int, place: Path) -> dict[str, Any]:
+def same_layout(model: str, family: str, world: int, place: Path) -> dict[str, Any]:
     """Five steps at once against three and two after a resumption."""
     group = dist.new_group(backend="gloo")
     plan = plan_of(model, family, world)
@@ -110,7 +115,7 @@ def same_layout(model: Model, family: str, world: int, place: Path) -> dict[str,
     }
 
 
-def chain(model: Model, layouts: tuple[str, ...], world: int, place: Path) -> dict[str, Any]:
+def chain(model: str, layouts: tuple[str, ...], world: int, place: Path) -> dict[str, Any]:
     """One training, handed from layout to layout; what each starts with is what was left."""
     group = dist.new_group(backend="gloo")
     losses: list[float] = []
@@ -142,7 +147,10 @@ def selected(world: int, slow: bool) -> tuple[list[tuple[str, str]], dict[str, t
         return [("gpt", family) for family in SAME[world]], CHAIN.get(world, {})
     every = [(model, family) for model in families.MODELS for family in families.FAMILIES[world]]
     layouts: tuple[str, ...] = LONG_CHAIN[world]
-    return every, {model: layouts for model in families.MODELS}
+    chains = {model: layouts for model in families.MODELS}
+    if world in LONG_EXPERT_CHAIN:
+        chains["moe"] = LONG_EXPERT_CHAIN[world]
+    return every, chains
 
 
 def tasks(
@@ -153,10 +161,7 @@ def tasks(
     same, chains = selected(world, slow)
     for name, family in same:
         own = place / name / family.replace(" ", "-")
-        found[name, f"resume {family}"] = partial(
-            same_layout, families.MODELS[name], family, world, own
-        )
+        found[name, f"resume {family}"] = partial(same_layout, name, family, world, own)
     for name, layouts in chains.items():
-        model = families.MODELS[name]
-        found[name, "chain"] = partial(chain, model, layouts, world, place / name / "chain")
+        found[name, "chain"] = partial(chain, name, layouts, world, place / name / "chain")
     return found

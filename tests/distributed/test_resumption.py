@@ -16,7 +16,8 @@ WORLDS = (1, 2, 4)
 
 @cache
 def plain_losses(model: str) -> list[float]:
-    return families.reference(families.MODELS[model])["losses"]
+    models = families.MODELS | families.EXPERT_MODELS
+    return families.reference(models[model])["losses"]
 
 
 def check_same(group: Group, selection: str, world: int, model: str, family: str) -> None:

@@ -30,8 +30,7 @@ Task = Callable[[], dict[str, Any]]
 
 def run_family(model: str, family: str, world: int) -> dict[str, Any]:
     """What one family gives on this rank."""
-    settings = families.FAMILIES[world][family]
-    plan = families.make_plan(families.MODELS[model], **settings)
+    plan = families.plan_of(world, model, family)
     return families.train(build(plan, device=torch.device("cpu")))
 
 
@@ -48,7 +47,7 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
     slow = selection == "slow"
     found: dict[tuple[str, str], Task] = {
         (model, family): partial(run_family, model, family, world)
-        for model, family in families.names(world, slow)
+        for model, family in families.names(world, slow) + families.expert_names(world, slow)
     }
     found |= {
         (model, family): partial(low_precision.run, family, world)

@@ -11,8 +11,9 @@ from forerun.catalogs import load_cluster
 from forerun.executors.build import build
 from forerun.executors.measure.memory import LiveTensors
 from forerun.executors.trainer import Trainer
+from forerun.experts import Experts
 from forerun.mesh import Mesh
-from forerun.model import Layer, Mlp, Model, Norm
+from forerun.model import LatentAttention, Layer, Mlp, Model, Norm
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
 from forerun.workload import Workload
 
@@ -35,6 +36,36 @@ LLAMA = model("swiglu", "rmsnorm", kv_heads=2, tied=False, bias=False)
 GPT = model("gelu", "layernorm", kv_heads=4, tied=True, bias=True)
 NEMOTRON = model("squared_relu", "layernorm", kv_heads=4, tied=False, bias=False)
 MODELS = (LLAMA, GPT, NEMOTRON)
+
+EXPERTS = Experts(num_experts=8, top_k=2, ffn_hidden=96)
+CAPACITY = Experts(num_experts=8, top_k=2, ffn_hidden=96, capacity_factor=1.25)
+SHARED = Experts(num_experts=8, top_k=2, ffn_hidden=96, shared_ffn_hidden=80, scores="sigmoid")
+NARROW = LatentAttention(
+    q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+)
+EVEN = LatentAttention(
+    q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24
+)
+
+
+def routed(name: str, experts: Experts, latent: LatentAttention | None, mlp: Mlp) -> Model:
+    head_dim, kv_heads = (16, 2) if latent is None else (24, 4)
+    layer = Layer(
+        repeat=3, heads=4, kv_heads=kv_heads, head_dim=head_dim, mlp=mlp, experts=experts,
+        latent=latent,
+    )  # fmt: skip
+    return Model(name=name, hidden=64, vocab=384, layers=(layer,))
+
+
+ROUTED = (
+    routed("moe", EXPERTS, None, "swiglu"),
+    routed("mla-shared", SHARED, NARROW, "swiglu"),
+)
+LONG = (
+    routed("moe-gelu", EXPERTS, None, "gelu"),
+    routed("capacity", CAPACITY, EVEN, "swiglu"),
+)
+"""Left to the long run."""
 
 
 def make_plan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -10,11 +12,14 @@ from forerun.catalogs import load_cluster
 from forerun.errors import InputError, RunFailed
 from forerun.executors.build import build, check_supported
 from forerun.executors.init import full_parameter, local_part
+from forerun.executors.support import check_kept
 from forerun.executors.trainer import Trainer
+from forerun.experts import Experts
+from forerun.lengths import Lengths
 from forerun.mesh import Mesh
-from forerun.model import Experts, LatentAttention, Layer, Model
+from forerun.model import LatentAttention, Layer, Model
 from forerun.plan import Phase, Plan, Setting, even_stages, techniques
-from forerun.workload import Workload
+from forerun.workload import Optimizer, Workload
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 CPU = torch.device("cpu")
@@ -24,6 +29,18 @@ GPT_LAYER = Layer(repeat=2, heads=2, kv_heads=2, head_dim=8, ffn_hidden=24, mlp=
                   norm="layernorm", bias=True)  # fmt: skip
 GPT = Model(name="tiny-gpt", hidden=16, vocab=32, layers=(GPT_LAYER,), tied_embeddings=True,
             positions="learned", max_positions=8)  # fmt: skip
+
+MOE_AND_LATENT = Model(
+    name="tiny-moe", hidden=16, vocab=32,
+    layers=(
+        Layer(repeat=1, heads=2, kv_heads=1, head_dim=4, mlp="gelu",
+              experts=Experts(num_experts=4, top_k=2, ffn_hidden=8)),
+        Layer(repeat=1, heads=2, kv_heads=2, head_dim=6,
+              latent=LatentAttention(q_lora_rank=6, kv_lora_rank=4, qk_nope_head_dim=2,
+                                     qk_rope_head_dim=4, v_head_dim=2),
+              experts=Experts(num_experts=3, top_k=1, ffn_hidden=8, shared_ffn_hidden=4)),
+    ),
+)  # fmt: skip
 
 
 def make_plan(model: Model = MODEL, recompute: str = "none", **changes: object) -> Plan:
@@ -67,7 +84,7 @@ def trainer_of(plan: Plan) -> Trainer:
     return build(plan, device=CPU)
 
 
-@pytest.mark.parametrize("model", [MODEL, GPT])
+@pytest.mark.parametrize("model", [MODEL, GPT, MOE_AND_LATENT])
 def test_the_decoder_has_the_parameters_that_the_model_says(model: Model) -> None:
     pieces = trainer_of(make_plan(model)).pieces
     assert sum(p.numel() for p in pieces[0].parameters()) == model.num_params
@@ -144,9 +161,16 @@ def test_tp_parts_make_the_whole(dim: int) -> None:
 
 
 EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=8)
+MOE = msgspec.structs.replace(MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS),))
 LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
                          v_head_dim=4)  # fmt: skip
 FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
+HOSTED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                  | {"expert-offload": {"moments": True}}),)  # fmt: skip
+LITTLE_HOST = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                       | {"expert-offload": {"moments": True, "host_bytes": 1000}}),)  # fmt: skip
+PLACED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
+                  | {"expert-placement": {"slots": [[0, 1], [2, 3]]}}),)  # fmt: skip
 LORA = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"lora": {}}),)
 PARAMETERS = (
     Setting(
@@ -163,10 +187,13 @@ MIXED = (
 @pytest.mark.parametrize(
     ("field", "plan"),
     [
-        ("layers.experts", make_plan(msgspec.structs.replace(
-            MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS),)))),
-        ("layers.latent", make_plan(msgspec.structs.replace(
-            MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT),)))),
+        ("layers.bias", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS, bias=True),)))),
+        ("layers.qkv_bias", make_plan(msgspec.structs.replace(
+            MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT, qkv_bias=True),)))),
+        ("expert-offload", make_plan(settings=HOSTED)),
+        ("expert-offload.host_bytes", make_plan(MOE, settings=LITTLE_HOST)),
+        ("expert-placement.slots", make_plan(MOE, settings=PLACED)),
         ("positions", make_plan(msgspec.structs.replace(MODEL, positions="alibi"))),
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
         ("precision", make_plan(settings=FP16)),
@@ -184,6 +211,82 @@ def test_refused_with_the_reason(field: str, plan: Plan) -> None:
     if field not in ("mesh", "zero"):
         assert caught.value.field == field
     assert caught.value.remedy
+
+
+LATENT_MODEL = msgspec.structs.replace(
+    MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT),)
+)
+
+
+@pytest.mark.parametrize("model", [MOE, LATENT_MODEL], ids=["experts", "latent"])
+@pytest.mark.parametrize(
+    ("field", "technique", "workload"),
+    [
+        ("lengths", {}, {"lengths": Lengths.of("two", [4, 8], "typed in")}),
+        ("precision.compute", {"precision": {"compute": "fp8", "recipe": "coat"}}, {}),
+        ("precision.activations", {"precision": {"compute": "bf16", "activations": "fp8"}}, {}),
+    ],
+)
+def test_what_experts_and_latent_attention_do_not_run_beside(
+    model: Model, field: str, technique: dict[str, Any], workload: dict[str, Any]
+) -> None:
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | technique),)
+    plan = make_plan(model, settings=settings)
+    job = msgspec.structs.replace(plan.workload, **workload)
+    with pytest.raises(InputError, match=r"routed experts|latent attention") as caught:
+        check_supported(msgspec.structs.replace(plan, workload=job))
+    assert caught.value.field == field and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("field", "model", "recompute", "optimizer"),
+    [
+        ("optimizer", MOE, "none", "adamw_fp8"),
+        ("recompute", LATENT_MODEL, "full_keep_attn", "adamw"),
+    ],
+)
+def test_what_either_does_not_run_with(
+    field: str, model: Model, recompute: str, optimizer: Optimizer
+) -> None:
+    plan = make_plan(model, recompute)
+    job = msgspec.structs.replace(plan.workload, optimizer=optimizer)
+    with pytest.raises(InputError) as caught:
+        check_supported(msgspec.structs.replace(plan, workload=job))
+    assert caught.value.field == field and caught.value.remedy
+
+
+def test_hosted_moments_are_those_of_adamw() -> None:
+    hosted = {"expert-offload": {"moments": True}}
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | hosted),)
+    plan = make_plan(MOE, settings=settings)
+    job = msgspec.structs.replace(plan.workload, optimizer="sgd")
+    with pytest.raises(InputError, match="expert-offload keeps moments of adamw"):
+        check_supported(msgspec.structs.replace(plan, workload=job))
+
+
+@pytest.mark.parametrize("model", [MOE, LATENT_MODEL], ids=["experts", "latent"])
+def test_experts_and_latent_attention_do_not_share_sequences(model: Model) -> None:
+    cluster = load_cluster("2xcpu")
+    stages = even_stages(2, 1, cluster.pools[0].name)
+    plan = make_plan(model, mesh=Mesh(cp=2), stages=stages)
+    with pytest.raises(InputError, match="do not share sequences") as caught:
+        check_supported(msgspec.structs.replace(plan, cluster=cluster))
+    assert caught.value.field == "cp" and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("value", "technique"),
+    [
+        ("expert-offload", {"expert-offload": {"moments": True}}),
+        ("expert-placement", {"expert-placement": {"slots": [[0, 2], [1, 3]]}}),
+    ],
+)
+def test_what_checkpoints_do_not_keep_is_refused(value: str, technique: dict[str, Any]) -> None:
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | technique),)
+    with pytest.raises(InputError) as caught:
+        check_kept(make_plan(MOE, settings=settings))
+    assert (caught.value.field, caught.value.value) == ("checkpoint", value)
+    check_kept(make_plan(MOE))
 
 
 @pytest.mark.parametrize(

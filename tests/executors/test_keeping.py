@@ -42,7 +42,7 @@ MODES: tuple[dict[str, Any], ...] = (
 
 def block_of(model: Model, dtype: torch.dtype) -> tuple[Block, tuple[Tensor, ...]]:
     """A layer with its arguments, whose input needs a gradient."""
-    from forerun.executors.decoder import rotary_table
+    from forerun.executors.rotary import rotary_table
 
     torch.manual_seed(0)
     block = Block(model, model.layers[0]).to(dtype)

@@ -7,12 +7,18 @@ import pytest
 from forerun.costmodel import estimate
 from forerun.model import Model
 
-from .small import MODELS, counted, make_plan, make_trainer
+from .small import LONG, MODELS, ROUTED, counted, make_plan, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(pytest.param(model, id=model.name) for model in (*MODELS, *ROUTED)),
+        *(pytest.param(model, id=model.name, marks=pytest.mark.slow) for model in LONG),
+    ],
+)
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize(
     ("compute", "recompute"),

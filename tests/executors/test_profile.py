@@ -37,6 +37,10 @@ GRID: dict[str, tuple[tuple[int, ...], ...]] = {
     "embedding": ((64, 32, 256), (2048, 128, 256)),
     "cross_entropy": ((16, 256), (2048, 256)),
     "adamw": ((1024, 8), (1048576, 8)),
+    "grouped_linear": ((64, 32, 32, 4), (1024, 128, 128, 8)),
+    "routing": ((64, 8), (2048, 8)),
+    "permute": ((1024, 2), (65536, 2)),
+    "unpermute": ((1024, 2), (65536, 2)),
 }
 
 
@@ -109,11 +113,12 @@ def _executed() -> set[str]:
     """Operator kinds of the decoders that run here, and of what surrounds their layers."""
     kinds = {"linear_wgrad", "accumulate", "copy", "cast", "adamw"}
     options = Options(compute="bf16")
-    for name in ("tiny-1m", "gpt-3.6b", "nemotron4-15b"):
+    names = ("tiny-1m", "gpt-3.6b", "nemotron4-15b", "tiny-moe-4m", "tiny-mla-moe-2m")
+    for name in names:
         model = load_model(name)
         for graph in (
             decoder_layer(
-                model, model.layers[0], sequence_parallel=True, fused=False, options=options
+                model, model.layers[-1], sequence_parallel=True, fused=False, options=options
             ),
             embedding(model, sequence_parallel=True),
             head(model, sequence_parallel=True, fused=False),

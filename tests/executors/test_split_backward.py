@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from forerun.executors import split_backward
-from forerun.executors.decoder import Decoder, Linear
-from forerun.model import Layer, Model
+from forerun.executors.decoder import Decoder
+from forerun.executors.linear import Linear
+from forerun.experts import Experts
+from forerun.model import LatentAttention, Layer, Model
 
 
 class Net(nn.Module):
@@ -102,3 +104,34 @@ def test_every_product_of_a_decoder_waits() -> None:
     assert all(piece.get_parameter(name).grad is None for name in matrices)
     later.take()()
     assert all(p.grad is not None for p in piece.parameters())
+
+
+LATENT = LatentAttention(
+    q_lora_rank=6, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4
+)
+
+
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_products_of_experts_wait(capacity: float | None) -> None:
+    """Those of latent attention (5), router, shared expert (3) and routed experts (3)."""
+    experts = Experts(
+        num_experts=4, top_k=2, ffn_hidden=6, shared_ffn_hidden=6, capacity_factor=capacity
+    )
+    layer = Layer(repeat=1, heads=2, kv_heads=2, head_dim=6, latent=LATENT, experts=experts)
+    model = Model(name="tiny", hidden=8, vocab=16, layers=(layer,))
+    torch.manual_seed(0)
+    whole, split = Decoder(model, 0, 0).double(), Decoder(model, 0, 0).double()
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    split.load_state_dict(whole.state_dict())
+    later = split_backward.apply(split)
+    later.putting_off = True
+    tokens = torch.arange(12).view(2, 6) % 16
+    for _ in range(2):
+        whole(tokens, tokens).backward()
+        split(tokens, tokens).backward()
+    assert len(later.waiting) == 2 * (5 + 1 + 3 + 3 + 1)
+    assert split.get_parameter("blocks.0.mlp.experts.up.weight").grad is None
+    later.take()()
+    for name, expected in gradients(whole).items():
+        torch.testing.assert_close(gradients(split)[name], expected, rtol=1e-5, atol=1e-7)

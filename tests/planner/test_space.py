@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forerun.catalogs import load_cluster
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
+from forerun.executors.support import check_executed
 from forerun.mesh import Mesh
+from forerun.model import Experts
 from forerun.plan import SCHEDULES, layout_problems
 from forerun.planner.pins import Pins
 from forerun.planner.space import divisors, enumerate_grid, legal, plan_at
@@ -93,3 +97,23 @@ def test_hybrid_sharding_is_in_the_grid(cluster_of, model_of):
 @given(st.integers(1, 5000))
 def test_divisors(number: int):
     assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    experts=st.sampled_from([6, 8, 12]),
+    width=st.sampled_from([24, 30, 36]),
+    devices=st.sampled_from([4, 6, 8]),
+)
+def test_plans_on_cpus_cut_experts_into_parts_that_run(experts, width, devices, model_of):
+    model = model_of(layers=2, heads=4, kv_heads=4, vocab=60)
+    layer = msgspec.structs.replace(
+        model.layers[0], experts=Experts(num_experts=experts, top_k=2, ffn_hidden=width)
+    )
+    model = msgspec.structs.replace(model, layers=(layer,))
+    cluster = load_cluster(f"{devices}xcpu")
+    workload = Workload(seq_tokens=24, global_batch_seqs=24)
+    grid = enumerate_grid(model, cluster, workload, Pins(micro_batch=1))
+    assert (grid.ep > 1).any() and (grid.zero > 0).any()
+    for row in range(0, len(grid), 7):
+        check_executed(plan_at(model, cluster, workload, grid, row, [Options(compute="fp32")]))

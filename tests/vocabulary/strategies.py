@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from forerun.experts import Experts
 from forerun.mesh import Mesh
-from forerun.model import Experts, Layer, Model
+from forerun.model import Layer, Model
 
 sizes = st.integers(1, 64)
 
@@ -13,12 +14,13 @@ sizes = st.integers(1, 64)
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     kv_heads = draw(st.integers(1, 8))
+    num_experts = draw(sizes)
     experts = draw(
         st.none()
         | st.builds(
             Experts,
-            num_experts=sizes,
-            top_k=sizes,
+            num_experts=st.just(num_experts),
+            top_k=st.integers(1, num_experts),
             ffn_hidden=sizes,
             shared_ffn_hidden=st.integers(0, 64),
             capacity_factor=st.none() | st.floats(0.5, 4),
