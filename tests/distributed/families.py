@@ -425,6 +425,9 @@ SLOW = (
     "gpt pp2x2 dualpipev x zero1", "gpt tp2 x pp2x2 zb-v", "llama tp2 x pp2x2 zb-v",
     "gpt tp2-sp x pp2x2 interleaved-zb full", "llama clip tp2-sp x pp2x2 zb-v",
     "gpt clip pp2 x zero1", "llama clip pp2 x zero1", "gpt clip hsdp zero3",
+    "gpt ddp", "gpt tp", "gpt interleaved", "gpt dualpipev", "gpt bf16 tp-sp",
+    "gpt clip zb-v", "gpt tp2 x ddp2", "gpt hsdp zero3", "gpt pp2 x zero1",
+    "gpt pp2x2 zb-v x zero3", "gpt clip tp2-sp x pp2x2 zb-v",
     *(f"{model} {family}" for model in MODELS for family in FAMILIES[8]),
 )  # fmt: skip
 """Families left to the long run: each part of them is in a family of the default run."""

@@ -38,6 +38,7 @@ def test_best_of_all_simulated(model: str, gpus: str, seq_tokens: int, batch: in
         )
 
 
+@pytest.mark.slow
 def test_sixteen_thousand_gpus_are_planned_with_a_proof():
     workload = Workload(seq_tokens=8192, global_batch_seqs=2048)
     model, cluster = load_model("llama-3.1-405b"), load_cluster("2048x8xH100")
