@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -36,15 +37,23 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU kernels run in Triton's
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, one starts all process groups of `group`, and the
-    tests of one file stay together."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        ranks = "group" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(item.path)))
+SHARED = "group: Group", "group: Callable"
+"""What tests take whose process groups are started once, in whichever file they stand."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes share the tests, the tests of one file stay together, and those of
+    all files that use process groups."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            text = (config.rootpath / path).read_text(encoding="utf-8")
+            return "ranks" if any(words in text for words in SHARED) else path
+
+    return Together(config, log)
 
 
 @pytest.fixture(autouse=True)
