@@ -428,10 +428,12 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
         given["keep"] = tuple(name for name in given["keep"].replace(" ", "").split(",") if name)
     if is_traced(flags["model"]):
         given = {"offload": 0.0, **given, "cp": 1, "ep": 1}
-        return Pins(**given | {"recompute": flags["recompute"] or "none"})
+        given["recompute"] = flags["recompute"] or "none"
+        return Pins(**given)
     if given["recompute"] == "solve":
         given["recompute"] = None
-    return Pins(**given | {"stages": parse_stages(given["stages"])})
+    given["stages"] = parse_stages(given["stages"])
+    return Pins(**given)
 
 
 def parse_stages(text: str | None) -> tuple[int, ...] | Literal["even"] | None:

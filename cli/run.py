@@ -216,11 +216,12 @@ def read_nodes(flags: dict[str, Any]) -> Nodes | None:
     """This machine's place among several; None where it is alone."""
     from ..executors.machine import Nodes
 
-    num, node, rendezvous = flags["nnodes"], flags["node_rank"], flags["rendezvous"]
-    if num is None and node is None and rendezvous is None:
+    given = {name: flags[name] for name in ("nnodes", "node_rank", "rendezvous")}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
         return None
-    for name, value in (("nnodes", num), ("node-rank", node), ("rendezvous", rendezvous)):
-        if value is None:
-            raise InputError(name, "(missing)", "several machines need all three",
-                             "write --nnodes N --node-rank I --rendezvous HOST:PORT")  # fmt: skip
-    return Nodes(num=num, node=node, rendezvous=rendezvous)
+    if missing:
+        raise InputError(missing[0].replace("_", "-"), "(missing)",
+                         "several machines need all three",
+                         "write --nnodes N --node-rank I --rendezvous HOST:PORT")  # fmt: skip
+    return Nodes(num=given["nnodes"], node=given["node_rank"], rendezvous=given["rendezvous"])

@@ -73,7 +73,7 @@ def ways_of(fleet: Fleet, most_layers: int) -> Ways:
     for r in range(p):
         here = np.flatnonzero((rank == r) & np.isfinite(extra_s))
         before, own = until_layer[:, first[here]], counts[:, here]
-        used = np.unique(fleet.at(np.arange(r, dtype=float), one)) if r else []
+        used = np.unique(fleet.at(np.arange(r, dtype=float), one)).tolist() if r else []
         lead = sum(steps[:r]) + _lead_s(reach, used, before)
         if reach.flat[0]:
             lead = np.full(len(here), reach.flat_lead_s[0])

@@ -138,7 +138,7 @@ T = TypeVar("T")
 def taken(value: T, rows: NDArray[np.intp]) -> T:
     """`value` with every array in it at these positions; arrays of length one hold for all."""
     if isinstance(value, np.ndarray):
-        return value if len(value) == 1 else value[rows]
+        return cast("T", value if len(value) == 1 else value[rows])
     if isinstance(value, dict):
         return cast("T", {name: taken(part, rows) for name, part in value.items()})
     if isinstance(value, tuple):

@@ -122,7 +122,7 @@ def play(order: Orders, duration: Callable[[Action], float], p2p_s: Hops) -> Pla
     last_stage = len(owner) - 1
     num_micro = 1 + max(micro for _, _, micro in order[0])
     # neighbours on one rank, and the ends of the model, wait for no transfer
-    each = [p2p_s] * last_stage if isinstance(p2p_s, float) else list(p2p_s)[:last_stage]
+    each = list(p2p_s)[:last_stage] if isinstance(p2p_s, Sequence) else [p2p_s] * last_stage
     hops = [0.0 if a == b else hop for (a, b), hop in zip(pairwise(owner), each, strict=True)]
     into_forward, into_backward = [0.0, *hops], [*hops, 0.0]
     kinds = {kind for actions in order for kind, _, _ in actions}
@@ -198,7 +198,7 @@ def play_long(
         return a + rounds * (b - a)
 
     makespan_s = extend(short.makespan_s, longer.makespan_s)
-    hop_s = p2p_s if isinstance(p2p_s, float) else min(p2p_s)
+    hop_s = min(p2p_s) if isinstance(p2p_s, Sequence) else p2p_s
     return Played(
         makespan_s=max(makespan_s, slowest_chain_s(schedule, p, v, m, duration, hop_s)),
         busy_s=tuple(map(extend, short.busy_s, longer.busy_s)),

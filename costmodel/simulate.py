@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -363,7 +363,8 @@ class Simulation:
             return m * float(load.total(costs, name)[0]) * shared
 
         def exposed(axis: str) -> float:
-            return m * shared * float(sum(load.communication(costs, axis))[0])
+            there, back = load.communication(costs, axis)
+            return m * shared * float((there + back)[0])
 
         actions = self._actions_per_rank()
         host, host_back = (m * shared * float(x[0]) for x in load.host_s(costs))
@@ -507,13 +508,17 @@ def _step_spread(sim: Simulation, terms: dict[str, float], step: float) -> float
 WEAKEST_FIRST: tuple[Evidence, ...] = ("assumed", "catalog", "measured")
 
 
+def _weakest(found: Iterable[Evidence]) -> Evidence:
+    return min(found, key=WEAKEST_FIRST.index)
+
+
 def _evidence(sim: Simulation, terms: dict[str, float]) -> dict[str, Evidence]:
     """What every term rests on; of several pools the weakest."""
-    links = min((p.link_evidence for p in sim.prices_of), key=WEAKEST_FIRST.index)
-    compute = min((p.evidence for p in sim.prices_of), key=WEAKEST_FIRST.index)
-    result: dict[str, Evidence] = {}
-    for name in terms:
-        result[name] = links if name.startswith("exposed.") else compute
+    links = _weakest(p.link_evidence for p in sim.prices_of)
+    compute = _weakest(p.evidence for p in sim.prices_of)
+    result: dict[str, Evidence] = {
+        name: links if name.startswith("exposed.") else compute for name in terms
+    }
     measured = all(prices.profile is not None for prices in sim.prices_of)
     result["memory"] = "measured" if measured else "assumed"
     return result

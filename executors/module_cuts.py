@@ -127,7 +127,7 @@ def plan_of(module: nn.Module, target: str) -> dict[str, str]:
     if not isinstance(given, Mapping):
         raise InputError("tp_plan", type(given).__name__, f"of {target} is no mapping",
                          'write {"blocks.*.up": "colwise", ...}')  # fmt: skip
-    plan = {str(name): ALIASES.get(style, style) for name, style in given.items()}
+    plan = {str(name): str(ALIASES.get(style, style)) for name, style in given.items()}
     for name, style in plan.items():
         if style not in STYLES:
             raise InputError("tp_plan", f"{name}: {style}", f"no style that {target} can be cut by",

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 import statistics
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import InputError
+from .data import Rows
 from .measure import environment
 from .measure.report import RankResult
 from .pacing import Board, Pace, Pacer, Stopwatch
@@ -49,10 +50,10 @@ class PacedRun(Run):
         pacer = marks.tempo = Pacer(chunks, pace.hop_s, scale, board)
         forward_backward = self.trainer.forward_backward
 
-        def paced(tokens: Any) -> Any:
+        def paced(tokens_BS1: Tensor | Rows) -> Tensor:
             pacer.begin_step()
             board.post(f"begin.{self.trainer.coordinates['pp']}", pacer.begun_s)
-            return forward_backward(tokens)
+            return forward_backward(tokens_BS1)
 
         self.trainer.forward_backward = paced
         for _ in range(self.work.steps or 0):

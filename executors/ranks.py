@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import (  # public names, which its module does not list
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from .. import document
 from ..costmodel.diff import plan_digest
@@ -27,7 +32,7 @@ def own_rank(ranks_per_node: tuple[int, ...]) -> int:
     return sum(ranks_per_node[: int(os.environ[job.NODE])]) + int(os.environ["LOCAL_RANK"])
 
 
-def meeting_place(ranks_per_node: tuple[int, ...], name: str = "") -> dist.Store:
+def meeting_place(ranks_per_node: tuple[int, ...], name: str = "") -> Store:
     """The store through which the ranks of this attempt find one another, for the `name`-th time.
 
     On one node the agent keeps its store over restarts, and in it the addresses of dead ranks: each
@@ -35,7 +40,7 @@ def meeting_place(ranks_per_node: tuple[int, ...], name: str = "") -> dist.Store
     torch calls the first opens a new store each time.
     """
     opens = bool(ranks_per_node) and os.environ["RANK"] == "0"
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
@@ -43,7 +48,7 @@ def meeting_place(ranks_per_node: tuple[int, ...], name: str = "") -> dist.Store
         timeout=datetime.timedelta(seconds=STORE_TIMEOUT_S),
     )
     attempt = "" if ranks_per_node else os.environ.get(job.ATTEMPT, "0")
-    return dist.PrefixStore(f"attempt-{attempt}/{name}", store)
+    return PrefixStore(f"attempt-{attempt}/{name}", store)
 
 
 def start_process_group(work: job.Job, name: str = "") -> torch.device:

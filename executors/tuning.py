@@ -74,7 +74,9 @@ class Tried(Value, frozen=True, kw_only=True):
     @property
     def spread(self) -> float:
         """(max - min) / median of the turns' medians; of a single turn, of its steps."""
-        seconds = self.medians_s if len(self.turns) > 1 else list(self.turns[0])
+        seconds = (
+            self.medians_s if len(self.turns) > 1 else [x for turn in self.turns for x in turn]
+        )
         return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 

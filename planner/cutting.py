@@ -39,7 +39,8 @@ def best_cuts(fleet: Fleet, *, least_memory: bool = False) -> list[tuple[int, ..
         ways = ways_of(fleet, most)
         value = ways.share if least_memory else ways.chain_s
         work = ways.share if least_memory else ways.work_s
-        firsts = least_largest(*(_tables(ways, x, p, total) for x in (value, work**2)))[1]
+        largest_of, total_of = (_tables(ways, x, p, total) for x in (value, work**2))
+        firsts = least_largest(list(largest_of), list(total_of))[1]
         if not firsts:
             continue
         held = np.diff([*firsts, total])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,4 +26,4 @@ def compiled(function: F, signature: str) -> F:
         return function
     import numba
 
-    return numba.njit(signature, cache=True)(function)
+    return cast("F", numba.njit(signature, cache=True)(function))

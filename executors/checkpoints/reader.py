@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,7 +92,7 @@ def load(
     state: State = model_state(trainer) | optimizer_state(trainer) | {LOSSES: whole(losses)}
     try:
         with torch.no_grad():
-            dcp.load(
+            state_dict_loader.load(
                 {BOXES: state},
                 storage_reader=PlainReader(path),
                 planner=BoxLoadPlanner(str(path)),

@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from ..trainer import Trainer
 from . import folder
@@ -120,9 +121,9 @@ class Writer:
         if not finite:
             return {}, "parameters or optimiser states are not finite"
         try:
-            dcp.save(
+            state_dict_saver.save(
                 {BOXES: state},
-                storage_writer=dcp.FileSystemWriter(written, overwrite=False),
+                storage_writer=FileSystemWriter(written, overwrite=False),
                 planner=BoxSavePlanner(),
                 process_group=self.group,
             )

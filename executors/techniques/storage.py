@@ -8,6 +8,7 @@ counterpart in bytes is `costmodel/techniques/storage.py`: what autograd holds o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.fp8_cast import pack_groups, unpack_groups
-from ..decoder import Block
+from ..decoder import Block, Mlp
 from ..torch_compat import fused_rms_norm, fused_rms_norm_backward
+
+
+def _unpacked(saved: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The values of one tensor's codes and scales."""
+    codes, scales = saved
+    return unpack_groups(codes, scales, dtype)
 
 
 class StoredRmsNorm(torch.autograd.Function):
@@ -71,13 +78,13 @@ class StoredGated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up, inner = (ctx.saved_tensors[i : i + 2] for i in (0, 2, 4))
-        of_inner = unpack_groups(*up, ctx.dtype).mul_(grads[0])
+        of_inner = _unpacked(up, ctx.dtype).mul_(grads[0])
         backward = torch.ops.aten.silu_backward
         if ctx.kind == "geglu":
             backward = torch.ops.aten.gelu_backward
-        of_gate = backward(of_inner, unpack_groups(*gate, ctx.dtype))
+        of_gate = backward(of_inner, _unpacked(gate, ctx.dtype))
         del of_inner
-        return of_gate, unpack_groups(*inner, ctx.dtype).mul_(grads[0]), None
+        return of_gate, _unpacked(inner, ctx.dtype).mul_(grads[0]), None
 
 
 class StoredGelu(torch.autograd.Function):
@@ -91,7 +98,7 @@ class StoredGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(grads[0], unpack_groups(*ctx.saved_tensors, ctx.dtype))
+        return torch.ops.aten.gelu_backward(grads[0], _unpacked(ctx.saved_tensors, ctx.dtype))
 
 
 class StoredSquaredRelu(torch.autograd.Function):
@@ -106,7 +113,7 @@ class StoredSquaredRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return unpack_groups(*ctx.saved_tensors, ctx.dtype).mul_(2).mul_(grads[0])
+        return _unpacked(ctx.saved_tensors, ctx.dtype).mul_(2).mul_(grads[0])
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -140,4 +147,5 @@ def apply(block: Block) -> None:
     """Have a block's norms and its activation function keep 8 bits; its linears are precision's."""
     for norm in (block.attention_norm, block.mlp_norm):
         norm.forward = partial(_norm, norm)
+    assert isinstance(block.mlp, Mlp)
     block.mlp.activation = ACTIVATIONS[block.mlp.kind]

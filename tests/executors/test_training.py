@@ -187,7 +187,7 @@ def test_full_disk_leaves_the_last_checkpoint(
         (folder.partial(place / "checkpoints", 0)).mkdir(exist_ok=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer.dcp, "save", full)
+    monkeypatch.setattr(writer.state_dict_saver, "save", full)
     rank.first = 2
     assert rank.train() == "steps", "the run goes on"
     with pytest.raises(RunFailed, match=r"step 6 not written, the disk is full .* is of step 2"):
