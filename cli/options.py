@@ -178,8 +178,8 @@ AXIS_OPTIONS = (
         "--offload",
         metavar="WHAT",
         help="What waits off the device: a fraction of the saved activations (0.5 or "
-        "activations=0.5; rest=recompute makes the other tokens again), optimizer or parameters; "
-        "tier=host or disk.",
+        "activations=0.5; rest=recompute makes the other tokens again), optimizer, experts or "
+        "parameters; tier=host or disk.",
     ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
     click.option(

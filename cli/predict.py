@@ -11,7 +11,6 @@ from .. import document
 from ..measurement import Measurement
 from ..plan import Plan
 from .options import (
-    POSITIVE,
     axis_options,
     common_options,
     job_options,
@@ -54,12 +53,6 @@ def with_experts(plan: Plan, placement: Path | None, loads: Path | None) -> Plan
     type=click.Path(path_type=Path),
     help="Placement of experts on ranks, from forerun solve experts -o.",
 )
-@click.option(
-    "--expert-offload", is_flag=True, help="Keep the moments of the experts' optimiser on the host."
-)
-@click.option(
-    "--expert-host-bytes", type=POSITIVE, help="Host memory for them, per rank; default: no limit."
-)
 @output_option("the plan file")
 @common_options
 def command(
@@ -68,8 +61,6 @@ def command(
     orders_path: Path | None,
     expert_loads: Path | None,
     expert_placement: Path | None,
-    expert_offload: bool,
-    expert_host_bytes: int | None,
     **flags: Any,
 ) -> None:
     """Predict the cost of one layout; nothing is searched.
@@ -92,10 +83,6 @@ def command(
     plan = fixed_plan(job.model, job.cluster, job.workload, pins, orders)
     if expert_placement is not None or expert_loads is not None:
         plan = with_experts(plan, expert_placement, expert_loads)
-    if expert_offload or expert_host_bytes is not None:
-        from ..planner.experts import offload_experts
-
-        plan = offload_experts(plan, expert_host_bytes)
     plan_file = plan_file_of(plan)
     say_not_executed(plan_file.plan)
     if output is not None:

@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..plan import Plan
 from . import optimizers
 from .groups import Grouped
-from .techniques import expert_offload, precision
+from .techniques import precision
 
 
 def refuse(plan: Plan) -> InputError | None:
@@ -22,7 +22,18 @@ def refuse(plan: Plan) -> InputError | None:
             reason = optimizers.refuse(plan.workload.optimizer, pool)
             if reason is not None:
                 return reason
-    return expert_offload.refuse(plan)
+    return _refuse_states(plan)
+
+
+def _refuse_states(plan: Plan) -> InputError | None:
+    """Why the states that are to wait off the device cannot be meant."""
+    routed = any(layer.experts is not None for layer in plan.model.layers)
+    for phase in plan.phases:
+        own = [setting.techniques.get("offload", {}).get("states") for setting in phase.settings]
+        if "experts" in own and not routed:
+            return InputError("offload.states", "experts", f"{plan.model.name} has no routed "
+                              "experts", "use --offload optimizer, or leave it out")  # fmt: skip
+    return None
 
 
 def check(plan: Plan) -> None:

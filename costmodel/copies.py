@@ -17,13 +17,12 @@ from itertools import pairwise
 import numpy as np
 
 from ..plan import Phase
+from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
 from .options import Options
-from .pieces import Pieces
 from .prices import Prices
 from .schedule import order_of
-from .stages import Load
 from .state_bytes import StateBytes
 from .states import Counts, Divisors
 
@@ -70,48 +69,65 @@ class States:
     """What moving them adds to a step."""
 
 
-def owned_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owned:
     """Trained parameters whose optimiser states a rank holds."""
-    stack, counts = prices.pool.stack, Counts.of(load, costs)
-    owned = counts.trained / Divisors.of(stack, layouts).optimizer
-    return owned + owned_expert_params(load, costs, layouts, prices)
+
+    dense: Array
+    experts: Array
+    """Of routed experts."""
+
+    @staticmethod
+    def of(counts: Counts, layouts: Layouts, stack: Stack) -> Owned:
+        """A rank's share of what it trains."""
+        return Owned(
+            dense=counts.trained / Divisors.of(stack, layouts).optimizer,
+            experts=counts.experts / Divisors.of(stack, layouts, experts=True).optimizer,
+        )
+
+    @property
+    def every(self) -> Array:
+        """All of them."""
+        return self.dense + self.experts
+
+    def away(self, options: Options) -> Array:
+        """Those whose states wait off the device."""
+        if options.offload_states is None:
+            return 0.0 * self.every
+        return self.experts if options.offload_states == "experts" else self.every
 
 
-def owned_expert_params(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
-    """Those of them that belong to routed experts."""
-    divisor = Divisors.of(prices.pool.stack, layouts, experts=True).optimizer
-    return Counts.of(load, costs).experts / divisor
-
-
-def staged_bytes(owned: Array, states: StateBytes, options: Options) -> Array:
+def staged_bytes(owned: Owned, states: StateBytes, options: Options) -> Array:
     """On the device while an update works through states that wait elsewhere."""
-    if options.offload_states != "optimizer":
-        return 0.0 * owned
-    return states.optimizer * np.minimum(owned, 2.0 * BUCKET_ELEMENTS)
+    if options.offload_states == "parameters":  # which are updated there
+        return 0.0 * owned.every
+    return states.optimizer * np.minimum(owned.away(options), 2.0 * BUCKET_ELEMENTS)
 
 
 def states_off_device(
-    owned: Array, update_s: Array, layouts: Layouts, prices: Prices, options: Options
+    owned: Owned, update_s: Array, layouts: Layouts, prices: Prices, options: Options
 ) -> States:
     """The states of a rank where they wait off the device, and what moving them adds.
 
-    Copies of moments run beside the update and beside each other where something is left to run
-    them. FSDP's parameters come for every gather and its gradients leave after every scatter; the
-    update then runs on the host. How much of that hides is assumed: nothing.
+    Copies of moments run beside the update of their parameters and beside each other where
+    something is left to run them. FSDP's parameters come for every gather and its gradients leave
+    after every scatter; the update then runs on the host. How much of that hides is assumed:
+    nothing.
     """
-    none, states = 0.0 * owned, StateBytes.of(prices.pool.stack, options)
+    away, states = owned.away(options), StateBytes.of(prices.pool.stack, options)
+    none = 0.0 * away
     if options.offload_states is None:
         return States(num_bytes=none, out_bytes=none, in_bytes=none, exposed_s=none)
     if options.offload_states == "parameters":
         streams = (layouts.pp == 1) * layouts.num_microbatches
         gathers = np.where((layouts.zero == 3) & (streams > 0), 2 * streams, 1)
         scatters = np.where((layouts.zero >= 2) & (streams > 0), streams, 1)
-        moved = (owned * states.gradient * scatters, owned * states.parameter * gathers)
-        num_bytes = owned * (states.parameter + states.gradient + states.optimizer)
+        moved = (away * states.gradient * scatters, away * states.parameter * gathers)
+        num_bytes = away * (states.parameter + states.gradient + states.optimizer)
         traffic = 2 * states.parameter + states.gradient + 2 * states.updated
-        beyond = np.maximum(0.0, owned * traffic / HOST_UPDATE_BYTES_PER_S - update_s)
+        beyond = np.maximum(0.0, away * traffic / HOST_UPDATE_BYTES_PER_S - update_s)
     else:
-        num_bytes = owned * states.optimizer
+        num_bytes = away * states.optimizer
         moved, beyond = (num_bytes, num_bytes), none
     there, back = (
         prices.copy_s(direction, size, options.offload_tier)
@@ -121,7 +137,8 @@ def states_off_device(
         exposed = there + back + beyond
     else:
         hidden = prices.copy_hidden_share
-        beside = np.maximum(0.0, np.maximum(there, back) - update_s)
+        own_s = update_s * away / np.maximum(owned.every, 1.0)
+        beside = np.maximum(0.0, np.maximum(there, back) - own_s)
         exposed = hidden * beside + (1.0 - hidden) * (there + back)
     return States(
         num_bytes=num_bytes,

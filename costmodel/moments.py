@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
-from .copies import staged_bytes
+from .copies import Owned, staged_bytes
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts
@@ -36,8 +36,7 @@ from .options import Options
 from .pieces import Pieces
 from .stages import Load
 from .state_bytes import StateBytes, in_units
-from .states import AtRest, Counts, Divisors
-from .techniques import expert_offload
+from .states import AtRest, Counts
 from .working_copies import WorkingCopies
 
 Kind = Literal["head", "last", "second", "fetch", "first", "update"]
@@ -263,8 +262,7 @@ def _moments(
     load: Load, costs: Pieces, layouts: Layouts, options: Options, stack: Stack
 ) -> Iterator[Moment]:
     states, counts = StateBytes.of(stack, options), Counts.of(load, costs)
-    hosted = expert_offload.MOMENT_BYTES if options.expert_offload else 0.0
-    rest = AtRest.of(counts, states, layouts, stack, hosted).on_device(options)
+    rest = AtRest.of(counts, states, layouts, stack).on_device(options)
     more = excess_bytes(load, costs, layouts, options, stack)
     rank = _Rank(
         load=load,
@@ -308,25 +306,11 @@ def _moments(
         yield moment("fetch", several, _front_layers(rank, grads, 2))
         yield moment("first", always, _front_layers(rank, grads, 1))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
-    owned = counts.trained / Divisors.of(stack, layouts).optimizer
-    owned = owned + counts.experts / Divisors.of(stack, layouts, experts=True).optimizer
-    staged = staged_bytes(owned, states, options)
-    if options.expert_offload:
-        staged = staged + expert_offload.piece_bytes(_largest_expert_tensor(rank))
+    staged = staged_bytes(Owned.of(counts, layouts, stack), states, options)
     terms = {
         **at_rest, "gradients": around[1].after, "comm_buffers": exchange, "workspace": staged
     }  # fmt: skip
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
-
-
-def _largest_expert_tensor(rank: _Rank) -> Array:
-    """Parameters of the largest tensor of experts that the rank owns a part of."""
-    owned = Divisors.of(rank.stack, rank.layouts, experts=True).optimizer
-    largest = np.zeros(1)
-    for count, piece in zip(rank.load.layers, rank.costs.layers, strict=True):
-        one = piece.trainable_expert_params / max(1, piece.expert_tensors) / owned
-        largest = np.where(count > 0, np.maximum(largest, one), largest)
-    return largest
 
 
 SPLIT = [SCHEDULES.index(name) for name in SPLIT_SCHEDULES]

@@ -72,8 +72,6 @@ class Options:
     """Slots of a placement beyond one per expert."""
     expert_imbalance: float | None = None
     """Rows of the fullest expert-parallel rank over the mean; None = as the stack says."""
-    expert_offload: bool = False
-    """Whether moments of the experts' optimiser wait on the host."""
     packing: Packing | None = None
     """Documents packed into sequences; None = a sequence is one document."""
 
@@ -112,7 +110,6 @@ class Options:
             expert_slots=len(ranks[0]) if ranks else None,
             expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
             expert_imbalance=placed.get("imbalance"),
-            expert_offload=bool(setting("expert-offload").get("moments", False)),
             packing=Packing.of(workload) if workload is not None else None,
         )
 
@@ -163,6 +160,5 @@ _SETTINGS = (
     ("offload", "states", "offload_states"),
     ("runtime", "mode", "runtime"),
     ("expert-placement", "imbalance", "expert_imbalance"),
-    ("expert-offload", "moments", "expert_offload"),
 )
 """Technique, its setting, and the field of `Options` that holds it."""

@@ -83,8 +83,6 @@ class Piece:
     """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
-    expert_tensors: int
-    """Those of them that hold routed experts."""
     trained: tuple[TrainedTensor, ...]
     """Those with optimiser states."""
     live: Liveness
@@ -527,7 +525,6 @@ def _piece(
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         tensors=len(graph.weights),
-        expert_tensors=sum("experts" in weight.axes for weight in graph.weights),
         trained=trained_tensors(graph, sizes),
         live=live,
         moved_bytes=parted.moved + zero,
@@ -708,7 +705,6 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         tensors=yes.tensors,
-        expert_tensors=yes.expert_tensors,
         trained=pick_tensors(),
         live=live(yes.live, no.live),
         moved_bytes=pick(yes.moved_bytes, no.moved_bytes),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .copies import States, owned_expert_params, owned_params, states_off_device
+from .copies import Owned, States, states_off_device
 from .data_parallel import DataParallel, data_parallel
 from .graph import Array
 from .kept import Kept
@@ -22,7 +22,7 @@ from .pieces import Pieces
 from .prices import Prices
 from .stages import Load
 from .state_bytes import StateBytes
-from .techniques.expert_offload import copies_s
+from .states import Counts
 
 IN_LAYER_AXES = ("tp", "cp", "ep", "copy")
 """Mesh axes whose collectives stand between the operators of a layer, and copies to the host."""
@@ -79,8 +79,6 @@ class Update:
     optimizer_s: Array
     """Of the update, and of the gradients' norm and their scaling."""
     host_s: Array
-    copy_s: Array
-    """Moments of experts to and from the host."""
     norm_s: Array
     """The sum of the norm over all ranks."""
     states: States
@@ -90,14 +88,15 @@ class Update:
     def total_s(self) -> Array:
         """All of it."""
         exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
-        update = self.optimizer_s + self.norm_s + self.states.exposed_s + self.copy_s
+        update = self.optimizer_s + self.norm_s + self.states.exposed_s
         return exchange + update + self.host_s
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:
     """Gradient exchange, optimiser and fixed host time of one rank."""
     stack = prices.pool.stack
-    owned = owned_params(load, costs, layouts, prices)
+    states = Owned.of(Counts.of(load, costs), layouts, stack)
+    owned = states.every
     tensors = sum(
         (count * piece.tensors for count, piece in load.each(costs)),
         np.zeros(1),
@@ -115,20 +114,9 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
         optimizer_s=seconds * prices.scale("optimizer"),
         host_s=np.full(1, prices.host("step"))
         + layouts.num_microbatches * prices.host("micro_batch"),
-        copy_s=_moments_of_experts_s(load, costs, layouts, prices, options),
         norm_s=norm_s,
-        states=states_off_device(owned, seconds, layouts, prices, options),
+        states=states_off_device(states, seconds, layouts, prices, options),
     )
-
-
-def _moments_of_experts_s(
-    load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options
-) -> Array:
-    """Copies of experts' moments that wait on the host."""
-    if not options.expert_offload:
-        return np.zeros(1)
-    owned = owned_expert_params(load, costs, layouts, prices)
-    return copies_s(owned, prices) * prices.scale("exposed.copy")
 
 
 def rank_memory(

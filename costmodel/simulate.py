@@ -373,9 +373,7 @@ class Simulation:
             "backward": micro("backward_s") + host_back + float(once.dp.backward_s[0]),
             "recompute": micro("recompute_s"),
             **{f"exposed.{axis}": exposed(axis) for axis in IN_LAYER_AXES},
-            "exposed.copy": exposed("copy")
-            + float(once.copy_s[0])
-            + float(once.states.exposed_s[0]),
+            "exposed.copy": exposed("copy") + float(once.states.exposed_s[0]),
             "exposed.dp": float(once.dp.exposed_s[0]),
             "optimizer": float(once.optimizer_s[0]),
             "host": float(once.host_s[0] + once.dp.host_s[0])

@@ -9,7 +9,7 @@ bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,8 @@ class AtRest:
 
     parameters: Array
     optimizer: Array
+    of_experts: Array
+    """Part of `optimizer` that belongs to routed experts."""
     gradients: Array
     """After division."""
     whole_gradients: Array
@@ -105,33 +107,28 @@ class AtRest:
         """What of it is not offloaded; FSDP leaves gradients with the parameters."""
         away = options.offload_states
         none = 0.0 * self.optimizer
-        whole = away == "parameters"
-        return AtRest(
-            parameters=none if whole else self.parameters,
-            optimizer=none if away else self.optimizer,
-            gradients=none if whole else self.gradients,
-            whole_gradients=self.whole_gradients,
-        )
+        if away is None:
+            return self
+        left = replace(
+            self, optimizer=self.optimizer - self.of_experts if away == "experts" else none,
+            of_experts=none,
+        )  # fmt: skip
+        return replace(left, parameters=none, gradients=none) if away == "parameters" else left
 
     @staticmethod
-    def of(
-        counts: Counts,
-        states: StateBytes,
-        layouts: Layouts,
-        stack: Stack,
-        hosted: float = 0.0,
-    ) -> AtRest:
-        """The states of these parameters; `hosted` bytes of each expert's lie on the host."""
+    def of(counts: Counts, states: StateBytes, layouts: Layouts, stack: Stack) -> AtRest:
+        """The states of these parameters."""
         dense = Divisors.of(stack, layouts)
         experts = Divisors.of(stack, layouts, experts=True)
         frozen = counts.frozen * states.frozen + counts.frozen_rest * states.used
         trained = counts.trained
+        of_experts = states.optimizer * counts.experts / experts.optimizer
         return AtRest(
             parameters=(trained * states.parameter + frozen) / dense.parameters
             + (counts.experts * states.parameter + counts.frozen_experts * states.frozen)
             / experts.parameters,
-            optimizer=states.optimizer * trained / dense.optimizer
-            + (states.optimizer - hosted) * counts.experts / experts.optimizer,
+            optimizer=states.optimizer * trained / dense.optimizer + of_experts,
+            of_experts=of_experts,
             gradients=states.gradient
             * (trained / dense.gradients + counts.experts / experts.gradients),
             whole_gradients=states.gradient * counts.with_gradient,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..plan import Phase, Plan
+from ..workload import Workload
 from .marks import Marks
 from .optimizer import make_optimizer
 from .techniques.offload import Mover
@@ -25,7 +26,7 @@ class Away:
 
     marks: Marks
     states: str | None = None
-    """`optimizer` or `parameters`, where these wait."""
+    """Whose states wait: one of `OFFLOAD_STATES`."""
     tier: Tier | None = None
     mover: Mover | None = None
     store: Store | None = None
@@ -36,7 +37,8 @@ class Away:
         wanted = settings(plan.phase)
         states = wanted.get("states")
         moves = bool(wanted.get("activations")) or wanted.get("rest") == "recompute"
-        if not moves and states != "optimizer":
+        by_store = states in ("optimizer", "experts")
+        if not moves and not by_store:
             return Away(marks=marks, states=states)
         pool = plan.cluster.pool(plan.phase.stages[0].pool)
         name = str(wanted.get("tier", "host"))
@@ -54,7 +56,7 @@ class Away:
             states=states,
             tier=tier,
             mover=Mover(tier, copier, marks) if moves else None,
-            store=Store(tier, copier) if states == "optimizer" else None,
+            store=Store(tier, copier) if by_store else None,
         )
 
     def parameters_device(self, device: torch.device) -> torch.device:
@@ -62,12 +64,14 @@ class Away:
         return torch.device("cpu") if self.states == "parameters" else device
 
     def make_optimizer(
-        self, name: str, parameters: Iterable[nn.Parameter], learning_rate: float
+        self, workload: Workload, named: Sequence[tuple[str, nn.Parameter]]
     ) -> torch.optim.Optimizer:
-        """The optimiser of that name, with its states where they belong."""
-        if self.store is not None:
-            return TieredAdamW(parameters, learning_rate, self.store, self.marks)
-        return make_optimizer(name, parameters, learning_rate)
+        """The workload's optimiser of parameters by name, with its states where they belong."""
+        every = [parameter for _, parameter in named]
+        if self.store is None:
+            return make_optimizer(workload.optimizer, every, workload.learning_rate)
+        waits = [".experts." in name or self.states == "optimizer" for name, _ in named]
+        return TieredAdamW(every, workload.learning_rate, self.store, self.marks, waits)
 
     def take_copied(self) -> dict[str, float]:
         """Bytes moved since the last look, by `out@tier` and `in@tier`."""

@@ -6,7 +6,6 @@ recompute and offload, FSDP2 or DDP, memory and initial parameters, pipeline sch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from .experts.parallel import ExpertParallel, has_experts
 from .marks import Marks
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import expert_offload, precision, runtime
+from .techniques import precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -40,20 +39,6 @@ def make_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
     """The device mesh with the axes and rank order of `Mesh`."""
     shape = mesh.shape()
     return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-
-
-def _optimizer(
-    plan: Plan, pieces: Sequence[nn.Module], device: torch.device, away: Away
-) -> torch.optim.Optimizer:
-    """The workload's optimiser; moments, of all parameters or of experts, wait where planned."""
-    named = [pair for piece in pieces for pair in piece.named_parameters()]
-    parameters = [parameter for _, parameter in named]
-    setting = plan.phase.technique("expert-offload")
-    if not setting.get("moments", False):
-        return away.make_optimizer(plan.workload.optimizer, parameters, plan.workload.learning_rate)
-    hosted = [parameter for name, parameter in named if ".experts." in name]
-    tier = expert_offload.HostTier(device, setting.get("host_bytes"))
-    return expert_offload.OffloadedAdamW(parameters, hosted, plan.workload.learning_rate, tier)
 
 
 def build_piece(
@@ -140,7 +125,7 @@ def build(
         pieces,
         modules,
         pipeline,
-        _optimizer(plan, pieces, device, away),
+        away.make_optimizer(plan.workload, [p for x in pieces for p in x.named_parameters()]),
         tied_groups(plan),
         tp_dims,
         marks,

@@ -9,7 +9,7 @@ from typing import Any
 from ..costmodel import admissible
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
-from ..costmodel.techniques import apply, expert_offload
+from ..costmodel.techniques import apply
 from ..costmodel.techniques.offload import check as check_offload
 from ..costmodel.techniques.recompute import tensor_names
 from ..costmodel.techniques.storage import EXECUTED
@@ -28,7 +28,6 @@ from ..plan import (
 
 TECHNIQUES = (
     "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement",
-    "expert-offload"
 )  # fmt: skip
 """Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
@@ -138,7 +137,7 @@ def _check_beside(plan: Plan) -> None:
         if offload.get("states") == "parameters" and layer.experts is not None:
             raise InputError("offload", "parameters", f"layer {index} has routed experts, whose "
                              "shards FSDP does not move yet",
-                             "use --offload optimizer, or --expert-offload")  # fmt: skip
+                             "use --offload optimizer, or --offload experts")  # fmt: skip
         if mode == "full_keep_attn" and layer.latent is not None:
             raise InputError("recompute", mode, f"layer {index} has latent attention, whose output "
                              "is not kept apart", "use full or selective")  # fmt: skip
@@ -391,10 +390,6 @@ def _check_shards(plan: Plan) -> None:
 
 def check_kept(plan: Plan) -> None:
     """Raise InputError for a plan that can be run, but not kept in checkpoints."""
-    if plan.phase.technique(expert_offload.NAME).get("moments", False):
-        raise InputError("checkpoint", expert_offload.NAME,
-                         "moments on the host are not kept yet",
-                         "drop --checkpoint, or plan without --expert-offload")  # fmt: skip
     for index in range(plan.model.num_layers):
         slots = plan.phase.technique("expert-placement", index).get("slots", ())
         in_slots = [expert for rank in slots for expert in rank]

@@ -1,4 +1,5 @@
-"""AdamW whose moments wait on a tier and visit the device by buckets.
+"""AdamW whose moments, of all parameters or of some, wait on a tier and visit the device by
+buckets.
 
 A bucket is a run of parameters, or a part of a large one, of at most `BUCKET_ELEMENTS` elements:
 the update is elementwise, so that where it is cut does not matter. While one bucket is updated the
@@ -8,18 +9,18 @@ the device at a time. The update itself is torch's fused one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from ..costmodel.copies import BUCKET_ELEMENTS
 from .marks import Marks
+from .optimizer import ADAMW
 from .tiers import Store, Ticket
-from .torch_compat import DTensor
+from .torch_compat import DTensor, adamw_update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Moments = dict[tuple[str, int], Tensor]
@@ -56,8 +57,8 @@ def buckets(sizes: Iterable[int], most: int) -> list[list[Slice]]:
     return found
 
 
-class TieredAdamW(torch.optim.Optimizer):
-    """AdamW with its moments in a store."""
+class TieredAdamW(torch.optim.AdamW):
+    """AdamW with moments in a store; those of parameters that do not wait are torch's own."""
 
     def __init__(
         self,
@@ -65,25 +66,32 @@ class TieredAdamW(torch.optim.Optimizer):
         learning_rate: float,
         store: Store,
         marks: Marks,
+        waits: Sequence[bool] | None = None,
         *,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
-        defaults = {"lr": learning_rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        super().__init__(parameters, defaults)
+        """`waits`: whose moments are in the store; None = all parameters'."""
+        super().__init__(parameters, lr=learning_rate, fused=True, **ADAMW)
         self.store, self.marks = store, marks
         self.num_steps = 0
         self.parameters: list[nn.Parameter] = [p for g in self.param_groups for p in g["params"]]
-        local = [_local(p) for p in self.parameters]
-        for index, part in enumerate(local):
+        self.waits = list(waits) if waits is not None else [True] * len(self.parameters)
+        sizes = [
+            _local(p).numel() if there else 0
+            for p, there in zip(self.parameters, self.waits, strict=True)
+        ]
+        for index, size in enumerate(sizes):
             for moment in MOMENTS:
-                if part.numel():
-                    store.reserve(f"{index}.{moment}", part.shape, torch.float32)
-        self.buckets = buckets([part.numel() for part in local], bucket_elements)
+                if size:
+                    shape = _local(self.parameters[index]).shape
+                    store.reserve(f"{index}.{moment}", shape, torch.float32)
+        self.buckets = buckets(sizes, bucket_elements)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One update of every parameter that has a gradient."""
         assert closure is None
+        self._update_others()
         work = [b for b in map(self._with_gradient, self.buckets) if b]
         self.num_steps += 1
         staged = self._fetch(work[0]) if work else None
@@ -100,6 +108,18 @@ class TieredAdamW(torch.optim.Optimizer):
             leaving = (moments, self.store.write(moments))
         if leaving is not None:
             self._wait(leaving[1])
+
+    def _update_others(self) -> None:
+        """The update of parameters whose moments are here: the others' gradients are put aside."""
+        if all(self.waits):
+            return
+        waiting = [p for p, there in zip(self.parameters, self.waits, strict=True) if there]
+        gradients = [p.grad for p in waiting]
+        for p in waiting:
+            p.grad = None
+        super().step()
+        for p, gradient in zip(waiting, gradients, strict=True):
+            p.grad = gradient
 
     def _with_gradient(self, bucket: list[Slice]) -> list[Slice]:
         return [part for part in bucket if self.parameters[part.index].grad is not None]
@@ -125,7 +145,7 @@ class TieredAdamW(torch.optim.Optimizer):
             [moments[f"{part.index}.{moment}", part.start] for part in bucket] for moment in MOMENTS
         )
         done = float(self.num_steps - 1)
-        adamw(
+        adamw_update(
             parameters, gradients, first, second, [],
             [torch.full((), done, device=p.device) for p in parameters],
             fused=True, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
@@ -141,10 +161,11 @@ class TieredAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As that of torch's AdamW, with every moment brought to its parameter's device."""
         found = super().state_dict()
-        found["state"] = {
+        found["state"] |= {
             index: {"step": torch.tensor(float(self.num_steps))}
             | {moment: self._moment(index, moment) for moment in MOMENTS}
-            for index in range(len(self.parameters) if self.num_steps else 0)
+            for index, there in enumerate(self.waits)
+            if there and self.num_steps
         }
         return found
 
@@ -163,8 +184,10 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the states of a TieredAdamW or of torch's AdamW."""
-        super().load_state_dict({**state_dict, "state": {}})
-        for index, state in state_dict["state"].items():
+        states = dict(state_dict["state"])
+        waiting = {index: states.pop(index) for index in list(states) if self.waits[index]}
+        super().load_state_dict({**state_dict, "state": states})
+        for index, state in waiting.items():
             self.num_steps = int(state["step"])
             for moment in MOMENTS:
                 local = _local(state[moment])

@@ -146,9 +146,8 @@ def build(
     if phase.mesh.pp > 1:
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks,
                             first=_first_inputs(user, phase))  # fmt: skip
-    trained = [p for piece in pieces for p in piece.parameters() if p.requires_grad]
-    workload = plan.workload
-    optimizer = away.make_optimizer(workload.optimizer, trained, workload.learning_rate)
+    trained = [p for piece in pieces for p in piece.named_parameters() if p[1].requires_grad]
+    optimizer = away.make_optimizer(plan.workload, trained)
     trainer = TracedTrainer(plan, device, mesh, pieces, modules, pipeline, optimizer,
                             tied_groups(plan), tp_dims, marks, away)  # fmt: skip
     trainer.shared = tuple(f"module.{weight.name}" for weight in traced.shared)

@@ -12,8 +12,8 @@ backward. Two ways to treat the rest of a fraction alpha:
                 backward: A + a (S - A) bytes move, nothing stays. a = floor(alpha s) / s for s
                 tokens of the rank's part of the sequence.
 
-Optimiser states may wait there too (`states` = optimizer), and with FSDP on a GPU parameters and
-gradients as well (`states` = parameters).
+Optimiser states may wait there too (`states` = optimizer), or those of routed experts alone
+(`states` = experts); with FSDP on a GPU parameters and gradients as well (`states` = parameters).
 """
 
 from __future__ import annotations
@@ -54,10 +54,6 @@ def check(options: Options) -> None:
         raise InputError("offload.states", options.offload_states,
                          f"moves fp32 moments of adamw, not those of {options.optimizer}",
                          "use --optimizer adamw, or no offload of states")  # fmt: skip
-    if options.offload_states is not None and options.expert_offload:
-        raise InputError("offload.states", options.offload_states, "beside expert-offload, which "
-                         "moves the moments of experts by itself",
-                         "use one of --offload and --expert-offload")  # fmt: skip
     if options.offload_rest == "recompute" and options.recompute != "none":
         raise InputError("offload.rest", "recompute",
                          f"recompute={options.recompute} says already what is made again",

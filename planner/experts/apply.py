@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ...costmodel.techniques import expert_offload
 from ...errors import InputError
 from ...measurement import ExpertLoad, Measurement
 from ...plan import Phase, Plan, Setting
@@ -77,27 +76,6 @@ def place_experts_in(plan: Plan, document: Any, source: str) -> Plan:
         return {**before, **_slots(by_layer[str(layer)], source)}
 
     return _with_settings(plan, choose)
-
-
-def offload_experts(plan: Plan, host_bytes: int | None) -> Plan:
-    """The plan with the moments of its experts on the host, in at most `host_bytes` per rank."""
-    setting: dict[str, Any] = {"moments": True}
-    if host_bytes is not None:
-        setting["host_bytes"] = host_bytes
-
-    def with_setting(own: Setting) -> Setting:
-        techniques = {**own.techniques, expert_offload.NAME: setting}
-        return msgspec.structs.replace(own, techniques=techniques)
-
-    phases = tuple(
-        msgspec.structs.replace(phase, settings=tuple(map(with_setting, phase.settings)))
-        for phase in plan.phases
-    )
-    changed = msgspec.structs.replace(plan, phases=phases)
-    reason = expert_offload.refuse(changed)
-    if reason is not None:
-        raise reason
-    return changed
 
 
 def _slots(layer: Chosen, source: str) -> dict[str, Any]:

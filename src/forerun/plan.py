@@ -39,7 +39,7 @@ TENSORS = "tensors"
 OFFLOAD_RESTS: tuple[str, ...] = ("keep", "recompute")
 """What becomes of activations that are not offloaded: they stay, or are made again token by token.
 """
-OFFLOAD_STATES: tuple[str, ...] = ("optimizer", "parameters")
+OFFLOAD_STATES: tuple[str, ...] = ("optimizer", "experts", "parameters")
 """What else may wait off the device; with parameters go gradients and optimiser states."""
 TIERS: tuple[str, ...] = ("host", "disk")
 """Where it waits."""

@@ -101,10 +101,9 @@ DENSE = "predict --model tiny-1m --gpus 2xcpu --seq-len 64 --global-batch 8".spl
     [
         ([*DENSE, "--capacity-factor", 1.0], "capacity-factor=1.0: tiny-1m has no routed experts"),
         ([*DENSE, "--balance-loss", "global-batch"], "tiny-1m has no routers"),
-        ([*DENSE, "--expert-offload"], "expert-offload=tiny-1m: has no routed experts"),
+        ([*DENSE, "--offload", "experts"], "offload.states=experts: tiny-1m has no routed experts"),
         (["predict", *JOB, "--capacity-factor", 0], "capacity-factor"),
         (["predict", *JOB[:-1], 3], "ep=3"),
-        (["predict", *JOB, "--expert-host-bytes", 1000], "expert-offload.host_bytes=1000"),
     ],
 )
 def test_settings_that_cannot_be_meant(invoke: Any, arguments: list[Any], message: str) -> None:

@@ -307,7 +307,7 @@ TWICE = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5, 1], [2, 4, 6, 0, 7
 """Two experts on both ranks."""
 PERMUTED = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5], [2, 4, 6, 1]]}}}
 SP, FULL = {"sequence_parallel": True}, {"recompute": "full"}
-OFFLOAD = {"more": {"expert-offload": {"moments": True}}}
+OFFLOAD = {"more": {"offload": {"states": "experts"}}}
 STATES = {"more": {"offload": {"states": "optimizer"}}}
 
 

@@ -33,7 +33,6 @@ USES: dict[str, Use] = {
     "adamw4bit": Use(optimizer="adamw4bit"),
     "adamw8bit": Use(optimizer="adamw8bit"),
     "attention": Use({"attention": {"kernel": "unfused"}}),
-    "expert-offload": Use(families.OFFLOAD["more"], routed=True),
     "expert-placement": Use(families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
     "lora": Use({"lora": {"rank": 8}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),

@@ -17,8 +17,8 @@ REFUSED = {
     ("recompute", "storage"): "recompute full does not keep the activations to be stored",
     ("adamw-fp8", "adamw8bit"): "a workload has one optimiser",
     ("adamw-offload", "adamw-offload"): "has no host to offload to",
-    ("adamw8bit", "expert-offload"): "routed experts, whose states it does not hold yet",
-    ("expert-offload", "offload"): "routed experts, whose activations do not leave the device yet",
+    ("adamw8bit", "expert-placement"): "routed experts, whose states it does not hold yet",
+    ("expert-placement", "offload"): "experts, whose activations do not leave the device yet",
     ("expert-placement", "low-precision"): "routed experts, which do not work in 8 bits yet",
 }
 """Some that must be, and why; more may be while their techniques are only predicted."""
@@ -26,7 +26,7 @@ COMPOSED = (
     ("adamw-fp8", "adamw-fp8"), ("adamw-fp8", "low-precision"), ("adamw-fp8", "sequence-parallel"),
     ("adamw-fp8", "zero"), ("low-precision", "recompute"), ("low-precision", "storage"),
     ("low-precision", "zero"), ("sequence-parallel", "storage"), ("storage", "zero"),
-    ("expert-offload", "expert-placement"), ("expert-placement", "zero"),
+    ("expert-placement", "zero"),
     ("adamw8bit", "zero"), ("adamw4bit", "low-precision"), ("adamw-fp8-block", "storage"),
 )  # fmt: skip
 """Some that must run."""

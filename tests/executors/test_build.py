@@ -166,9 +166,7 @@ LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, q
                          v_head_dim=4)  # fmt: skip
 FP16 = (Setting(layers=(0, 1), techniques={"precision": {"compute": "fp16"}}),)
 HOSTED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
-                  | {"expert-offload": {"moments": True}}),)  # fmt: skip
-LITTLE_HOST = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
-                       | {"expert-offload": {"moments": True, "host_bytes": 1000}}),)  # fmt: skip
+                  | {"offload": {"states": "experts"}}),)  # fmt: skip
 PLACED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                   | {"expert-placement": {"slots": [[0, 1], [2, 3]]}}),)  # fmt: skip
 LORA = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"lora": {}}),)
@@ -191,8 +189,7 @@ MIXED = (
             MODEL, layers=(msgspec.structs.replace(LAYER, experts=EXPERTS, bias=True),)))),
         ("layers.qkv_bias", make_plan(msgspec.structs.replace(
             MODEL, layers=(msgspec.structs.replace(LAYER, latent=LATENT, qkv_bias=True),)))),
-        ("expert-offload", make_plan(settings=HOSTED)),
-        ("expert-offload.host_bytes", make_plan(MOE, settings=LITTLE_HOST)),
+        ("offload.states", make_plan(settings=HOSTED)),
         ("expert-placement.slots", make_plan(MOE, settings=PLACED)),
         ("positions", make_plan(msgspec.structs.replace(MODEL, positions="alibi"))),
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
@@ -256,11 +253,9 @@ def test_what_either_does_not_run_with(
 
 
 def test_hosted_moments_are_those_of_adamw() -> None:
-    hosted = {"expert-offload": {"moments": True}}
-    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | hosted),)
-    plan = make_plan(MOE, settings=settings)
+    plan = make_plan(MOE, settings=HOSTED)
     job = msgspec.structs.replace(plan.workload, optimizer="sgd")
-    with pytest.raises(InputError, match="expert-offload keeps moments of adamw"):
+    with pytest.raises(InputError, match="moves fp32 moments of adamw, not those of sgd"):
         check_supported(msgspec.structs.replace(plan, workload=job))
 
 
@@ -274,18 +269,12 @@ def test_experts_and_latent_attention_do_not_share_sequences(model: Model) -> No
     assert caught.value.field == "cp" and caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("value", "technique"),
-    [
-        ("expert-offload", {"expert-offload": {"moments": True}}),
-        ("expert-placement", {"expert-placement": {"slots": [[0, 2], [1, 3]]}}),
-    ],
-)
-def test_what_checkpoints_do_not_keep_is_refused(value: str, technique: dict[str, Any]) -> None:
-    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | technique),)
+def test_what_checkpoints_do_not_keep_is_refused() -> None:
+    placed = {"expert-placement": {"slots": [[0, 2], [1, 3]]}}
+    settings = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | placed),)
     with pytest.raises(InputError) as caught:
         check_kept(make_plan(MOE, settings=settings))
-    assert (caught.value.field, caught.value.value) == ("checkpoint", value)
+    assert (caught.value.field, caught.value.value) == ("checkpoint", "expert-placement")
     check_kept(make_plan(MOE))
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from forerun.catalogs import load_cluster
-from forerun.costmodel import admissible
 from forerun.errors import InputError
 from forerun.executors.build import build
 from forerun.experts import Experts
@@ -79,21 +78,11 @@ EXPERTS = Experts(num_experts=4, top_k=2, ffn_hidden=8)
         ("recompute", {"recompute": {"mode": "tensors", "keep": ["x1"]}}),
         ("offload", {"offload": {"activations": 0.5}}),
         ("offload", {"offload": {"activations": 0.5, "rest": "recompute"}}),
-        ("offload.states", {"offload": {"states": "optimizer"},
-                            "expert-offload": {"moments": True}}),
+        ("offload", {"offload": {"states": "parameters"}}),
     ],
 )  # fmt: skip
 def test_what_layers_with_experts_do_not_do(field: str, techniques: dict[str, Any]) -> None:
     refused(field, {"precision": {"compute": "fp32"}} | techniques, EXPERTS)
-
-
-def test_moments_are_moved_by_one_technique_alone() -> None:
-    """Also where each is that of other layers."""
-    second = {"offload": {"states": "optimizer"}}
-    plan = plan_of({"expert-offload": {"moments": True}}, EXPERTS, second)
-    with pytest.raises(InputError, match=r"offload\.states=optimizer") as caught:
-        admissible.check(plan)
-    assert caught.value.field == "expert-offload"
 
 
 def plan_of(

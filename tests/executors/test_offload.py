@@ -193,8 +193,13 @@ def test_an_error_of_a_copy_comes_to_whoever_waits(tmp_path: Path) -> None:
 SHAPES = ((7,), (64, 3), (5, 5), (1,), (130,))
 
 
+@pytest.mark.parametrize("waits", [None, [True, False, True, False, False]])
 @pytest.mark.parametrize("bucket_elements", [16, 100, 10_000])
-def test_offloaded_adamw_is_torchs(tmp_path: Path, bucket_elements: int) -> None:
+def test_offloaded_adamw_is_torchs(
+    tmp_path: Path, bucket_elements: int, waits: list[bool] | None
+) -> None:
+    """With the moments of all parameters, or of some, on the tier."""
+
     def parameters() -> list[nn.Parameter]:
         generator = torch.Generator().manual_seed(3)
         return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
@@ -202,7 +207,7 @@ def test_offloaded_adamw_is_torchs(tmp_path: Path, bucket_elements: int) -> None
     tier = make_tier("disk", CPU, folder=tmp_path)
     store = Store(tier, make_copier(tier, CPU))
     ours, theirs = parameters(), parameters()
-    away = TieredAdamW(ours, 0.1, store, Marks(), bucket_elements=bucket_elements)
+    away = TieredAdamW(ours, 0.1, store, Marks(), waits, bucket_elements=bucket_elements)
     plain = make_optimizer("adamw", theirs, 0.1)
     for step in range(4):
         for mine, other in zip(ours, theirs, strict=True):
@@ -212,14 +217,16 @@ def test_offloaded_adamw_is_torchs(tmp_path: Path, bucket_elements: int) -> None
         plain.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
-    moved = 8 * sum(p.numel() for p in ours)
+    there = waits or [True] * len(ours)
+    moved = 8 * sum(p.numel() for p, away in zip(ours, there, strict=True) if away)
     assert store.copied == {"in@disk": moved, "out@disk": moved}
     states = away.state_dict()["state"]
     for index, other in enumerate(plain.state_dict()["state"].values()):
         assert states[index]["step"] == other["step"]
         for moment in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(states[index][moment], other[moment], rtol=1e-6, atol=1e-7)
-    again = TieredAdamW(parameters(), 0.1, Store(tier, store.copier), Marks())
+    assert len(states) == len(ours)
+    again = TieredAdamW(parameters(), 0.1, Store(tier, store.copier), Marks(), waits)
     again.load_state_dict(plain.state_dict())
     assert again.state_dict()["state"][1]["exp_avg"].equal(plain.state[theirs[1]]["exp_avg"])
 
