@@ -81,7 +81,7 @@ def bound_layouts(
     if pools[0].shared_cores is None:
         parts: list[tuple[Index, int]] = [(np.arange(len(layouts)), 1)]
     else:  # the speed of a rank depends on how many processes one stage keeps busy
-        busy = layouts.dp * layouts.cp * layouts.tp
+        busy = layouts.replicas * layouts.cp * layouts.tp
         parts = [(np.flatnonzero(busy == n), int(n)) for n in np.unique(busy)]
     for index, busy_ranks in parts:
         fleet = Fleet.of(

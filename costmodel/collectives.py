@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cluster import Pool
 from .algorithms import RING, Protocols, ring_s, switch_s, tree_s
@@ -71,6 +72,11 @@ class Group:
     def protocols(self) -> Protocols | None:
         """Those that the library has; None on a CPU."""
         return RING if self.pool.device.kind == "gpu" else None
+
+
+def crosses(ranks: Array, stride: Array, pool: Pool) -> NDArray[np.bool_]:
+    """Whether a group of `ranks` ranks, `stride` apart in the rank order, leaves its node."""
+    return (ranks > 1) & (stride * (ranks - 1) >= pool.devices_per_node)
 
 
 def group_s(kind: str, num_bytes: Array, ranks: Array, stride: Array, pool: Pool) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +37,35 @@ class Layouts:
     cp: Ints
     ulysses: Ints
     ep: Ints
+    apart: Ints = field(default_factory=lambda: np.ones(1, dtype=np.int64))
+    """Replicas that train apart, each a layout of the other degrees; one where not given."""
+
+    def __post_init__(self) -> None:
+        if len(self.apart) != len(self.tp):
+            object.__setattr__(self, "apart", np.ones_like(self.tp))
 
     def __len__(self) -> int:
         return len(self.tp)
 
     @property
     def dp(self) -> Ints:
-        """Data-parallel replicas."""
+        """Data-parallel replicas that are one in every step."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def together(self) -> Ints:
+        """Ranks that are one in every step."""
+        return self.dp * self.cp * self.tp * self.pp
+
+    @property
+    def replicas(self) -> Ints:
+        """Those that see different sequences, whether or not they are one."""
+        return self.dp * self.apart
 
     @property
     def world(self) -> Ints:
         """Ranks of each layout."""
-        return self.dp * self.cp * self.tp * self.pp
+        return self.together * self.apart
 
     @property
     def ring(self) -> Ints:
@@ -120,7 +136,7 @@ class Layouts:
     @staticmethod
     def of(phase: Phase) -> Layouts:
         """One phase as layouts of length one."""
-        mesh = phase.mesh
+        mesh = phase.synced
 
         def one(value: int) -> Ints:
             return np.array([value], dtype=np.int64)
@@ -139,6 +155,7 @@ class Layouts:
             cp=one(mesh.cp),
             ulysses=one(mesh.ulysses),
             ep=one(mesh.ep),
+            apart=one(phase.mesh.dp_replicate // mesh.dp_replicate),
         )
 
 

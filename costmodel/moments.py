@@ -37,6 +37,7 @@ from .pieces import Pieces
 from .stages import Load
 from .state_bytes import StateBytes, in_units
 from .states import AtRest, Counts
+from .techniques.local_sgd import Held, held
 from .working_copies import WorkingCopies
 
 Kind = Literal["head", "last", "second", "fetch", "first", "update"]
@@ -277,8 +278,10 @@ def _moments(
         rest=replace(rest, optimizer=rest.optimizer + more),
         copies=WorkingCopies.of(load, costs, layouts, options, stack),
     )
-    at_rest = {"parameters": rank.rest.parameters, "optimizer": rank.rest.optimizer}
-    standing = rank.kept.sequence_buffers + _messages(rank)
+    apart = _apart_from_others(rank)
+    optimizer = rank.rest.optimizer + apart.states
+    at_rest = {"parameters": rank.rest.parameters, "optimizer": optimizer}
+    standing = rank.kept.sequence_buffers + _messages(rank) + apart.on_its_way
     around = _gradients(rank)
     always = np.ones(1, dtype=bool)
     for later, grads in enumerate(around):
@@ -306,6 +309,7 @@ def _moments(
         yield moment("fetch", several, _front_layers(rank, grads, 2))
         yield moment("first", always, _front_layers(rank, grads, 1))
     exchange = rank.kept.sequence_buffers + _bucket(rank)
+    exchange = exchange + np.maximum(apart.on_its_way, apart.meeting)
     staged = staged_bytes(Owned.of(counts, layouts, stack), states, options)
     terms = {
         **at_rest, "gradients": around[1].after, "comm_buffers": exchange, "workspace": staged
@@ -319,6 +323,16 @@ MESSAGES = 2
 counted in runs of every schedule on two and four ranks, 1 to 4 per chunk."""
 BUCKET_BYTES = 25 * 2**20
 """Of gradients that replicas of a pipeline stage sum at a time."""
+
+
+def _apart_from_others(rank: _Rank) -> Held:
+    """What meetings with replicas that train apart hold on a rank."""
+    in_layers = np.zeros(1)
+    for count, piece in zip(rank.load.layers, rank.costs.layers, strict=True):
+        in_layers = in_layers + count * Counts.of_layer(piece).with_gradient
+    in_ends = np.maximum(rank.counts.with_gradient - in_layers, 0.0)
+    shards, layers = rank.layouts.shards, rank.load.num_layers
+    return held(rank.options.local_sgd, in_layers / shards, in_ends / shards, layers)
 
 
 def _messages(rank: _Rank) -> Array:

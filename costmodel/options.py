@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..local_sgd import TECHNIQUE, LocalSgd
 from ..plan import TENSORS, Phase
 from ..stack import Stack
 from ..workload import Workload
@@ -72,6 +73,8 @@ class Options:
     """Slots of a placement beyond one per expert."""
     expert_imbalance: float | None = None
     """Rows of the fullest expert-parallel rank over the mean; None = as the stack says."""
+    local_sgd: LocalSgd | None = None
+    """How replicas that train apart meet; None = they are one in every step."""
     packing: Packing | None = None
     """Documents packed into sequences; None = a sequence is one document."""
 
@@ -110,6 +113,7 @@ class Options:
             expert_slots=len(ranks[0]) if ranks else None,
             expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
             expert_imbalance=placed.get("imbalance"),
+            local_sgd=phase.local_sgd,
             packing=Packing.of(workload) if workload is not None else None,
         )
 
@@ -129,6 +133,8 @@ class Options:
                 chosen.setdefault(technique, {})[setting] = value
         if self.recompute == TENSORS:
             chosen["recompute"]["keep"] = list(self.keep)
+        if self.local_sgd is not None:
+            chosen[TECHNIQUE] = self.local_sgd.settings()
         return chosen
 
     def gathers_low(self, stack: Stack) -> bool:

@@ -81,7 +81,7 @@ def packing_sizes(packing: Packing | None, kind: str, layouts: Layouts) -> Sizes
 def slowest(packing: Packing, kind: str, layouts: Layouts) -> Array:
     """Attention work of the busiest rank over the mean, of each layout."""
     meets = (layouts.zero == 3) | (layouts.pp > 1) | (layouts.ring > 1)
-    columns = (layouts.dp, layouts.num_microbatches, layouts.ring, meets)
+    columns = (layouts.replicas, layouts.num_microbatches, layouts.ring, meets)
     shapes = np.stack([np.asarray(c, dtype=np.int64) for c in columns], axis=1)
     distinct, where = np.unique(shapes, axis=0, return_inverse=True)
     found = [_slowest(packing, kind, *(int(n) for n in row)) for row in distinct]

@@ -362,7 +362,7 @@ def _key(
     ]  # fmt: skip
     over_samples = options.packing is not None or options.balance_loss == "global-batch"
     if not near.is_decoder or over_samples:
-        degrees.append(layouts.dp)
+        degrees.append(layouts.replicas)
     if options.packing is not None:
         degrees += [layouts.num_microbatches, layouts.pp]
     pool = msgspec.structs.replace(prices.pool, num_nodes=1)

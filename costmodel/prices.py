@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from ..cluster import DTYPE_BYTES, CollectiveCurve, OperatorCurve, Pool, Profile, WaitCurve
@@ -246,12 +247,47 @@ class Prices:
         return stack.elementwise_multiplier
 
     def collective(
-        self, kind: str, num_bytes: Array, ranks: Array, stride: Array, groups: Array
+        self,
+        kind: str,
+        num_bytes: Array,
+        ranks: Array,
+        stride: Array,
+        groups: Array,
+        *,
+        within: bool = False,
     ) -> Array:
-        """Seconds of a collective over `ranks` ranks, with `groups` such groups at work at once."""
-        curves = self._collectives.get(kind)
-        if not curves:
-            return collectives.group_s(kind, num_bytes, ranks, stride, self.pool)
+        """Seconds of a collective over `ranks` ranks, with `groups` such groups at work at once.
+
+        A curve holds for groups on the links that it was measured on; `within` asks for a group as
+        if all of it were on one node.
+        """
+        pool = self.pool
+        if within:
+            room = int(np.max(ranks) * np.max(stride))
+            pool = msgspec.structs.replace(pool, devices_per_node=room)
+
+        def seconds(link: str) -> Array:
+            curves = [c for c in self._collectives.get(kind, ()) if c.link == link]
+            if curves:
+                return self._curve_s(curves, kind, num_bytes, ranks, groups)
+            return collectives.group_s(kind, num_bytes, ranks, stride, pool)
+
+        across = collectives.crosses(ranks, stride, pool)
+        if not np.any(across):
+            return seconds("intra_node")
+        if np.all(across):
+            return seconds("inter_node")
+        return np.where(across, seconds("inter_node"), seconds("intra_node"))
+
+    def _curve_s(
+        self,
+        curves: Sequence[CollectiveCurve],
+        kind: str,
+        num_bytes: Array,
+        ranks: Array,
+        groups: Array,
+    ) -> Array:
+        """From measured curves, of each group the nearest."""
         time = np.zeros(np.broadcast_shapes(num_bytes.shape, ranks.shape))
         for p in np.unique(ranks):
             if p <= 1:

@@ -107,7 +107,7 @@ def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options:
     norm_s = np.zeros(1)
     if options.clips:  # the norm reads gradients, scaling reads and writes them
         seconds = seconds + 1.5 * prices.operator("copy", [owned], "fp32")[0]
-        world, one = layouts.world.astype(float), np.ones(len(layouts))
+        world, one = layouts.together.astype(float), np.ones(len(layouts))
         norm_s = np.where(world > 1, prices.collective("all_reduce", 4 * one, world, one, one), 0.0)
     return Update(
         dp=data_parallel(load, costs, layouts, prices, options),

@@ -40,6 +40,7 @@ from .ranks import (
 )
 from .schedule import Played, orders, play, play_long, play_shared
 from .stages import Load, for_each, stacked
+from .techniques.local_sgd import Meetings, fragment_elements, meetings
 
 Z90 = 1.645
 UNCERTAIN = 2.0
@@ -104,6 +105,25 @@ class Simulation:
                 load, self.costs_of[k], self.layouts, self.prices_of[k], self.options
             ),
             self.pool_of_rank,
+        )
+
+        self.meetings: Meetings | None = self._meetings()
+        """With other replicas, where they train apart."""
+
+    def _meetings(self) -> Meetings | None:
+        local = self.options.local_sgd
+        if local is None:
+            return None
+        (load,) = self.rank_loads
+        shard = float(self.layouts.shards[0])
+        elements = fragment_elements(local, self.grouped.group_of, self.costs, load, shard)
+        return meetings(
+            local,
+            elements,
+            self.mesh.dp_replicate,
+            self.mesh.stride("dp_replicate"),
+            int(self.layouts.together[0]),
+            self.prices,
         )
 
     @property
@@ -317,8 +337,15 @@ class Simulation:
         if last.again_wire_bytes:  # where its backward follows at once it is all there still
             for name, value in last.again_wire_bytes.items():
                 add(name, -returns_at_once(self.phase) * value)
-        if self.options.clips and self.mesh.world > 1:
-            add(f"all_reduce@{self.mesh.reduction_name()}", 4.0 * self.mesh.pp)
+        synced = self.phase.synced
+        if self.options.clips and synced.world > 1:
+            add(f"all_reduce@{synced.reduction_name()}", 4.0 * self.mesh.pp)
+        if self.meetings is not None:
+            for name, value in self.meetings.wire_bytes().items():
+                add(name, value)
+            if synced.world > 1:
+                gap_bytes = self.meetings.gap_bytes / self.meetings.settings.period
+                add(f"all_reduce@{synced.reduction_name()}", gap_bytes)
         if self.mesh.pp > 1:
             boundary = self.costs.layers[0].boundary_bytes
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
@@ -347,6 +374,9 @@ class Simulation:
                 terms[name] += value / p * self.drift
         fetched = sum(self.first_fetch_s) * self.phase.num_microbatches
         terms["exposed.copy"] += fetched / p * self.drift
+        if self.meetings is not None:
+            terms["exposed.dp"] += self.meetings.exposed_s(self.inner_step_s(played))
+            terms["optimizer"] += self.meetings.work_s
         idle = max(0.0, step - sum(terms.values()))
         # fill and drain cross every boundary once each way; the others wait beside compute
         hops = min(idle, self.fill_hops_s())
@@ -379,8 +409,9 @@ class Simulation:
             "host": float(once.host_s[0] + once.dp.host_s[0])
             + actions * self.prices_of[pool].host("pp_action"),
         }
-        if self.mesh.world > 1:
-            axis = f"exposed.{self.mesh.reduction_name().partition('+')[0]}"
+        synced = self.phase.synced
+        if synced.world > 1:
+            axis = f"exposed.{synced.reduction_name().partition('+')[0]}"
             terms[axis] = terms.get(axis, 0.0) + float(once.norm_s[0])
         return terms
 
@@ -404,6 +435,13 @@ class Simulation:
         return sum(played.busy_s) / full if full > 0 else 1.0
 
     def step_s(self, played: Played) -> float:
+        """An inner step and, in the mean, what it has of meetings with other replicas."""
+        inner_s = self.inner_step_s(played)
+        if self.meetings is None:
+            return inner_s
+        return inner_s + self.meetings.exposed_s(inner_s) + self.meetings.work_s
+
+    def inner_step_s(self, played: Played) -> float:
         """Makespan, then the longest exchange and update of any rank."""
         once = max(float(u.total_s[0]) for u in self.updates)
         return (played.makespan_s + once) * self.drift

@@ -133,4 +133,6 @@ def build(
         experts,
     )
     trainer.spread = spread
+    if phase.local_sgd is not None:
+        trainer.meet_as(phase.local_sgd)
     return trainer

@@ -3,7 +3,8 @@
     n = sqrt( sum over ranks of  sum of squares of a rank's part / ranks that hold the same part )
     g := g min(1, clip / (n + 1e-6))
 
-as `torch.nn.utils.clip_grad_norm_` on one process: one all-reduce of one number over all ranks.
+as `torch.nn.utils.clip_grad_norm_` on one process: one all-reduce of one number over all ranks, or
+over those of one replica where replicas train apart.
 Every rank gets the same n, so that replicas stay equal to the last bit. The same part is held by
 the replicas that FSDP does not shard over, by all tp ranks where tp did not cut a parameter, and by
 two ranks where first and last stage each have a copy of a tied table.
@@ -21,20 +22,32 @@ from torch import Tensor
 from .torch_compat import scale_all
 
 
-def gradient_norm(parts: Mapping[int, Sequence[Tensor]], device: torch.device) -> Tensor:
-    """The norm of all gradients, a number; `parts` are this rank's by how many ranks hold each."""
+def gradient_norm(
+    parts: Mapping[int, Sequence[Tensor]],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The norm of all gradients, a number; `parts` are this rank's by how many ranks hold each.
+
+    `group` are the ranks that train together; None = all.
+    """
     square = torch.zeros((), device=device)
     for copies, tensors in sorted(parts.items()):
         norm = torch.nn.utils.get_total_norm(list(tensors))
         square += norm.float().square() / copies
-    if dist.get_world_size() > 1:
-        dist.all_reduce(square)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(square, group=group)
     return square.sqrt_()
 
 
-def clip(parts: Mapping[int, Sequence[Tensor]], clip_norm: float, device: torch.device) -> Tensor:
+def clip(
+    parts: Mapping[int, Sequence[Tensor]],
+    clip_norm: float,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scale gradients down in place to `clip_norm`; returns what their norm was."""
-    norm = gradient_norm(parts, device)
+    norm = gradient_norm(parts, device, group)
     factor = (clip_norm / (norm + 1e-6)).clamp_(max=1.0)
     for tensors in parts.values():
         scale_all(list(tensors), factor)

@@ -42,7 +42,7 @@ def state_mesh(phase: Phase, mesh: DeviceMesh) -> DeviceMesh:
     Under ZeRO states are divided over dp_shard and cp; without, no rank has a part only.
     """
     if phase.mesh.cp == 1:
-        replicated = phase.mesh.dp_replicate > 1
+        replicated = phase.synced.dp_replicate > 1
         return mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
     shards = ("dp_shard", "cp") if phase.zero else ("dp_shard",)
     replicas = ("dp_replicate",) if phase.zero else ("dp_replicate", "dp_shard", "cp")
@@ -85,15 +85,15 @@ def apply_fsdp(
 
 
 def replicas(phase: Phase) -> int:
-    """Ranks that hold the same parameters and see different tokens."""
-    return phase.mesh.dp * phase.mesh.cp
+    """Ranks that hold the same parameters in every step and see different tokens."""
+    return phase.synced.dp * phase.mesh.cp
 
 
 def copies(phase: Phase) -> int:
     """Ranks of different data that hold the same part of a gradient."""
     if not uses_fsdp(phase):
         return replicas(phase)
-    return phase.mesh.dp_replicate if phase.zero else replicas(phase) // phase.mesh.dp_shard
+    return phase.synced.dp_replicate if phase.zero else replicas(phase) // phase.mesh.dp_shard
 
 
 def uses_ddp(phase: Phase) -> bool:
@@ -104,6 +104,11 @@ def uses_ddp(phase: Phase) -> bool:
 def uses_replicas(phase: Phase) -> bool:
     """Whether `Replicas` do, of a pipeline's stages."""
     return phase.mesh.pp > 1 and replicas(phase) > 1 and not uses_fsdp(phase)
+
+
+def together(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks of this replica, where replicas train apart."""
+    return flattened(mesh, ("dp_shard", "cp", "tp")).get_group()
 
 
 def replica_group(phase: Phase, mesh: DeviceMesh) -> dist.ProcessGroup:

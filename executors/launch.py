@@ -115,7 +115,7 @@ def run(
         if static_memory is not None:
             raise InputError("static-memory", static_memory, "says nothing of an emulated device",
                              "drop --pace or --static-memory")  # fmt: skip
-        _check_paced(pace, training, nodes)
+        _check_paced(plan, pace, training, nodes)
         paced = emulation.prepare(plan, pace, pace_scale)
     machine.check_offload(plan_file, offload_folder)
     if training is not None:
@@ -127,6 +127,7 @@ def run(
         machine.check_training(plan, steps, training)
     else:
         steps = plan.phase.steps if steps is None else steps
+        steps, warmup_steps = whole_rounds(plan, steps, warmup_steps, on_note)
     text = text_of(plan, data)
     work = job.Job(
         plan=plan,
@@ -174,6 +175,24 @@ def run(
     return measured
 
 
+def whole_rounds(
+    plan: Plan, steps: int, warmup_steps: int, on_note: OnNote | None = None
+) -> tuple[int, int]:
+    """Timed steps and those before them, such that what is timed is typical of a long run.
+
+    Replicas that train apart are timed over whole rounds, from the first one on in which what was
+    sent before is used; `on_note` hears it where that takes more steps than were asked for.
+    """
+    local = plan.phase.local_sgd
+    if local is None:
+        return steps, warmup_steps
+    before = -(-max(warmup_steps, local.period + local.steps_late) // local.period) * local.period
+    whole = -(-steps // local.period) * local.period
+    if (whole, before) != (steps, warmup_steps) and on_note is not None:
+        on_note(f"note: {before} steps, then {whole} timed ones: whole rounds of {local.period}")
+    return whole, before
+
+
 def text_of(plan: Plan, data: str | None) -> bytes:
     """What a plan is trained on: `data`, or what its workload names."""
     if plan.model.traced is not None and not plan.model.traced.tokens:
@@ -191,8 +210,11 @@ def _check_counts(steps: int | None, warmup_steps: int) -> None:
         raise InputError("warmup", warmup_steps, "negative", "give 0 or more")
 
 
-def _check_paced(pace: str, training: job.Training | None, nodes: Nodes | None) -> None:
+def _check_paced(plan: Plan, pace: str, training: job.Training | None, nodes: Nodes | None) -> None:
     """Raise InputError for what a paced run, which only measures, on one machine, does not do."""
+    if plan.phase.local_sgd is not None:
+        raise InputError("pace", pace, "holds a step's chunks, and replicas that train apart meet "
+                         "between steps", "leave out --pace, or plan without --local-sgd")  # fmt: skip
     for field, value in (("training", training), ("nnodes", nodes and nodes.num)):
         if value is not None:
             raise InputError("pace", pace, f"a paced run takes no {field}: it emulates, here, and "

@@ -28,8 +28,10 @@ from ..plan import (
 
 TECHNIQUES = (
     "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement",
+    "local-sgd",
 )  # fmt: skip
-"""Those that have a file in `executors/techniques/`, and `executors/context_parallel/`."""
+"""Those that have a file in `executors/techniques/`, `executors/context_parallel/` and
+`executors/local_sgd/`."""
 COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
@@ -71,6 +73,7 @@ def check_executed(plan: Plan) -> None:
     admissible.check(plan)
     _check_precision(plan)
     _check_optimizer(plan)
+    _check_apart(plan)
 
 
 def _compiles(phase: Phase) -> bool:
@@ -386,6 +389,23 @@ def _check_shards(plan: Plan) -> None:
             raise InputError("dp_shard", mesh.dp_shard, f"{shards} ranks share {held} experts of "
                              f"width {widths[0]}, which they divide neither way",
                              "change dp_shard or ep")  # fmt: skip
+
+
+def _check_apart(plan: Plan) -> None:
+    """What replicas that train apart do not run with yet."""
+    local = plan.phase.local_sgd
+    if local is None:
+        return
+    for problem, there in (
+        ("a module of one's own has no replicas apart yet", plan.model.traced is not None),
+        ("routed experts have no replicas apart yet",
+         any(layer.experts is not None for layer in plan.model.layers)),
+        ("parameters that FSDP keeps on the host do not meet those of other replicas yet",
+         any(s.techniques.get("offload", {}).get("states") == "parameters"
+             for s in plan.phase.settings)),
+    ):  # fmt: skip
+        if there:
+            raise InputError("local-sgd", local.label, problem, "leave out --local-sgd")
 
 
 def check_kept(plan: Plan) -> None:

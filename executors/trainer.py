@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import RunFailed
+from ..local_sgd import LocalSgd
 from ..plan import Plan, rank_of
 from . import clipping, data_parallel
 from .arena import StaticArena
@@ -18,6 +19,7 @@ from .context_parallel import Spread
 from .data import Rows
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
+from .local_sgd import Outer
 from .marks import Marks, Observer
 from .pipeline import Pipeline
 from .torch_compat import DeviceMesh, DTensor
@@ -54,6 +56,10 @@ class Trainer:
         self.tp_dims = tp_dims
         """Dimension along which tp cut a parameter, by name; the others are whole on each rank."""
         self.experts = experts
+        self.together: dist.ProcessGroup | None = None
+        """The ranks that are one in every step; None = all."""
+        self.outer: Outer | None = None
+        """Meetings with the other replicas, where they train apart."""
         self.spread = Spread()
         """The ranks that share a sequence."""
         self.shared: tuple[str, ...] = ("embedding.weight",)
@@ -132,11 +138,16 @@ class Trainer:
         ]
 
     def optimizer_step(self) -> None:
-        """Gradients clipped where the workload says so, AdamW, then gradients dropped."""
+        """Gradients clipped where the workload says so, AdamW, then gradients dropped.
+
+        Replicas that train apart meet after it, where a meeting is due.
+        """
         self.clip_gradients()
         with self.marks.chunk("optimizer", "U"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.outer is not None:
+                self.outer.after_step()
 
     def clip_gradients(self) -> None:
         """Scale gradients down where their norm is above the workload's (collective)."""
@@ -150,7 +161,21 @@ class Trainer:
             gradients, copies = self.experts.apart(gradients, copies)
         parts = clipping.by_copies(gradients, copies)
         with self.marks.mark("optimizer"):
-            clipping.clip(parts, clip_norm, self.device)
+            clipping.clip(parts, clip_norm, self.device, self.together)
+
+    def meet_as(self, local: LocalSgd) -> None:
+        """Have the replicas, which train apart, meet as the settings say."""
+        self.together = data_parallel.together(self.device_mesh)
+        named = self._named_parameters()
+        self.outer = Outer(
+            local,
+            named,
+            {name: self._copies(name) for name in named},
+            self.device_mesh.get_group("dp_replicate"),
+            self.together if self.together.size() > 1 else None,
+            self.device,
+            self.marks,
+        )
 
     def _copies(self, name: str) -> int:
         """How many ranks hold the same part of a parameter's gradient."""

@@ -28,7 +28,7 @@ from ..cluster import Profile
 from ..document import Document, Value
 from ..errors import InputError, RunFailed
 from ..measurement import Measurement
-from ..plan import PlanFile
+from ..plan import Plan, PlanFile
 from . import launch
 from .measure import report
 from .processes import terminated_like_an_exit
@@ -193,6 +193,7 @@ class _Turns:
         began = time.monotonic()
         try:
             check_executed(plan_file.plan)
+            _check_short(plan_file.plan)
         except InputError as error:
             self._fold(place, Tried(plan_file=plan_file, failed=str(error)))
             return
@@ -231,6 +232,14 @@ class _Turns:
             listed[place] = tried
         self.state = msgspec.structs.replace(self.state, tried=tuple(listed), limit=None)
         self.keep(self.state)
+
+
+def _check_short(plan: Plan) -> None:
+    """Raise InputError for a plan that a few steps say nothing of."""
+    local = plan.phase.local_sgd
+    if local is not None:
+        raise InputError("local-sgd", local.label, "is timed over whole rounds, longer than a turn",
+                         "measure it with forerun run")  # fmt: skip
 
 
 def tune(

@@ -38,6 +38,7 @@ from .measure.clock import ProfilerMarks, StepProfile, attribute, profile_step
 from .measure.comm import Call, CollectiveCounter
 from .measure.memory import LiveTensors
 from .measure.report import RankResult
+from .measure.rounds import OTHERS, Counted, count_round
 from .processes import die_with_parent
 from .ranks import check_device, check_nodes, of_all_nodes, own_rank, start_process_group
 from .torch_compat import destroy_process_groups
@@ -147,11 +148,11 @@ class Run:
             peak_bytes -= int(self.trainer.away.made_bytes().get("host", 0.0))
         allocated_bytes = environment.allocated_bytes(self.device)
         experts = rank_loads(self.trainer.experts)
-        live, counter = self.count_step()
+        live, counted = self.count_steps()
         live_bytes = live.peak()
         bytes_copied = self.trainer.away.take_copied()
         self.check_device_memory(sum(live_bytes.values()))
-        profiled_s, matched = self.profile_steps(counter.calls)
+        profiled_s, matched = self.profile_steps(counted)
         result = self.result(
             loss,
             steps_s,
@@ -160,7 +161,7 @@ class Run:
             context_bytes=self.context_bytes,
             live_bytes=live_bytes,
             profiled_s=profiled_s,
-            bytes_on_wire=counter.bytes_on_wire(),
+            bytes_on_wire=counted.bytes_on_wire(),
             experts=experts,
             bytes_copied=bytes_copied,
             bytes_off_device=self.trainer.away.made_bytes(),
@@ -248,7 +249,7 @@ class Run:
         do not sample the machine's speed.
         """
         tokens = self.tokens()
-        if self.keeper is None:
+        if self.keeper is None and self.starts_together():
             dist.barrier()
             self.pace_s.append(pace.matmul_s(calls=3))
             self.synchronize()
@@ -268,6 +269,12 @@ class Run:
         if self.keeper is None or not self.keeper.is_over:
             self.progress.report(self.next_step, self.last_step, loss)
         return seconds, loss, (stop, late)
+
+    def starts_together(self) -> bool:
+        """Whether ranks wait for one another before this step: before each, or before a round of
+        steps, in which messages between replicas go on."""
+        outer = self.trainer.outer
+        return outer is None or outer.step % outer.settings.period == 0
 
     def wishes(self) -> tuple[bool, bool]:
         """Whether this rank's parent asks to stop, and whether the time that was given is up."""
@@ -321,12 +328,31 @@ class Run:
             }
         return found
 
-    def count_step(self) -> tuple[LiveTensors, CollectiveCounter]:
-        """Live tensors by category at the peak of one step, and its collectives.
+    def count_steps(self) -> tuple[LiveTensors, Counted]:
+        """Live tensors by category at the peak of one step, and collectives: of that step, or of a
+        round, where replicas train apart and the step is the one with most on its way.
 
-        Each tensor is counted by itself, so that an arena for them is left out for this step.
+        Each tensor is counted by itself, so that an arena for them is left out for these steps.
         """
         arena, self.trainer.arena = self.trainer.arena, None
+        outer = self.trainer.outer
+        if outer is None:
+            live, counter = self.count_step()
+            counted = Counted(calls={OTHERS: counter.calls})
+        else:
+            counted = count_round(outer, self.step, lambda: CollectiveCounter(self.trainer.mesh))
+            outer.skip_before(1 if outer.settings.steps_late else outer.settings.period)
+            live, _ = self.count_step()
+        self.trainer.arena = arena
+        return live, counted
+
+    def step(self) -> None:
+        """One step that nobody measures."""
+        self.trainer.forward_backward(self.tokens())
+        self.trainer.optimizer_step()
+
+    def count_step(self) -> tuple[LiveTensors, CollectiveCounter]:
+        """Live tensors of one step, and its collectives."""
         tokens = self.tokens()
         parameters = [p for piece in self.trainer.pieces for p in piece.parameters()]
         states = [
@@ -346,12 +372,14 @@ class Run:
             live.hold(parameters, "parameters")
             live.hold([b for piece in self.trainer.pieces for b in piece.buffers()], "parameters")
             live.hold(states, "optimizer")
+            if self.trainer.outer is not None:
+                live.hold(self.trainer.outer.kept(), "optimizer")
+                live.hold(self.trainer.outer.on_their_way(), "comm_buffers")
             self.trainer.forward_backward(tokens)
             live.hold([p.grad for p in parameters if p.grad is not None], "gradients")
             self.trainer.optimizer_step()
         for hook in hooks:
             hook.remove()
-        self.trainer.arena = arena
         return live, counter
 
     def check_device_memory(self, live_bytes: int) -> None:
@@ -372,14 +400,20 @@ class Run:
         tokens = phase.micro_batch_seqs * phase.seq_tokens // phase.mesh.cp
         return tokens, self.work.plan.model.vocab // phase.mesh.tp
 
-    def profile_steps(self, calls: list[Call]) -> tuple[dict[str, float], bool]:
-        """Mean seconds by time term of the profiled steps, and whether collectives were known."""
+    def profile_steps(self, counted: Counted) -> tuple[dict[str, float], bool]:
+        """Mean seconds by time term of the profiled steps, and whether collectives were known.
+
+        Where replicas train apart, the steps of a whole round are profiled.
+        """
         rows: list[dict[str, float]] = []
         matched = True
         pipeline = self.trainer.pipeline
         message_s = pipeline.message_s() if pipeline is not None else 0.0
-        for _ in range(self.work.profiled_steps):
-            seen = self.profile_step(calls)
+        outer = self.trainer.outer
+        if outer is not None:
+            outer.skip_before(1)
+        for index in range(self.work.profiled_steps if outer is None else counted.period):
+            seen = self.profile_step(counted.at(index + 1))
             matched = matched and seen.matched
             rows.append(attribute(seen, message_s))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, matched

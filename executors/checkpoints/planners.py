@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ...errors import InputError
-from .shards import Shard
+from .shards import APART, OUTER, Shard
 
 State = dict[str, Shard]
 BOXES = "boxes"
@@ -138,7 +138,11 @@ def _absent(source: str, name: str) -> InputError:
         return InputError("resume", source, f"holds {name.partition('[')[0]} in other pieces",
                           "resume in the layout that wrote it: quantised optimiser states "
                           "keep it")  # fmt: skip
-    return InputError("resume", source, f"holds no {name}", "give a checkpoint of this model")
+    if APART in name or name.startswith(OUTER):
+        return InputError("resume", source, f"holds no {name}", "resume with the replicas and the "
+                          "--local-sgd that wrote it: what they keep apart is its own")  # fmt: skip
+    return InputError("resume", source, f"holds no {name}", "give a checkpoint of this model, "
+                      "written by replicas that do not train apart")  # fmt: skip
 
 
 ALLOWED = {

@@ -17,7 +17,14 @@ from ..trainer import Trainer
 from . import folder
 from .folder import Checkpoint
 from .planners import BOXES, BoxLoadPlanner, PlainReader, State
-from .shards import LOSSES, model_state, optimizer_state, prepare_optimizer, whole
+from .shards import (
+    LOSSES,
+    model_state,
+    optimizer_state,
+    outer_state,
+    prepare_optimizer,
+    whole,
+)
 
 Found = tuple[Path, Checkpoint]
 
@@ -88,8 +95,11 @@ def load(
         backward()
         trainer.optimizer.zero_grad(set_to_none=True)
     prepare_optimizer(trainer.optimizer)
+    if trainer.outer is not None:
+        trainer.outer.resume_at(found.step)
     losses = torch.zeros(found.step, dtype=torch.float64)
-    state: State = model_state(trainer) | optimizer_state(trainer) | {LOSSES: whole(losses)}
+    state: State = model_state(trainer) | optimizer_state(trainer) | outer_state(trainer)
+    state[LOSSES] = whole(losses)
     try:
         with torch.no_grad():
             state_dict_loader.load(

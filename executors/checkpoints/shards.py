@@ -9,6 +9,9 @@ other set of boxes.
 
 State whose shape is not its parameter's (quantised moments and their scales) belongs to its box: it
 is stored under a name that says which, and fits only where a rank holds just that box again.
+
+Replicas that train apart differ between meetings: each stores parameters and moments under names of
+its own, and what they keep in common (`Outer.state`) once.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from ..torch_compat import DTensor, local_box
 from ..trainer import Trainer, local
 
 LOSSES = "losses"
-PARAMETER, BUFFER, OPTIMIZER = "parameter", "buffer", "optimizer"
+PARAMETER, BUFFER, OPTIMIZER, OUTER = "parameter", "buffer", "optimizer", "outer"
+APART = "@replica-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +71,17 @@ def named_parameters(trainer: Trainer) -> Iterator[tuple[str, nn.Parameter]]:
         yield from piece.named_parameters()
 
 
+def whose(trainer: Trainer) -> str:
+    """What names of a rank's tensors end with: its replica, where replicas train apart and each has
+    tensors of its own."""
+    return "" if trainer.outer is None else f"{APART}{trainer.coordinates['dp_replicate']}"
+
+
 def model_state(trainer: Trainer) -> dict[str, Shard]:
     """Parameters and persistent buffers."""
+    own = whose(trainer)
     state = {
-        f"{PARAMETER}.{name}": box_of(trainer, name, parameter)
+        f"{PARAMETER}.{name}{own}": box_of(trainer, name, parameter)
         for name, parameter in named_parameters(trainer)
     }
     for piece in trainer.pieces:
@@ -84,11 +95,25 @@ def model_state(trainer: Trainer) -> dict[str, Shard]:
 def optimizer_state(trainer: Trainer) -> dict[str, Shard]:
     """What the optimiser keeps of every parameter; empty before its first step."""
     state: dict[str, Shard] = {}
+    own = whose(trainer)
     for name, parameter in named_parameters(trainer):
         box = box_of(trainer, name, parameter)
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                state |= _optimizer_entry(trainer, f"{OPTIMIZER}.{name}.{key}", name, value, box)
+                place = f"{OPTIMIZER}.{name}.{key}{own}"
+                state |= _optimizer_entry(trainer, place, name, value, box)
+    return state
+
+
+def outer_state(trainer: Trainer) -> dict[str, Shard]:
+    """What the meetings of replicas that train apart keep, the same in all of them."""
+    state: dict[str, Shard] = {}
+    if trainer.outer is None:
+        return state
+    boxes = {name: box_of(trainer, name, p) for name, p in named_parameters(trainer)}
+    for what, name, part in trainer.outer.state():
+        box = boxes[name]
+        state[f"{OUTER}.{name}.{what}"] = Shard(tensor=part, shape=box.shape, offsets=box.offsets)
     return state
 
 

@@ -29,7 +29,7 @@ from ..trainer import Trainer
 from . import folder
 from .folder import Checkpoint, File
 from .planners import BOXES, BoxSavePlanner, State
-from .shards import LOSSES, Shard, model_state, optimizer_state, whole
+from .shards import LOSSES, Shard, model_state, optimizer_state, outer_state, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Writer:
         Waits where that is still being written.
         """
         before = self.wait()
-        state = model_state(trainer) | optimizer_state(trainer)
+        state = model_state(trainer) | optimizer_state(trainer) | outer_state(trainer)
         state[LOSSES] = whole(torch.tensor(losses, dtype=torch.float64))
         staged = self._stage(state, trainer.device)
         self._pending = self._thread.submit(self._write, staged, step)

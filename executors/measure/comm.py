@@ -9,7 +9,7 @@ clock needs them) but not counted, groups of one rank are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +116,16 @@ def purpose(kind: str, axis: str) -> str:
     return axis if kind in own else reduced_over(axis)
 
 
+def add_up(calls: Iterable[Call]) -> dict[str, float]:
+    """Bytes by `collective@axis`, receives left out."""
+    totals: dict[str, float] = {}
+    for call in calls:
+        if call.kind != "recv":
+            name = f"{call.kind}@{call.axis}"
+            totals[name] = totals.get(name, 0.0) + call.message_bytes
+    return dict(sorted(totals.items()))
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Lists the collectives issued while entered, in order."""
 
@@ -126,12 +136,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def bytes_on_wire(self) -> dict[str, float]:
         """Bytes by `collective@axis`, receives left out."""
-        totals: dict[str, float] = {}
-        for call in self.calls:
-            if call.kind != "recv":
-                name = f"{call.kind}@{call.axis}"
-                totals[name] = totals.get(name, 0.0) + call.message_bytes
-        return dict(sorted(totals.items()))
+        return add_up(self.calls)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

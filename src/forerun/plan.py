@@ -13,6 +13,8 @@ from .document import Document, Value
 from .errors import InputError
 from .estimate import Estimate
 from .experts import check_placement
+from .local_sgd import TECHNIQUE as LOCAL_SGD
+from .local_sgd import LocalSgd
 from .mesh import Mesh
 from .model import Layer, Model
 from .orders import Orders, check_orders, owners, parse_orders, splits
@@ -127,10 +129,24 @@ class Phase(Value, frozen=True, kw_only=True):
         return str(self.technique("recompute").get("mode", "none"))
 
     @property
+    def local_sgd(self) -> LocalSgd | None:
+        """How replicas that train apart meet; None where they are one in every step."""
+        return LocalSgd.of(self.technique(LOCAL_SGD))
+
+    @property
+    def synced(self) -> Mesh:
+        """The mesh of ranks that are one in every step: all, or those of one replica."""
+        if not self.technique(LOCAL_SGD):
+            return self.mesh
+        return msgspec.structs.replace(self.mesh, dp_replicate=1)
+
+    @property
     def label(self) -> str:
         """A readable name of the layout, such as `fsdp4_tp2-sp_pp2-1f1b_mbs1x8_ac-full_bf16`."""
-        mesh = self.mesh
+        mesh = self.synced
         parts: list[str] = []
+        if self.local_sgd is not None:
+            parts.append(f"{self.mesh.dp_replicate}x{self.local_sgd.label}")
         if mesh.dp > 1 or self.zero:
             kind = {0: "ddp", 1: "zero1-", 2: "zero2-", 3: "fsdp"}[self.zero]
             if self.zero and mesh.dp_replicate > 1:
@@ -359,6 +375,7 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
                       "cover every layer once")  # fmt: skip
     for setting in phase.settings:
         _check_recompute(setting.techniques.get("recompute", {}))
+    _check_local_sgd(plan, phase)
     if phase.compute_dtype not in COMPUTE_DTYPES:
         raise _refuse("precision", phase.compute_dtype, "unknown dtype of matmuls",
                       f"use {', '.join(COMPUTE_DTYPES)}")  # fmt: skip
@@ -385,6 +402,33 @@ def _check_phase(plan: Plan, phase: Phase) -> None:
     if kind == "lightseq" and ring > 1 and ring % 2:
         raise _refuse("cp-kind", kind, f"pairs up the ranks of its ring, and {ring} is odd",
                       "use an even --cp, or zigzag")  # fmt: skip
+
+
+def _check_local_sgd(plan: Plan, phase: Phase) -> None:
+    """Replicas train apart in whole, all layers alike, and what they share is not shared apart."""
+    own = [setting.techniques.get(LOCAL_SGD, {}) for setting in phase.settings]
+    if not any(own):
+        return
+    if any(settings != own[0] for settings in own):
+        raise _refuse("local-sgd", own, "layers differ in it", "give all settings the same")
+    local, mesh = LocalSgd.of(own[0]), phase.mesh
+    assert local is not None
+    for problem in local.problems(plan.model.num_layers):
+        raise problem
+    if mesh.dp_replicate == 1:
+        raise _refuse("local-sgd", local.period, "dp_replicate=1: there is one replica, and none "
+                      "to meet", "raise --dp, or leave --dp-shard below it")  # fmt: skip
+    for axis, why in (
+        ("pp", "stages of a pipeline would meet apart"),
+        ("cp", "ranks that share a sequence hold equal weights as replicas do"),
+        ("ep", "experts are shared between replicas"),
+    ):
+        if getattr(mesh, axis) > 1:
+            raise _refuse("local-sgd", local.period, f"{axis}={getattr(mesh, axis)}: {why}",
+                          f"use --{axis} 1, or no --local-sgd")  # fmt: skip
+    if plan.workload.balance_loss == "global-batch":
+        raise _refuse("balance_loss", "global-batch", "replicas that train apart share no counts",
+                      "use micro-batch, or no --local-sgd")  # fmt: skip
 
 
 def _check_recompute(technique: Mapping[str, Any]) -> None:
