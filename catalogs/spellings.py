@@ -214,14 +214,16 @@ def _pool(
 
 
 def _cpu_pool(hardware: Hardware, asked: _Asked, spec: str, stack: str | None) -> Pool:
-    """This machine's processes: they share its cores, and its memory in equal parts."""
-    if asked.nodes is not None and asked.nodes > 1:
-        raise InputError("gpus", spec, "cpu is this machine alone",
-                         f"write {asked.devices}xcpu, or give a cluster document")  # fmt: skip
+    """This machine's processes: they share its cores, and its memory in equal parts.
+
+    `2x1xcpu` are nodes of processes on this machine, joined by links that a run can emulate.
+    """
+    num_nodes = asked.nodes or 1
     device = msgspec.structs.replace(
         hardware.device, memory_bytes=hardware.device.memory_bytes // asked.devices
     )
-    return _pool(hardware, device, 1, asked.devices, stack)
+    pool = _pool(hardware, device, num_nodes, asked.devices // num_nodes, stack)
+    return msgspec.structs.replace(pool, on_one_machine=num_nodes > 1)
 
 
 def _profile_for(

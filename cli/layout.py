@@ -62,6 +62,7 @@ def fixed_plan(
         offload_rest=pins.offload_rest or "keep",
         offload_tier=pins.offload_tier or "host",
         offload_states=pins.offload_states,
+        local_sgd=pins.local_sgd,
         attention=pins.attention or "flash",
         runtime=pins.runtime or "eager",
         cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 import click
 
 from .. import document, units
-from ..cluster import Cluster
+from ..cluster import Cluster, Pool
 from ..errors import InputError
+from ..local_sgd import TECHNIQUE as LOCAL_SGD
 from ..model import Model
 from ..plan import (
     ATTENTION_KERNELS,
@@ -28,6 +29,7 @@ from ..plan import (
 )
 from ..workload import Optimizer, Quality, Workload
 from .offload import parse_offload
+from .outer import parse_outer
 
 if TYPE_CHECKING:
     from ..planner import Pins
@@ -77,6 +79,11 @@ JOB_OPTIONS = (
     ),
     click.option(
         "--gpus", help="8xH100, 384x8xA100-80GB, H100:8, 8xH100+8xA100, 2xcpu, or a cluster TOML."
+    ),
+    click.option(
+        "--link-rate",
+        metavar="RATE",
+        help="Rate of the link between nodes, per device and way: 100Mbit/s, 10Gbit/s, 1.2GB/s.",
     ),
     click.option("--host-memory", metavar="SIZE", help="What offload may fill of a node's host."),
     click.option(
@@ -163,6 +170,18 @@ AXIS_OPTIONS = (
         "whose early ranks help the late ones, or all-to-all inside a balanced ring.",
     ),
     click.option("--ep", type=POSITIVE, help="Expert-parallel degree."),
+    click.option(
+        "--local-sgd",
+        metavar="STEPS",
+        type=int,
+        help="Replicas (dp over dp-shard) train apart and meet every so many steps.",
+    ),
+    click.option(
+        "--outer",
+        metavar="HOW",
+        help="How they meet: diloco (default), co2 or average, with settings such as "
+        "diloco,fragments=4,delay=2,bits=4.",
+    ),
     click.option("--micro-batch", type=POSITIVE, help="Sequences per replica and forward pass."),
     click.option(
         "--recompute",
@@ -313,10 +332,13 @@ def read_job(flags: Mapping[str, Any]) -> Job:
 
 
 def with_budgets(cluster: Cluster, flags: Mapping[str, Any]) -> Cluster:
-    """The cluster with the memory that --device-memory and --host-memory give it."""
+    """The cluster with the memory and links that --device-memory, --host-memory and --link-rate
+    give it."""
     import msgspec
 
     pools = cluster.pools
+    if flags.get("link_rate"):
+        pools = tuple(_with_rate(pool, flags["link_rate"]) for pool in pools)
     if flags.get("host_memory"):
         budget = units.parse_bytes("host-memory", flags["host_memory"])
         pools = tuple(msgspec.structs.replace(p, host_memory_bytes=budget) for p in pools)
@@ -332,6 +354,21 @@ def with_budgets(cluster: Cluster, flags: Mapping[str, Any]) -> Cluster:
             for pool in pools
         )
     return msgspec.structs.replace(cluster, pools=pools)
+
+
+def _with_rate(pool: Pool, text: str) -> Pool:
+    """The pool with that rate between nodes."""
+    import msgspec
+
+    rate = units.parse_rate("link-rate", text)
+    if pool.num_nodes == 1:
+        raise InputError("link-rate", text, f"{pool.name} is one node, without links between",
+                         "give several: 2x8xH100, or 2x1xcpu on this machine")  # fmt: skip
+    link = pool.inter_node or pool.intra_node
+    source = "--link-rate"
+    return msgspec.structs.replace(
+        pool, inter_node=msgspec.structs.replace(link, bytes_per_s=rate, source=source)
+    )
 
 
 def with_capacity(model: Model, factor: float) -> Model:
@@ -353,14 +390,19 @@ def with_capacity(model: Model, factor: float) -> Model:
 
 def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
     """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
-    if not any(flags.get(name) for name in ("allow", "accept_risk", "precision", "activations")):
+    about_quality = ("allow", "accept_risk", "precision", "activations", "local_sgd")
+    if not any(flags.get(name) for name in about_quality):
         if flags["optimizer"] == "adamw":
             return ("exact",), ()
     from ..planner.quality import accepted_names, classes_up_to, record_names
 
     precision = {"compute": flags.get("precision"), "activations": flags.get("activations")}
     given = {name: value for name, value in precision.items() if value is not None}
-    asked = record_names({"precision": given}, flags["optimizer"])
+    techniques = {"precision": given}
+    local = parse_outer(flags.get("local_sgd"), flags.get("outer"))
+    if local is not None:
+        techniques[LOCAL_SGD] = local.settings()
+    asked = record_names(techniques, flags["optimizer"])
     named = _split(flags.get("accept_risk") or ())
     return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
 
@@ -421,6 +463,7 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
 
     given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
     given |= parse_offload(flags["offload"])
+    given["local_sgd"] = parse_outer(flags.get("local_sgd"), flags.get("outer"))
     if given["keep"] is not None and given["recompute"] != TENSORS:
         raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",
                          "add --recompute tensors, or drop --keep")  # fmt: skip

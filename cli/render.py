@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import document
 from ..estimate import Estimate
-from ..measurement import ExpertLoad, Measurement
+from ..measurement import EMULATED_LINKS, ExpertLoad, Measurement
 from ..plan import Plan, PlanFile
 from ..units import GIB, format_bytes, format_seconds
 
@@ -238,6 +238,9 @@ def print_measurement(measurement: Measurement) -> None:
     emulation = emulated_as(measurement)
     if emulation is not None:
         print_line(emulation_line(emulation, measurement.step_s.median))
+    rate = measurement.environment.get(EMULATED_LINKS)
+    if rate is not None:
+        print_line(f"emulated: nodes are processes of one machine, links between held to {rate}")
     print_line(f"{measurement.label}: {len(measurement.steps)} timed steps")
     print_line(
         f"step {format_seconds(step.median)} (p10 {format_seconds(step.p10)}, p90 "

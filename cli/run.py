@@ -111,6 +111,12 @@ def extra_options(function: Any) -> Any:
     metavar="FACTOR",
     help="Seconds here per emulated second; default: such that real work is short beside it.",
 )
+@click.option(
+    "--emulate-links",
+    is_flag=True,
+    help="Run all nodes of the plan as processes of this machine, what they send one another held "
+    "to the rate of the plan's link between nodes (Linux).",
+)
 @common_options
 def command(
     as_json: bool,
@@ -124,6 +130,7 @@ def command(
     model: str | None,
     pace: str | None,
     pace_scale: float | None,
+    emulate_links: bool,
     max_restarts: int | None,
     grace: str,
     **flags: Any,
@@ -154,6 +161,7 @@ def command(
             nodes=read_nodes(flags),
             pace=pace,
             pace_scale=pace_scale,
+            emulate_links=emulate_links,
         )
     if output is not None:
         document.write(output, measurement)

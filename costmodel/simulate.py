@@ -81,7 +81,7 @@ class Simulation:
         self.replicas = mesh.dp * mesh.cp * mesh.tp
         """Ranks that do the same work as one pipeline rank."""
         self.prices_of = [
-            Prices(pool, plan.cluster.profile, min(mesh.world, pool.devices_per_node))
+            Prices(pool, plan.cluster.profile, min(mesh.world, pool.devices_together))
             for pool in self.pools
         ]
         self.costs_of = [self._pieces(prices) for prices in self.prices_of]

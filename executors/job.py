@@ -86,6 +86,8 @@ class Job(Value, frozen=True, kw_only=True):
     """Where files of offloaded tensors lie; None = with the run's other temporary files."""
     pace: Pace | None = None
     """What chunks are held to; None: they take their time."""
+    emulates_links: bool = False
+    """Whether connections between the plan's nodes, all on this machine, are held to its rate."""
     training: Training | None = None
     started_s: float = 0.0
     """Wall clock at the start of the run."""

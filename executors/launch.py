@@ -27,7 +27,7 @@ from .. import document
 from ..errors import InputError, Interrupted, RunFailed
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
-from . import corpus, emulation, failures, job, machine
+from . import corpus, emulation, failures, job, links, machine
 from .checkpoints import folder as checkpoints
 from .interrupts import Stop, stopping_gently
 from .machine import Nodes
@@ -78,6 +78,7 @@ def run(
     static_memory: Literal["report", "run"] | None = None,
     pace: str | None = None,
     pace_scale: float | None = None,
+    emulate_links: bool = False,
 ) -> Measurement:
     """What a plan really does on this machine.
 
@@ -93,7 +94,8 @@ def run(
     last checkpoint, `max_restarts` times. With `nodes`, this machine runs its part of the plan.
     With `pace` (see `emulation.emulated`) CPU processes run the plan and hold every chunk to the
     time predicted for that device, times `pace_scale`; the Measurement is in the device's seconds
-    and marked as emulated.
+    and marked as emulated. With `emulate_links` all nodes of a plan are processes of this machine,
+    and what they send one another goes no faster than the plan's link between nodes.
 
     Raises InputError for a plan or text that cannot be run here, RunFailed when a rank is lost,
     memory or disk runs out or the loss diverges. Ctrl-C and SIGTERM end all ranks and pass on; with
@@ -102,11 +104,14 @@ def run(
     plan = plan_file.plan
     plan.check()
     machine.check_nodes(nodes)
-    device = "cpu" if pace is not None else machine.check_machine(plan, nodes)
+    device = "cpu" if pace is not None else machine.check_machine(plan, nodes, emulate_links)
     machine.check_module(plan, module)
     check_executed(plan)
     _check_counts(steps, warmup_steps)
-    per_node = machine.ranks_per_node(plan, nodes)
+    if emulate_links:
+        _check_alone(pace, nodes)
+        links.check(plan, device)
+    per_node = machine.ranks_per_node(plan, nodes, emulate_links)
     num_ranks = per_node[nodes.node if nodes is not None else 0]
     paced = None
     if pace is None:
@@ -137,6 +142,7 @@ def run(
         static_memory=static_memory,
         offload_folder=None if offload_folder is None else str(offload_folder.absolute()),
         pace=paced,
+        emulates_links=emulate_links,
         training=training,
         started_s=time.time(),
         data_digest=hashlib.sha256(text).hexdigest() if text is not NO_TEXT else "",
@@ -214,12 +220,20 @@ def _check_paced(plan: Plan, pace: str, training: job.Training | None, nodes: No
     """Raise InputError for what a paced run, which only measures, on one machine, does not do."""
     if plan.phase.local_sgd is not None:
         raise InputError("pace", pace, "holds a step's chunks, and replicas that train apart meet "
-                         "between steps", "leave out --pace, or plan without --local-sgd")  # fmt: skip
+                         "between steps", "leave it out, or --local-sgd in the plan")  # fmt: skip
     for field, value in (("training", training), ("nnodes", nodes and nodes.num)):
         if value is not None:
             raise InputError("pace", pace, f"a paced run takes no {field}: it emulates, here, and "
                              "keeps nothing", "leave out --checkpoint, --until, --metrics, "
                              "--tensorboard and --nnodes")  # fmt: skip
+
+
+def _check_alone(pace: str | None, nodes: Nodes | None) -> None:
+    """Raise InputError for what emulated links do not go with."""
+    for field, value in (("pace", pace), ("nnodes", nodes and nodes.num)):
+        if value is not None:
+            raise InputError("emulate-links", "on", f"{field}={value}: all nodes are emulated here,"
+                             " at the speed of this machine", f"drop --{field}")  # fmt: skip
 
 
 def _absolute(training: job.Training) -> job.Training:

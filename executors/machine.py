@@ -56,9 +56,11 @@ def _unnamed(model: Model) -> Model:
     return msgspec.structs.replace(model, name="", traced=traced)
 
 
-def check_machine(plan: Plan, nodes: Nodes | None = None) -> Literal["cpu", "cuda"]:
+def check_machine(
+    plan: Plan, nodes: Nodes | None = None, emulates_links: bool = False
+) -> Literal["cpu", "cuda"]:
     """The kind of device to run on; raises InputError when what is planned is not here."""
-    per_node = ranks_per_node(plan, nodes)
+    per_node = ranks_per_node(plan, nodes, emulates_links)
     needed = per_node[nodes.node if nodes is not None else 0]
     if plan.cluster.pools[0].device.kind == "cpu":
         return "cpu"
@@ -70,12 +72,16 @@ def check_machine(plan: Plan, nodes: Nodes | None = None) -> Literal["cpu", "cud
     return "cuda"
 
 
-def ranks_per_node(plan: Plan, nodes: Nodes | None) -> tuple[int, ...]:
+def ranks_per_node(
+    plan: Plan, nodes: Nodes | None, emulates_links: bool = False
+) -> tuple[int, ...]:
     """Ranks of each node, in order; raises InputError when the plan wants other nodes.
 
     A plan for one node may be spread evenly over several, which then have more between them than
-    was planned for.
+    was planned for. Where links are emulated, all ranks are on this machine.
     """
+    if emulates_links:
+        return (plan.phase.mesh.world,)
     planned = tuple(
         pool.devices_per_node for pool in plan.cluster.pools for _ in range(pool.num_nodes)
     )
@@ -89,6 +95,9 @@ def ranks_per_node(plan: Plan, nodes: Nodes | None) -> tuple[int, ...]:
     if len(planned) == 1:
         raise InputError("nnodes", num, f"does not divide the {world} x {names} of the plan",
                          "give a divisor, or plan for these nodes")  # fmt: skip
+    if any(pool.on_one_machine for pool in plan.cluster.pools):
+        raise InputError("gpus", plan.cluster.name, "its nodes are processes of one machine",
+                         "add --emulate-links, which holds the rate between them")  # fmt: skip
     raise InputError("gpus", f"{world} x {names}",
                      f"planned for {len(planned)} nodes, and this is {num}",
                      f"run it on each with --nnodes {len(planned)} --node-rank I --rendezvous "

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from .. import document
 from ..errors import RunFailed
-from ..measurement import REFERENCE_MATMUL
-from ..units import format_bytes
-from . import data, job
+from ..measurement import EMULATED_LINKS, REFERENCE_MATMUL
+from ..units import format_bytes, format_rate
+from . import data, job, links
 from .arena import StaticArena
 from .build import build
 from .decoder import Decoder
@@ -122,6 +122,8 @@ class Run:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)
             self.keeper = Keeper(work, self.trainer, progress, group)
+        if work.emulates_links:
+            links.hold_rate(work.plan)
         self.pace_s: list[float] = []
         """The machine's speed before every step."""
 
@@ -171,6 +173,7 @@ class Run:
                 "collectives_matched": "yes" if matched else "no",
                 REFERENCE_MATMUL: f"{statistics.median(self.pace_s or [pace.matmul_s()]):.6g}",
                 **_skipped_groups(self.trainer.optimizer),
+                **self.emulated_links(),
             },
         )
         results = [result]
@@ -178,6 +181,13 @@ class Run:
             results = of_all_nodes(result)
         leave()
         return results
+
+    def emulated_links(self) -> dict[str, str]:
+        """What links between nodes were held to, where they were."""
+        link = self.work.plan.cluster.pools[0].inter_node
+        if not self.work.emulates_links or link is None:
+            return {}
+        return {EMULATED_LINKS: format_rate(link.bytes_per_s)}
 
     def result(self, loss: list[float], steps_s: list[float], **counted: Any) -> RankResult:
         """What this rank hands to the parent."""

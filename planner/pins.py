@@ -11,6 +11,7 @@ import msgspec
 from ..cluster import Device
 from ..document import Value
 from ..errors import InputError
+from ..local_sgd import LocalSgd
 from ..model import Model
 from ..plan import (
     ATTENTION_KERNELS,
@@ -70,6 +71,9 @@ class Pins(Value, frozen=True, kw_only=True):
     """Kernel of the attention core; free means flash."""
     runtime: str | None = None
     """How layers are launched, eager or compiled; free means eager."""
+    local_sgd: LocalSgd | None = None
+    """How replicas that train apart meet; free means that they are one in every step, or, where the
+    workload allows it, what hides a slow link."""
     stages: tuple[int, ...] | Literal["even"] | None = None
     """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
@@ -105,11 +109,24 @@ def flag(name: str, value: object) -> str:
         return "--sp" if value else "--no-sp"
     if name == "offload_states":
         return f"--offload {value}"
+    if isinstance(value, LocalSgd):
+        return local_sgd_flag(value)
     if name.startswith("offload_"):
         return f"--offload {name.removeprefix('offload_')}={value}"
     if isinstance(value, tuple):
         value = ",".join(map(str, cast("tuple[int, ...]", value)))
     return f"--{name.replace('_', '-')} {value}"
+
+
+def local_sgd_flag(local: LocalSgd) -> str:
+    """How replicas meet, as it is typed.
+
+    >>> local_sgd_flag(LocalSgd(period=50, bits=4))
+    '--local-sgd 50 --outer diloco,bits=4'
+    """
+    rest = {k: v for k, v in local.settings().items() if k not in ("period", "outer")}
+    words = [local.outer, *(f"{name}={value}" for name, value in rest.items())]
+    return f"--local-sgd {local.period} --outer {','.join(words)}"
 
 
 def check_pins(pins: Pins, devices: Sequence[Device]) -> None:

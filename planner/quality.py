@@ -22,6 +22,8 @@ from typing import Any, get_args
 from ..catalogs import Technique, load_technique, names
 from ..document import Value
 from ..errors import unknown_name
+from ..local_sgd import RECORDS
+from ..local_sgd import TECHNIQUE as LOCAL_SGD
 from ..plan import Plan
 from ..workload import Quality, Workload
 
@@ -81,6 +83,9 @@ def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) ->
                 used["low-precision"] = f"compute {settings['compute']}{recipe}"
             if "activations" in settings:
                 used["storage"] = f"activations {settings['activations']}"
+        elif name == LOCAL_SGD:
+            record = RECORDS.get(str(settings.get("outer", "diloco")), LOCAL_SGD)
+            used[record] = ", ".join(f"{key} {value}" for key, value in settings.items())
         elif name in known:
             used[name] = ", ".join(f"{key} {value}" for key, value in settings.items())
     record = optimizer.replace("_", "-")

@@ -176,6 +176,9 @@ class Pool(Value, frozen=True, kw_only=True):
     """Copies between device and a disk of the node, per device with all devices copying."""
     shared_cores: int | None = None
     """CPU nodes: cores that all processes of a node share; None = devices are independent."""
+    on_one_machine: bool = False
+    """Whether the nodes are processes of one machine, which share its cores: nodes whose links are
+    emulated."""
     stack: Stack
     price_usd_per_hour: float | None = None
     """Of one device."""
@@ -185,6 +188,11 @@ class Pool(Value, frozen=True, kw_only=True):
             if getattr(self, field) < 1:
                 raise InputError(f"pools.{field}", getattr(self, field), "not positive",
                                  "give 1 or more")  # fmt: skip
+
+    @property
+    def devices_together(self) -> int:
+        """Devices that share a machine."""
+        return self.num_devices if self.on_one_machine else self.devices_per_node
 
     @property
     def num_devices(self) -> int:

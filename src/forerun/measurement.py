@@ -14,6 +14,11 @@ timed steps); their ratio tells how much of an error is a shared machine's drift
 """
 
 
+EMULATED_LINKS = "emulated_links"
+"""The rate that links between nodes were held to, in `Measurement.environment` of a run whose nodes
+were processes of one machine."""
+
+
 class StepTimes(Value, frozen=True, kw_only=True):
     """Step times over the timed steps, in seconds."""
 

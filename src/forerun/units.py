@@ -67,6 +67,32 @@ def parse_bytes(field: str, text: str) -> int:
     return int(size)
 
 
+def parse_rate(field: str, text: str) -> float:
+    """A link's rate in bytes per second as people write it, in bits or bytes.
+
+    >>> parse_rate("link-rate", "100Mbit/s"), parse_rate("link-rate", "1.5GB/s")
+    (12500000.0, 1500000000.0)
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmg]?)(bit|b)/s", text.strip().lower())
+    rate = 0.0
+    if match is not None:
+        scale = 1000.0 ** " kmg".index(match[2] or " ")
+        rate = float(match[1]) * scale / (8 if match[3] == "bit" else 1)
+    if rate < 1:
+        raise InputError(field, text, "not a rate", "write 100Mbit/s, 10Gbit/s or 1.2GB/s")
+    return rate
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """A link's rate for people, in bits.
+
+    >>> format_rate(12.5e6), format_rate(50e9)
+    ('100 Mbit/s', '400 Gbit/s')
+    """
+    bits = bytes_per_s * 8
+    return f"{bits / 1e9:g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:g} Mbit/s"
+
+
 def parse_duration(text: str, field: str) -> float:
     """A duration in seconds; the unit is always written.
 
