@@ -69,7 +69,9 @@ def connections() -> list[tuple[int, Ends]]:
         try:
             with socket.socket(fileno=os.dup(int(name))) as copy:
                 if copy.type == socket.SOCK_STREAM and copy.family != socket.AF_UNIX:
-                    found.append((int(name), (_text(copy.getsockname()), _text(copy.getpeername()))))
+                    found.append(
+                        (int(name), (_text(copy.getsockname()), _text(copy.getpeername())))
+                    )
         except OSError:
             continue  # no socket, or one without a peer
     return found

@@ -351,7 +351,9 @@ class Run:
             counted = Counted(calls={OTHERS: counter.calls})
         else:
             counted = count_round(outer, self.step, lambda: CollectiveCounter(self.trainer.mesh))
-            outer.skip_before(1 if outer.settings.steps_late else outer.settings.period)
+            outer.skip_before(outer.settings.period)
+            if outer.settings.steps_late:  # what is sent now is on its way in the next step
+                self.step()
             live, _ = self.count_step()
         self.trainer.arena = arena
         return live, counted

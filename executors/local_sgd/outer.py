@@ -197,7 +197,8 @@ class Outer:
     # Whole rounds: what is counted, timed and kept.
 
     def events(self) -> Sequence[int]:
-        """The steps of a round, 1 to period, after which anything is sent, goes on or is used."""
+        """The steps of a round, 1 to period, after which anything is sent, goes on or is used; in
+        their order from the first sending on, so that what is used has been sent before."""
         settings = self.settings
         after = {0, settings.steps_late} | ({settings.half_way} if settings.bits < 32 else set())
         found = {
@@ -205,7 +206,8 @@ class Outer:
             for which in range(settings.fragments)
             for steps in after
         }
-        return sorted(found)
+        first = settings.starts(0)
+        return sorted(found, key=lambda place: (place - first) % settings.period)
 
     def skip_before(self, place: int) -> None:
         """Go on as if the next step were number `place` of a round; what is on its way to a

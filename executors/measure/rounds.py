@@ -45,6 +45,9 @@ def count_round(
     """The collectives of a round of which `step` runs one step."""
     events = outer.events() if outer is not None else ()
     counted = Counted(period=outer.settings.period if outer is not None else 1)
+    if outer is not None and outer.settings.steps_late == outer.settings.period:
+        outer.skip_before(outer.settings.period)  # so that there is something to use
+        step()
     others = [place for place in range(1, counted.period + 1) if place not in events]
     for place in [*events, *others[:1]]:
         if outer is not None:

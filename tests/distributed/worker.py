@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import apart
 import families
 import low_precision
 import modules
@@ -54,6 +55,8 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
         for model, family in low_precision.names(world, slow)
     }
     found |= resumption.tasks(world, folder, slow)
+    if not slow:
+        found |= apart.tasks(world, folder)
     return found | modules.tasks(world, folder, slow)
 
 
