@@ -109,7 +109,7 @@ class Given:
         chosen, inverse = alike(
             [
                 self.fleet.grids[0].local[rows], self.shapes.of_row[some], x.num_microbatches,
-                x.zero, x.dp_shard,
+                x.zero, x.dp_shard, x.apart,
             ]
         )  # fmt: skip
         _, loads, pools = self._held(some[chosen])

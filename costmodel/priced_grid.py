@@ -48,7 +48,7 @@ class PricedGrid:
         is in `known` is not priced again."""
         self.model, self.layouts, self.policies = model, layouts, policies
         self._seq_tokens, self._known = seq_tokens, known
-        on_a_node = min(pool.num_devices, pool.devices_per_node)
+        on_a_node = pool.devices_together
         self.prices = self.alone = Prices(pool, profile, on_a_node)
         first, self.local = alike(cuts_of_a_layer(model, layouts, policies[0].balance_loss))
         self._cut = cut = layouts.take(first)

@@ -12,6 +12,7 @@ import numpy as np
 from ..cluster import Pool
 from ..errors import InputError
 from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
+from ..local_sgd import LocalSgd
 from ..model import Model
 from ..orders import Action
 from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
@@ -112,8 +113,10 @@ class Simulation:
 
     def _meetings(self) -> Meetings | None:
         local = self.options.local_sgd
-        if local is None:
-            return None
+        return None if local is None else self.meetings_by(local)
+
+    def meetings_by(self, local: LocalSgd) -> Meetings:
+        """What meetings of the plan's replicas cost under some settings."""
         (load,) = self.rank_loads
         shard = float(self.layouts.shards[0])
         elements = fragment_elements(local, self.grouped.group_of, self.costs, load, shard)

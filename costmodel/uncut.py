@@ -100,8 +100,11 @@ class Uncut:
         x = self.fleet.layouts.take(rows)
         folded = np.isin(x.schedule, V_SHAPED).astype(np.int64)
         chosen, inverse = alike(
-            [self.fleet.grids[0].local[rows], x.pp, folded, x.num_microbatches, x.zero, x.dp_shard]
-        )
+            [
+                self.fleet.grids[0].local[rows], x.pp, folded, x.num_microbatches, x.zero,
+                x.dp_shard, x.apart,
+            ]
+        )  # fmt: skip
         first = rows[chosen]
         x, folded = x.take(chosen), folded[chosen]
         one, none = np.ones(len(first)), np.zeros(len(first))

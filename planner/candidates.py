@@ -22,6 +22,7 @@ from ..model import Model
 from ..plan import Plan
 from ..workload import Workload
 from .activations.portfolio import Names
+from .apart import settled, unsettled
 from .choosing import Choice, choices
 from .keeping import policies, policies_under, sets_worth_keeping
 from .pins import Pins
@@ -180,11 +181,15 @@ class Candidates:
         row = self.grid.take(slice(index, index + 1))
         route = self.routes[int(self.route[index])]
         kept = policies_under(row, self.policies, route.pools, r.pins)
+        kept = tuple(unsettled(options, row) for options in kept)
         chosen = r.cost.choices(
             r.model, route, r.workload, row, kept, r.capacities(route), r.stages
         )
         for choice in chosen:
-            yield plan_at(r.model, route, r.workload, self.grid, index, choice.layers, choice.sizes)
+            layers, sizes = choice.layers, choice.sizes
+            yield settled(
+                plan_at(r.model, route, r.workload, self.grid, index, layers, sizes), r.pins
+            )
 
     def simulate(self, index: int) -> Ranked:
         """A candidate with its estimate, under the first of its cuts that fits, or the one with the

@@ -12,6 +12,7 @@ from ..costmodel.layout import Layouts
 from ..document import Value
 from ..errors import InputError
 from ..estimate import Estimate
+from ..local_sgd import LocalSgd
 from ..mesh import Mesh
 from ..model import Model
 from ..plan import SCHEDULES, layout_problems
@@ -179,6 +180,8 @@ def contradiction(model: Model, cluster: Cluster, workload: Workload, pins: Pins
 
 def _shown(value: object) -> str:
     """A pinned value as it is typed."""
+    if isinstance(value, LocalSgd):
+        return value.label
     if isinstance(value, tuple):
         return ",".join(map(str, cast("tuple[int, ...]", value)))
     return str(value)
@@ -194,6 +197,8 @@ def _indivisible(cluster: Cluster, workload: Workload, name: str, value: int) ->
 
 
 def _first_rule_broken(model: Model, workload: Workload, name: str, value: int) -> str | None:
+    if name == "local_sgd":
+        return "needs replicas that are no part of a pipeline, nor share sequences or experts"
     if name not in ("tp", "pp"):
         return None
     problems = layout_problems(
@@ -213,8 +218,10 @@ _COLUMNS = {"sp": "sequence_parallel", "micro_batch": "micro_batch_seqs"}
 
 def _values(grid: Layouts, name: str) -> str:
     """The values of an axis in a grid, as text."""
+    if name == "local_sgd":
+        return "left out"
     if name == "dp":
-        column = grid.dp_replicate * grid.dp_shard
+        column = grid.replicas
     elif name == "stages":
         column = grid.pp * grid.vpp
     else:

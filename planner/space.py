@@ -13,7 +13,8 @@ Where an axis is free, rows that would run exactly like another row are left out
 Limits of the space itself: a free tp stays within a node, a free vpp takes the smallest value for
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
-that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
+that lie within one, a free ep is whole on its node or takes whole nodes, replicas train apart
+only where they are whole nodes and the workload allows it (`apart.py`), and a free ZeRO stage
 below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
 with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp beside
 experts and latent attention is off unless it is asked for, since no executor has it; so is offload,
@@ -60,6 +61,7 @@ from ..plan import (
 )
 from ..traced import Traced
 from ..workload import Workload
+from .apart import may_be_apart, with_rows_apart
 from .pins import Pins, recipe_of
 
 GPIPE = SCHEDULES.index("gpipe")
@@ -136,6 +138,7 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         offload_rest=pins.offload_rest or "keep",
         offload_tier=pins.offload_tier or "host",
         offload_states=pins.offload_states,
+        local_sgd=pins.local_sgd,
         packing=Packing.of(workload),
     )
 
@@ -157,6 +160,8 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
                 blocks.append(_block(model, pools, workload, pins, shape))
     columns = (field.name for field in fields(Layouts))
     grid = Layouts(**{c: np.concatenate([getattr(block, c) for block in blocks]) for c in columns})
+    if may_be_apart(model, pools, workload, pins):
+        grid = with_rows_apart(grid, pools, pins)
     ok = legal(model, grid, workload.seq_tokens)
     if isinstance(pins.stages, tuple):
         ok &= grid.pp * grid.vpp == len(pins.stages)
@@ -437,12 +442,12 @@ def plan_at(
     """One row of the grid as a complete plan; `layers` are the options of every layer in order, or
     one for all, `sizes` the layers of every stage, None for as even as can be. Its pipeline goes
     through the pools of the cluster in their order."""
-    mesh = Mesh(
-        **{
-            axis: int(getattr(grid, axis)[row])
-            for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
-        }
-    )
+    degrees = {
+        axis: int(getattr(grid, axis)[row])
+        for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
+    }
+    degrees["dp_replicate"] *= int(grid.apart[row])
+    mesh = Mesh(**degrees)
     here = grid.take(np.array([row]))
     layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
     split = bool(grid.sequence_parallel[row])
