@@ -111,10 +111,11 @@ def row(
     predicted, found = plan_file.estimate.step_s.median, measured.step_s.median
     told = sum(plan_file.estimate.bytes_on_wire.values()) / 1e6
     counted = sum(measured.bytes_on_wire.values()) / 1e6
+    gap = 100 * (loss / sync_loss - 1)
     return (
         f"| `{plan_file.label}` | {format_seconds(predicted)} | {format_seconds(found)} | "
         f"{100 * (predicted / found - 1):+.1f} % | {beside(plan_file, measured)} | {told:.3f} | "
-        f"{counted:.3f} | {sync_s / found:.1f} x | {loss:.4f} | {100 * (loss / sync_loss - 1):+.2f} % |"
+        f"{counted:.3f} | {sync_s / found:.1f} x | {loss:.4f} | {gap:+.2f} % |"
     )
 
 

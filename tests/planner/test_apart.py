@@ -41,7 +41,9 @@ def test_a_slow_link_is_hidden_where_it_is_allowed() -> None:
     best = search(MODEL, cluster(), workload("diloco")).plans[0]
     local = best.plan.phase.local_sgd
     assert local is not None and best.plan.phase.mesh.dp_replicate == 2
-    assert best.estimate.step_s.median < 0.5 * plain[0].estimate.step_s.median
+    assert best.estimate.step_s.median < plain[0].estimate.step_s.median
+    synchronous = search(MODEL, cluster(), workload(), Pins(dp=2)).plans[0]
+    assert best.estimate.step_s.median < 0.3 * synchronous.estimate.step_s.median
     assert {risk.technique for risk in risks(best.plan)} == {"diloco"}
     assert estimate(best.plan) == best.estimate
 
