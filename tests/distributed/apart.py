@@ -137,6 +137,17 @@ INSIDE: dict[int, dict[str, dict[str, Any]]] = {
 }
 """What a replica is, by the ranks of all."""
 STEPS = 7
+CASES: dict[int, tuple[tuple[str, str], ...]] = {
+    2: tuple(("single", way) for way in WAYS),
+    4: (
+        ("fsdp", "streaming"),
+        ("fsdp", "streaming 4 bits"),
+        ("fsdp", "co2"),
+        ("tp, clipped", "streaming 8 bits"),
+        ("tp, clipped", "co2"),
+    ),
+}
+"""What is trained, by the ranks of all."""
 
 
 def plan_of(inside: str, way: str | None, world: int, **more: Any) -> Plan:
@@ -198,9 +209,8 @@ def resume(way: str, step: int, place: Path) -> dict[str, Any]:
 def tasks(world: int, place: Path) -> dict[tuple[str, str], Callable[[], dict[str, Any]]]:
     """What a rank does, by ("apart", what)."""
     found: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}
-    for inside in INSIDE.get(world, {}):
-        for way in WAYS if world == 2 else ("streaming", "streaming 4 bits", "co2"):
-            found["apart", f"{inside}, {way}"] = partial(_train, inside, way, world)
+    for inside, way in CASES.get(world, ()):
+        found["apart", f"{inside}, {way}"] = partial(_train, inside, way, world)
     if world == 2:
         for name, settings in TOYS.items():
             found["apart", name] = partial(toy, LocalSgd(**settings))

@@ -62,8 +62,7 @@ def test_meeting_after_every_step_is_synchronous_training(group: Group) -> None:
             torch.testing.assert_close(value, same[name], rtol=0, atol=1e-6)
 
 
-CASES = [(2, "single", way) for way in apart.WAYS]
-CASES += [(4, i, way) for i in apart.INSIDE[4] for way in ("streaming", "streaming 4 bits", "co2")]
+CASES = [(world, *case) for world, cases in apart.CASES.items() for case in cases]
 
 
 @pytest.mark.parametrize(("world", "inside", "way"), CASES)
