@@ -174,10 +174,14 @@ class RankMoments:
         it, with the buffer of the layer before, which is fetched meanwhile; what layers behind
         kept, which is gone."""
         lands, more = kept.passing[group].lands, kept.passing[group].more
+        if not np.any(lands > 0):
+            return lands, np.zeros(1), np.zeros(1)
         order = self.load.order
         fetched, gone = np.zeros(1), np.zeros(1)
         if order is None:
             for other, count in enumerate(self.load.layers):  # any other layer may be before it
+                if not np.any(kept.passing[other].lands > 0):
+                    continue
                 there = count > (1 if other == group else 0)
                 fetched = np.maximum(fetched, np.where(there, kept.passing[other].lands, 0.0))
         else:
@@ -195,8 +199,9 @@ class RankMoments:
         """
         load, order, none = self.load, self.load.order, np.zeros(1)
         saved, working, passing = none, none, none
-        pairs = product(range(len(kept.layers)), repeat=2)
-        for front, own in pairs:
+        groups = range(len(kept.layers))
+        coming_back = [group for group in groups if np.any(kept.passing[group].lands > 0)]
+        for front, own in product(coming_back, groups):
             if order is not None:
                 there = order.first[front] * order.second[own] > 0
             else:

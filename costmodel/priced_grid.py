@@ -111,12 +111,18 @@ class PricedGrid:
                     values[k, r] = getattr(peaks, name)
         return Peaks(**found)
 
-    def updates(self, loads: Sequence[Load], rows: Index) -> Array:
-        """By load and row, the least seconds of what a rank does once per step."""
+    def updates(self, loads: Sequence[Load], rows: Index, beside: int | None = None) -> Array:
+        """By load and row, the least seconds of what a rank does once per step.
+
+        Of loads of one group of layers alone, `beside` says which: ranks may hold all layers of
+        the others besides, behind whose work theirs may hide.
+        """
         layouts = self.layouts.take(rows)
         least = np.full((len(loads), len(rows)), np.inf)
         for which, costs in self._hiding_pieces:
             here = costs if len(self._cut) == 1 else costs.take(self.local[rows])
+            if beside is not None:
+                here = _with_work_of_others(here, self.model, beside, loads[0].layers[beside])
             for i, load in enumerate(loads):
                 once = update(load, here, layouts, self.prices, self.policies[which])
                 least[i] = np.minimum(least[i], once.total_s)
@@ -147,3 +153,25 @@ class PricedGrid:
             return range(len(self.policies))
         again = [sum(float(x.recompute_s.sum()) for x in costs.layers) for costs in self.costs]
         return (int(np.argmax(again)),)
+
+
+HIDING = ("forward_s", "backward_s", "recompute_s", "host_forward_s", "host_backward_s")
+"""What exchanges hide behind."""
+
+
+def _with_work_of_others(costs: Pieces, model: Model, group: int, count: Array) -> Pieces:
+    """Pieces in which `count` layers of a group work as long as with all layers of the others."""
+    own = costs.layers[group]
+    longer = {
+        name: getattr(own, name)
+        + sum(
+            layer.repeat * getattr(costs.layers[g], name)
+            for g, layer in enumerate(model.layers)
+            if g != group
+        )
+        / np.maximum(count, 1.0)
+        for name in HIDING
+    }
+    layers = list(costs.layers)
+    layers[group] = replace(own, **longer)
+    return replace(costs, layers=tuple(layers))

@@ -95,7 +95,12 @@ class Uncut:
         return found, least
 
     def _updates(self, some: Index) -> Array:
-        """What some rank does once per step at least: one that holds its share of the layers."""
+        """What some rank does once per step at least.
+
+        One rank holds its share of the layers, all of one group where that is least. One holds its
+        share of any group, whatever else it holds: with other groups beside, of which no more is
+        counted than the work that an exchange hides behind.
+        """
         rows = self.rows[some]
         x = self.fleet.layouts.take(rows)
         folded = np.isin(x.schedule, V_SHAPED).astype(np.int64)
@@ -105,16 +110,26 @@ class Uncut:
         first = rows[chosen]
         x, folded = x.take(chosen), folded[chosen]
         one, none = np.ones(len(first)), np.zeros(len(first))
-        share = np.ceil(sum(self.repeats) / x.pp)
         groups = range(len(self.repeats))
-        loads = [
-            Load(
-                layers=tuple(share if g == group else none for g in groups),
-                embedding=embedding,
-                head=head,
-            )
-            for group in groups
-            for embedding, head in ((one, 1.0 * folded), (none, none), (none, 1.0 - folded))
-        ]
-        found = [np.min(grid.updates(loads, first), axis=0) for grid in self.fleet.grids]
-        return np.min(found, axis=0)[inverse]
+
+        def least(group: int, held: Array, beside: bool) -> Array:
+            """Of a rank with so many layers of a group, wherever it lies."""
+            loads = [
+                Load(
+                    layers=tuple(held if g == group else none for g in groups),
+                    embedding=embedding,
+                    head=head,
+                )
+                for embedding, head in ((one, 1.0 * folded), (none, none), (none, 1.0 - folded))
+            ]
+            of_pools = [
+                grid.updates(loads, first, group if beside else None) for grid in self.fleet.grids
+            ]
+            return np.min([found.min(axis=0) for found in of_pools], axis=0)
+
+        share = np.ceil(sum(self.repeats) / x.pp)
+        found = np.min([least(group, share, False) for group in groups], axis=0)
+        if len(self.repeats) > 1 and self.fleet.cluster.profile is None:
+            for group, repeat in enumerate(self.repeats):
+                found = np.maximum(found, least(group, np.ceil(repeat / x.pp), True))
+        return found[inverse]
