@@ -158,8 +158,8 @@ def least_moment(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
     whole, waiting = np.minimum(m * v, warm_up + 1 + at) - at, np.minimum(at, delay)
     begun = np.minimum(m, 2 * p - 1 - rank) + rank  # after the first backward of a short V
     steady = np.where(dual, 2 * p + 1, np.where(m >= 2 * p, 2 * p, begun))
-    end = zb_v & (m >= 2 * p) & (p >= LONG_V) & (2 * rank > p)
     folded = zb_v | dual
+    end = folded & (m >= 2 * p) & (p >= LONG_V) & (2 * rank > p)
     whole = np.where(folded, np.where(end, p - rank, steady), whole)
-    waiting = np.where(folded, np.where(end, 2 * rank, 0.0), waiting)
+    waiting = np.where(folded, np.where(end, np.where(dual, 1, 2) * rank, 0.0), waiting)
     return whole, waiting

@@ -78,9 +78,16 @@ class Options:
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
         """The options of a phase at a layer."""
+        return Options.under(phase.techniques_at(layer), workload)
+
+    @staticmethod
+    def under(
+        techniques: Mapping[str, Mapping[str, Any]], workload: Workload | None = None
+    ) -> Options:
+        """The options of a layer under techniques with their settings."""
 
         def setting(name: str) -> Mapping[str, Any]:
-            return phase.technique(name, layer)
+            return techniques.get(name, {})
 
         precision, lora, placed = setting("precision"), setting("lora"), setting("expert-placement")
         ranks = placed.get("slots")

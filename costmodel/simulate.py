@@ -98,13 +98,7 @@ class Simulation:
         ]
         self.first_fetch_s = [first_fetch_s(self, stage) for stage in range(mesh.num_stages)]
         """Of each stage and micro-batch, what its backward waits for before its first layer."""
-        self.updates: list[Update] = for_each(
-            self.rank_loads,
-            lambda load, k: update(
-                load, self.costs_of[k], self.layouts, self.prices_of[k], self.options
-            ),
-            self.pool_of_rank,
-        )
+        self.updates = self._updates()
 
     @property
     def pool(self) -> Pool:
@@ -153,6 +147,23 @@ class Simulation:
             lambda load, k: stage_times(load, costs[k], prices[k]),
             self.pool_of_stage,
         )
+
+    def _updates(self) -> list[Update]:
+        """What every rank does once per step; alike ranks once, those of a pool together."""
+        keys = [
+            (pool, load.key) for pool, load in zip(self.pool_of_rank, self.rank_loads, strict=True)
+        ]
+        found: dict[tuple[int, bytes], Update] = {}
+        for k, prices in enumerate(self.prices_of):
+            loads = {
+                key: load for key, load in zip(keys, self.rank_loads, strict=True) if key[0] == k
+            }
+            layouts = self.layouts.take(np.zeros(len(loads), dtype=np.intp))
+            every = update(
+                stacked(list(loads.values())), self.costs_of[k], layouts, prices, self.options
+            )
+            found |= zip(loads, every.each(len(loads)), strict=True)
+        return [found[key] for key in keys]
 
     @property
     def split(self) -> bool:
