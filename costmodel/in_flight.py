@@ -31,7 +31,7 @@ from .layout import Layouts
 from .memory import InFlight
 from .pieces import Pieces
 from .schedule import live_chunks, order_of
-from .stages import V_SHAPED, Load
+from .stages import Load
 
 Ints = NDArray[np.intp]
 LONG_V = 8
@@ -55,7 +55,7 @@ class Shares:
         for count, live in zip(load.layers, kept.layers, strict=True):
             rest = rest + count * live.saved
         rest = rest + (layouts.vpp - load.head) * costs.layers[0].boundary_bytes
-        folded = np.isin(layouts.schedule, V_SHAPED)
+        folded = layouts.folded
         whole = np.maximum(rest + head, 1.0)
         waiting = load.total(costs, "waiting_bytes")
         of_head = np.where(folded, load.head * costs.head.waiting_bytes, 0.0)

@@ -104,7 +104,7 @@ class RankMoments:
             moments=tuple(_moments(load, costs, layouts, options, stack)),
             load=load,
             chunks=layouts.vpp.astype(float),
-            split=np.isin(layouts.schedule, SPLIT),
+            split=layouts.splits,
             boundary_bytes=costs.layers[0].boundary_bytes,
         )
 
@@ -318,7 +318,6 @@ def _moments(
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
 
 
-SPLIT = [SCHEDULES.index(name) for name in SPLIT_SCHEDULES]
 MESSAGES = 2
 """Gradients of hidden states that a chunk of a pipeline holds, one received and one on its way:
 counted in runs of every schedule on two and four ranks, 1 to 4 per chunk."""
@@ -417,7 +416,7 @@ def _front_layers(rank: _Rank, grads: _Gradients, num: int) -> dict[str, Array]:
     chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
     layers = load.num_layers / rank.layouts.vpp
     behind = chunk * np.maximum(layers - num, 0.0) / np.maximum(layers, 1.0)
-    waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
+    waiting = np.where(rank.layouts.splits, behind, 0.0)
     params = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         own = Counts.of_layer(piece).with_gradient

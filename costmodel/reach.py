@@ -32,12 +32,11 @@ from numpy.typing import NDArray
 
 from ..plan import SCHEDULES
 from .graph import Array
-from .grid_rows import GPIPE, SPLIT, ZB_H2, Index
+from .grid_rows import GPIPE, ZB_H2, Index
 from .layout import Layouts
 from .pipeline_pools import OnPool
 from .rooms import Linear, Room, Rooms
 from .seconds import Seconds, fastest
-from .stages import V_SHAPED
 
 GAPS = tuple(map(SCHEDULES.index, ("1f1b", "zb-h1", "zb-h2")))
 NEAR = 1e-3
@@ -81,12 +80,12 @@ class Reach:
     @cached_property
     def split(self) -> NDArray[np.bool_]:
         """Whether the backward is split, so that forwards alone lead to the next rank."""
-        return np.isin(self.layouts.schedule, SPLIT)
+        return self.layouts.splits
 
     @cached_property
     def folded(self) -> NDArray[np.bool_]:
         """Whether stages are placed in a V."""
-        return np.isin(self.layouts.schedule, V_SHAPED)
+        return self.layouts.folded
 
     @cached_property
     def flat(self) -> NDArray[np.bool_]:
@@ -127,14 +126,14 @@ class Reach:
         hop_s = np.min([pool.hop_s for pool in self.pools], axis=0)
         return times @ every.both + 2 * p * action_s + 2 * (p - 1) * hop_s
 
-    def least_s(self, low_s: Array, high_s: float) -> Array:
+    def least_s(self, low_s: Array, high_s: Array) -> Array:
         """A bound of each row's makespan, no less than `low_s`, which is one.
 
         What cannot be done by `high_s` is not looked at further. Infinite where no cut has the
         memory.
         """
-        low, high = low_s.copy(), np.full(len(low_s), high_s)
-        if np.isfinite(high_s):
+        low, high = low_s.copy(), high_s.copy()
+        if np.all(np.isfinite(high_s)):
             possible = self.feasible(high)
             low = np.where(possible, low, np.maximum(low, high))
         else:

@@ -15,7 +15,7 @@ from .ranks import allocated
 from .reach import NEAR, Reach
 from .rooms import Rooms
 from .seconds import fastest
-from .stages import V_SHAPED, Load
+from .stages import Load
 
 
 def is_free(fleet: Fleet) -> NDArray[np.bool_]:
@@ -38,28 +38,32 @@ class Uncut:
     def bounds(self) -> tuple[Array, Array, NDArray[np.int64]]:
         """Seconds without drift, bytes and policies bounded of every row.
 
-        Where the pipeline alone takes longer than is worth it, memory is not looked at.
+        Where the pipeline and updates alone take longer than is worth it, memory is not looked at.
         """
         fleet, num = self.fleet, len(self.rows)
         memory = np.zeros(num)
         bounded = np.zeros(num, dtype=np.int64)
         time = self._share_s()
         alive = np.flatnonzero(time <= self.worth_s)
+        once_s = self._updates(alive)
+        time[alive] += once_s
+        left = np.flatnonzero(time[alive] <= self.worth_s)
+        alive, once_s = alive[left], once_s[left]
         pools, fill_s = fleet.on_pools(self.rows[alive])
         layouts = fleet.layouts.take(self.rows[alive])
         reach = Reach(layouts=layouts, repeats=self.repeats, pools=pools)
-        kept = np.arange(len(alive))
+        beside = fill_s + once_s
         if np.isfinite(self.worth_s):
-            possible = reach.feasible(self.worth_s - fill_s)
+            possible = reach.feasible(self.worth_s - beside)
             time[alive[~possible]] = np.maximum(time[alive[~possible]], self.worth_s * (1 + NEAR))
             kept = np.flatnonzero(possible)
-        alive, reach, fill_s = alive[kept], reach.take(kept), fill_s[kept]
+            alive, reach, beside, once_s = alive[kept], reach.take(kept), beside[kept], once_s[kept]
         if not len(alive):
             return time, memory, bounded
-        found, memory[alive] = self._within_memory(alive, reach, time[alive])
-        time[alive] = np.where(np.isfinite(found), found + fill_s, time[alive])
+        pipeline_s = time[alive] - once_s
+        found, memory[alive] = self._within_memory(alive, reach, pipeline_s, beside)
+        time[alive] = np.where(np.isfinite(found), found + beside, time[alive])
         bounded[alive] = len(fleet.policies)
-        time[alive] += self._updates(alive)
         return time, memory, bounded
 
     def _share_s(self) -> Array:
@@ -69,9 +73,11 @@ class Uncut:
         times = np.array([1.0, *self.repeats, 1.0])
         return x.num_microbatches * (times @ every.both) / x.pp
 
-    def _within_memory(self, some: Index, reach: Reach, time: Array) -> tuple[Array, Array]:
+    def _within_memory(
+        self, some: Index, reach: Reach, time: Array, beside_s: Array
+    ) -> tuple[Array, Array]:
         """The least makespans within the memory, infinite where nothing fits, and the least bytes
-        of the fullest rank."""
+        of the fullest rank; `beside_s` are added to makespans."""
         fleet = self.fleet
         rows = self.rows[some]
         reach = replace(
@@ -81,7 +87,7 @@ class Uncut:
                 for grid, capacity in zip(fleet.grids, fleet.capacities, strict=True)
             ),
         )
-        found = reach.least_s(time, self.worth_s)
+        found = reach.least_s(time, self.worth_s - beside_s)
         least = np.full(len(some), fleet.capacities[0])
         for k, (grid, rooms) in enumerate(zip(fleet.grids, reach.rooms, strict=True)):
             grown, fixed = allocated(grid.prices)
@@ -103,7 +109,7 @@ class Uncut:
         """
         rows = self.rows[some]
         x = self.fleet.layouts.take(rows)
-        folded = np.isin(x.schedule, V_SHAPED).astype(np.int64)
+        folded = x.folded.astype(np.int64)
         chosen, inverse = alike(
             [self.fleet.grids[0].local[rows], x.pp, folded, x.num_microbatches, x.zero, x.dp_shard]
         )

@@ -201,9 +201,7 @@ def _mixtures(
         counts.append(table)
         found.append((np.full(len(some), rank), some, lean, rest))
     ranks, some, lean, rest = map(np.concatenate, zip(*found, strict=True))
-    return _Mixtures(
-        ranks=ranks, some=some, lean=lean, rest=rest, counts=np.concatenate(counts)
-    )
+    return _Mixtures(ranks=ranks, some=some, lean=lean, rest=rest, counts=np.concatenate(counts))
 
 
 def _spread(sizes: Sequence[int]) -> Ints:
