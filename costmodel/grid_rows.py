@@ -14,7 +14,6 @@ from .in_flight import Shares, least_in_flight, least_moment
 from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
-from .pieces import Pieces
 from .stages import Load
 
 GPIPE, INTERLEAVED = SCHEDULES.index("gpipe"), SCHEDULES.index("interleaved")
@@ -68,12 +67,12 @@ def alike(columns: Sequence[NDArray[np.int64]]) -> tuple[Index, Index]:
     return first, inverse
 
 
-def in_flight_of(layouts: Layouts, rank: Array, load: Load, costs: Pieces, kept: Kept) -> InFlight:
+def in_flight_of(layouts: Layouts, rank: Array, load: Load, kept: Kept) -> InFlight:
     """Live chunk activations of a rank."""
     first, later = _whole_in_flight(layouts, rank)
     split = layouts.splits
     if split.any():
-        held = least_in_flight(layouts, rank, Shares.of(load, costs, layouts, kept))
+        held = least_in_flight(layouts, rank, Shares.of(load, layouts, kept))
         first, later = np.where(split, 0.0, first), np.where(split, held, later)
     return InFlight(first=first, later=later)
 

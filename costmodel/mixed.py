@@ -65,8 +65,7 @@ class Mixed:
         x = self.layouts
         shape = (int(x.pp[0]), int(x.vpp[0]), int(x.num_microbatches[0]))
         rows = x.take(np.zeros(len(ranks), dtype=np.intp))
-        stack = self.prices.pool.stack
-        return in_flight(self.schedule, shape, ranks, load, self.costs, rows, stack)
+        return in_flight(self.schedule, shape, ranks, load, self.kept, rows)
 
     def peaks(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:
         """Peak bytes of ranks that hold `counts` layers: (rows, policies, groups)."""

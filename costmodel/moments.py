@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
 from .copies import Owned, staged_bytes
 from .graph import Array

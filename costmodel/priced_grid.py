@@ -62,6 +62,9 @@ class PricedGrid:
             priced = joined([quick, priced])
             self.column = self.local + np.where(layouts.pp == 1, len(first), 0)
         self._seconds, self._extra_s = priced
+        self._at: Index | None = None
+        self._there: dict[int, Pieces] = {}
+        """Pieces of the rows that were last asked for, by policy."""
 
     @property
     def action_s(self) -> float:
@@ -78,8 +81,13 @@ class PricedGrid:
 
     def pieces(self, which: int, rows: Index) -> Pieces:
         """The costs under one policy; where all rows cut layers alike arrays have length one."""
-        costs = self.costs[which]
-        return costs if len(self._cut) == 1 else costs.take(self.local[rows])
+        if len(self._cut) == 1:
+            return self.costs[which]
+        if self._at is not rows:
+            self._at, self._there = rows, {}
+        if which not in self._there:
+            self._there[which] = self.costs[which].take(self.local[rows])
+        return self._there[which]
 
     @cached_property
     def _kept(self) -> list[Kept]:
@@ -103,9 +111,9 @@ class PricedGrid:
         layouts = self.layouts.take(rows)
         moments = [self.moments(load, rows) for load in loads]
         for k in range(len(self.policies)):
-            kept, costs = self.kept(k, rows), self.pieces(k, rows)
+            kept = self.kept(k, rows)
             for r, (rank, load) in enumerate(zip(ranks, loads, strict=True)):
-                flight = in_flight_of(layouts, rank, load, costs, kept)
+                flight = in_flight_of(layouts, rank, load, kept)
                 peaks = rank_bytes(moments[r], kept, self.prices, flight)
                 for name, values in found.items():
                     values[k, r] = getattr(peaks, name)

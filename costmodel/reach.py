@@ -70,12 +70,20 @@ class Reach:
 
     def take(self, rows: Index) -> Reach:
         """Some of the rows, in ascending order."""
+        if len(rows) == len(self.layouts):
+            return self
         return Reach(
             layouts=self.layouts.take(rows),
             repeats=self.repeats,
             pools=tuple(pool.take(rows) for pool in self.pools),
             rooms=tuple(rooms.take(rows) for rooms in self.rooms),
         )
+
+    @cached_property
+    def known_rooms(self) -> dict[int, Room]:
+        """What memory asks of ranks by their number, as far as it was worked out: it is the same at
+        every makespan."""
+        return {}
 
     @cached_property
     def split(self) -> NDArray[np.bool_]:
@@ -140,12 +148,15 @@ class Reach:
             low, high = self._bracket(low)
             possible = np.isfinite(high)
         open_ = np.flatnonzero(possible)
+        part = self.take(open_)
         for _ in range(STEPS):
-            open_ = open_[high[open_] > low[open_] * (1 + NEAR)]
-            if not len(open_):
+            left = np.flatnonzero(high[open_] > low[open_] * (1 + NEAR))
+            if not len(left):
                 break
+            if len(left) < len(open_) / 2:  # else what is known of all rows is worth more
+                open_, part = open_[left], part.take(left)
             middle = (low[open_] + high[open_]) / 2
-            possible = self.take(open_).feasible(middle)
+            possible = part.feasible(middle)
             high[open_] = np.where(possible, middle, high[open_])
             low[open_] = np.where(possible, low[open_], middle)
         return low
@@ -156,11 +167,13 @@ class Reach:
         low = np.where(never, np.inf, low)
         high = np.where(never, np.inf, 1.1 * low)
         open_ = np.flatnonzero(~never)
+        part = self.take(open_)
         for _ in range(STEPS):
-            possible = self.take(open_).feasible(high[open_])
-            open_ = open_[~possible]
+            left = np.flatnonzero(~part.feasible(high[open_]))
+            open_ = open_[left]
             if not len(open_):
                 break
+            part = part.take(left)
             low[open_] = high[open_]
             high[open_] = 1.5 * high[open_]
         return low, high
@@ -436,9 +449,15 @@ class Rank:
         return np.where(folded, in_v, np.where(split, in_rounds, whole))
 
     def _room(self) -> Room | None:
-        rooms, pools = self.reach.rooms, self.reach.pools
-        if not rooms:
+        if not self.reach.rooms:
             return None
+        known = self.reach.known_rooms
+        if self.number not in known:
+            known[self.number] = self._worked_out()
+        return known[self.number]
+
+    def _worked_out(self) -> Room:
+        rooms, pools = self.reach.rooms, self.reach.pools
         room = rooms[0].of_rank(self.number, self.count)
         for before, own in zip(pools, rooms[1:], strict=False):
             past = self.number >= before.until_rank[: self.count]

@@ -21,6 +21,7 @@ from .copies import returns_at_once
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
+from .kept import Kept
 from .layer_tensors import check_names
 from .layout import Layouts
 from .memory import Peak
@@ -291,10 +292,10 @@ class Simulation:
         load = stacked([self.rank_loads[rank] for rank in ranks])
         layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
+        kept = Kept.of(costs, self.layouts, prices.pool.stack)
         flight = in_flight(
-            self.phase.schedule, shape, np.array(ranks), load, costs, layouts, prices.pool.stack,
-            self.own_orders,
-        )  # fmt: skip
+            self.phase.schedule, shape, np.array(ranks), load, kept, layouts, self.own_orders
+        )
         peak = rank_memory(load, costs, layouts, prices, self.options, flight)
         one = np.zeros(len(ranks))
         return Peak(total=peak.total + one, terms={n: v + one for n, v in peak.terms.items()})

@@ -17,6 +17,9 @@ from .rooms import Rooms
 from .seconds import fastest
 from .stages import Load
 
+BLOCK_ROWS = 4096
+"""Rows whose cuts are worked out at once: what ranks have room for is kept for all of them."""
+
 
 def is_free(fleet: Fleet) -> NDArray[np.bool_]:
     """Rows whose stages can be cut in several ways, as far as these are looked at: not chunks of
@@ -60,9 +63,13 @@ class Uncut:
             alive, reach, beside, once_s = alive[kept], reach.take(kept), beside[kept], once_s[kept]
         if not len(alive):
             return time, memory, bounded
-        pipeline_s = time[alive] - once_s
-        found, memory[alive] = self._within_memory(alive, reach, pipeline_s, beside)
-        time[alive] = np.where(np.isfinite(found), found + beside, time[alive])
+        for start in range(0, len(alive), BLOCK_ROWS):
+            some = np.arange(start, min(start + BLOCK_ROWS, len(alive)))
+            here = alive[some]
+            found, memory[here] = self._within_memory(
+                here, reach.take(some), time[here] - once_s[some], beside[some]
+            )
+            time[here] = np.where(np.isfinite(found), found + beside[some], time[here])
         bounded[alive] = len(fleet.policies)
         return time, memory, bounded
 
