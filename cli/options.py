@@ -96,9 +96,8 @@ JOB_OPTIONS = (
     click.option(
         "--optimizer",
         type=click.Choice(get_args(Optimizer)),
-        default="adamw",
-        show_default=True,
-        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
+        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD. "
+        "Default: adamw, its moments in fewer bits where --allow lets a search choose.",
     ),
     click.option(
         "--capacity-factor",
@@ -299,7 +298,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         global_batch_seqs=batch_seqs,
         steps=flags["steps"],
         data=flags["data"],
-        optimizer=flags["optimizer"],
+        optimizer=flags["optimizer"] or "adamw",
         clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
         balance_loss=flags.get("balance_loss", "none"),
@@ -354,13 +353,13 @@ def with_capacity(model: Model, factor: float) -> Model:
 def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
     """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
     if not any(flags.get(name) for name in ("allow", "accept_risk", "precision", "activations")):
-        if flags["optimizer"] == "adamw":
+        if flags["optimizer"] in (None, "adamw"):
             return ("exact",), ()
     from ..planner.quality import accepted_names, classes_up_to, record_names
 
     precision = {"compute": flags.get("precision"), "activations": flags.get("activations")}
     given = {name: value for name, value in precision.items() if value is not None}
-    asked = record_names({"precision": given}, flags["optimizer"])
+    asked = record_names({"precision": given}, flags["optimizer"] or "adamw")
     named = _split(flags.get("accept_risk") or ())
     return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
 
@@ -420,7 +419,7 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     from ..planner import Pins
 
     given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
-    given |= parse_offload(flags["offload"])
+    given |= parse_offload(flags["offload"]) | {"optimizer": flags.get("optimizer")}
     if given["keep"] is not None and given["recompute"] != TENSORS:
         raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",
                          "add --recompute tensors, or drop --keep")  # fmt: skip

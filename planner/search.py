@@ -4,10 +4,10 @@
     subject to  peak(x) <= capacity            less what the peak may be wrong by, where fit is yes
 
 `value` is the simulated median step time (objective throughput, and cost: the devices are given, so
-that money is time) or the median peak memory (objective memory); h is 1, or a little more for each dtype
-or optimiser that is not exact and was the search's to choose (`variants.py`). The cost model gives lower bounds
-of time and peak for all rows at once. Rows whose peak bound exceeds the capacity are dropped; the
-others are simulated in the order of their bound, and
+that money is time) or the median peak memory (objective memory). h is 1, or a little more for each
+dtype or optimiser that is not exact and was the search's to choose (`variants.py`). The cost model
+gives lower bounds of time and peak for all rows at once. Rows whose peak bound exceeds the capacity
+are dropped; the others are simulated in the order of their bound, and
 
     gap = value(best) h(best) / smallest bound among rows not simulated - 1
 

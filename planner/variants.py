@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 
@@ -29,7 +29,7 @@ from ..costmodel.options import Options
 from ..costmodel.techniques import precision
 from ..errors import InputError
 from ..model import Model
-from ..plan import SPLIT_SCHEDULES
+from ..plan import SPLIT_SCHEDULES, Plan
 from ..workload import Optimizer, Workload
 from .pins import Pins, check_precision, has_rate
 from .quality import LOW_COMPUTE, is_allowed
@@ -78,6 +78,15 @@ def ways(
         )
         for route, chosen, name in product(routes(cluster), dtypes, names)
     )
+
+
+def dtypes_of(plan: Plan) -> dict[str, Any]:
+    """The pins that leave a search the compute dtype and the optimiser of a plan alone."""
+    used = [setting.techniques.get("precision", {}) for setting in plan.phase.settings]
+    low = next((one for one in used if one.get("compute") in LOW_COMPUTE), {})
+    compute = low.get("compute", plan.phase.compute_dtype)
+    recipe = low.get("recipe", "tensorwise") if compute == "fp8" else None
+    return {"precision": compute, "recipe": recipe, "optimizer": plan.workload.optimizer}
 
 
 def _low_precisions(
