@@ -102,21 +102,21 @@ def test_scales_per_row_are_never_faster() -> None:
 
 def test_the_report_says_what_was_chosen_at_what_risk() -> None:
     model, cluster = load_model("llama-3.1-8b"), load_cluster("8xH100")
-    exact = search(model, cluster, WORK, keep=1).plans[0]
-    result = search(model, cluster, allowing("published"), keep=1)
+    published = allowing("published")
+    few = Pins(tp=1, pp=1, cp=1, zero=3)
+    exact = search(model, cluster, WORK, few, keep=1).plans[0]
+    result = search(model, cluster, published, few, keep=1)
     best = result.plans[0]
     assert best.estimate.step_s.median < 0.95 * exact.estimate.step_s.median
-    assert {risk.technique for risk in risks(best.plan)} >= {"low-precision"}
-    said = result.document()["plans"][0]["quality"]
-    assert {one["technique"] for one in said} == {risk.technique for risk in risks(best.plan)}
-    assert best.plan.workload.optimizer == "adamw" or any(
-        risk.technique.startswith("adamw") for risk in risks(best.plan)
-    )
-    pinned = search(model, cluster, allowing("published"), Pins(**dtypes_of(best.plan)), keep=1)
-    assert pinned.plans[0].label == best.label
-    wide = search(model, cluster, allowing("published"),
-                  Pins(precision="bf16", optimizer="adamw", activations=None), keep=1)  # fmt: skip
-    assert wide.plans[0].plan.phase.compute_dtype == "bf16"
+    found = {risk.technique for risk in risks(best.plan)}
+    assert "low-precision" in found
+    assert {one["technique"] for one in result.document()["plans"][0]["quality"]} == found
+    optimizer = best.plan.workload.optimizer
+    assert optimizer == "adamw" or optimizer.replace("_", "-") in found
+    pinned = msgspec.structs.replace(few, **dtypes_of(best.plan))
+    assert search(model, cluster, published, pinned, keep=1).plans[0].label == best.label
+    wide = msgspec.structs.replace(few, precision="bf16", optimizer="adamw")
+    assert search(model, cluster, published, wide).plans[0].plan.phase.compute_dtype == "bf16"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def scaled(bounds: Any, factor: float) -> Any:
 
 
 def fp8_cluster() -> Cluster:
-    cluster = make_cluster(4)
+    cluster = make_cluster(2)
     (pool,) = cluster.pools
     peaks = {**pool.device.peak_flops_per_s, "fp8": 2e14}
     device = msgspec.structs.replace(pool.device, peak_flops_per_s=peaks, capability=(9, 0))
@@ -161,8 +161,8 @@ def fp8_cluster() -> Cluster:
 def test_equals_brute_force_over_dtypes_and_optimisers(close: bool) -> None:
     """Each way searched alone; the best of them, where its techniques gain enough."""
     model, cluster = make_model(), fp8_cluster()
-    workload = Workload(seq_tokens=64, global_batch_seqs=8, quality=PUBLISHED)
-    for seed in range(12):
+    workload = Workload(seq_tokens=64, global_batch_seqs=4, quality=PUBLISHED)
+    for seed in range(5):
         cost = CostOfDtypes(seed=seed, capacity_bytes=[60, 400, 900][seed % 3], close=close)
         alone: list[float] = []
         for way in ways(model, cluster, workload, Pins()):
