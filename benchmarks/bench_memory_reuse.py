@@ -83,6 +83,8 @@ def main() -> None:
         for kind, make in TRACES.items():
             for seed in (0, 1):
                 measure(f"{kind}, seed {seed}", make(count, seed), flags.runs)
+    for seed in range(4):
+        measure(f"rnd, many alive, {seed}", random_lives(10_000, seed, 5_000.0), flags.runs)
     for num_layers in (32, 128):
         two_levels(num_layers, flags.runs)
 

@@ -103,9 +103,8 @@ JOB_OPTIONS = (
     click.option(
         "--optimizer",
         type=click.Choice(get_args(Optimizer)),
-        default="adamw",
-        show_default=True,
-        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD.",
+        help="AdamW with moments in fp32, 8 or 4 bits, 8-bit floats, or on the host; or SGD. "
+        "Default: adamw, its moments in fewer bits where --allow lets a search choose.",
     ),
     click.option(
         "--capacity-factor",
@@ -318,7 +317,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         global_batch_seqs=batch_seqs,
         steps=flags["steps"],
         data=flags["data"],
-        optimizer=flags["optimizer"],
+        optimizer=flags["optimizer"] or "adamw",
         clip_norm=flags.get("clip_norm"),
         objective=flags["objective"],
         balance_loss=flags.get("balance_loss", "none"),
@@ -392,7 +391,7 @@ def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[s
     """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
     about_quality = ("allow", "accept_risk", "precision", "activations", "local_sgd")
     if not any(flags.get(name) for name in about_quality):
-        if flags["optimizer"] == "adamw":
+        if flags["optimizer"] in (None, "adamw"):
             return ("exact",), ()
     from ..planner.quality import accepted_names, classes_up_to, record_names
 
@@ -402,7 +401,7 @@ def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[s
     local = parse_outer(flags.get("local_sgd"), flags.get("outer"))
     if local is not None:
         techniques[LOCAL_SGD] = local.settings()
-    asked = record_names(techniques, flags["optimizer"])
+    asked = record_names(techniques, flags["optimizer"] or "adamw")
     named = _split(flags.get("accept_risk") or ())
     return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
 
@@ -462,7 +461,7 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     from ..planner import Pins
 
     given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
-    given |= parse_offload(flags["offload"])
+    given |= parse_offload(flags["offload"]) | {"optimizer": flags.get("optimizer")}
     given["local_sgd"] = parse_outer(flags.get("local_sgd"), flags.get("outer"))
     if given["keep"] is not None and given["recompute"] != TENSORS:
         raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",

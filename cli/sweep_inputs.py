@@ -124,7 +124,7 @@ def read_asks(flags: Mapping[str, Any], question: str) -> list[Ask]:
     said: dict[str, None] = {}
     for model, seq_len, batch, gpus in product(*lists):
         one = {**filled, "model": model, "seq_len": seq_len, "global_batch": batch, "gpus": gpus}
-        one |= {"steps": 10, "data": None, "optimizer": "adamw", "objective": "throughput"}
+        one |= {"steps": 10, "data": None, "optimizer": None, "objective": "throughput"}
         if is_traced(model) and question == "longest-context":
             raise InputError("model", model, "a module is traced at one length",
                              "sweep --seq-len instead")  # fmt: skip

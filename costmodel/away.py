@@ -9,7 +9,10 @@ import numpy as np
 
 from .copies import returns_at_once
 from .exposed import copies_s
+from .graph import Array
 from .in_flight import live_moments, moments_of
+from .pieces import Piece
+from .prices import Prices
 from .schedule import live_chunks
 
 if TYPE_CHECKING:
@@ -26,10 +29,14 @@ def first_fetch_s(sim: Simulation, stage: int) -> float:
     at_end = stage == sim.mesh.num_stages - 1
     if at_end and returns_at_once(sim.phase) == sim.phase.num_microbatches:
         return 0.0
-    prices = sim.prices_of[pool]
+    return float(fetch_s(piece, sim.prices_of[pool])[0])
+
+
+def fetch_s(piece: Piece, prices: Prices) -> Array:
+    """`first_fetch_s` where this piece is the last layer of a stage and its bytes are away."""
     whole = copies_s(piece.moved_bytes, "in", piece.options, prices)
     charged = piece.comm_backward_s.get("copy", np.zeros(1))
-    return max(0.0, float(whole[0] * prices.scale("exposed.copy") - charged[0]))
+    return np.maximum(0.0, whole * prices.scale("exposed.copy") - charged)
 
 
 def bytes_copied(sim: Simulation) -> dict[str, float]:

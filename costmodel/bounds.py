@@ -28,6 +28,7 @@ from .graph import Array
 from .grid_rows import Index
 from .layout import Layouts
 from .options import Options
+from .pieces import Known
 from .simulate import check_covered
 from .uncut import Uncut, is_free
 
@@ -56,13 +57,14 @@ def bound_layouts(
     capacity_bytes: float | Sequence[float] | None = None,
     worth_s: float = np.inf,
     stages: Stages = "even",
+    known: Known | None = None,
 ) -> Bounds:
     """Bounds of layouts that keep the rules of `layout_problems`, with stages cut evenly, with
     given numbers of layers, or cut in any way. Pipelines go through the pools in their order.
 
     `capacity_bytes` is what a rank may fill, by pool: None = the memory of the device. Where the
     pipeline alone takes longer than `worth_s`, nothing more is worked out: the bound of memory is
-    zero.
+    zero. With `known`, what grids have in common is priced once.
 
     With several `options`, which may differ in what layers keep, layers choose among them. Time is
     the least that fits the capacity, memory the least of all.
@@ -85,7 +87,7 @@ def bound_layouts(
         parts = [(np.flatnonzero(busy == n), int(n)) for n in np.unique(busy)]
     for index, busy_ranks in parts:
         fleet = Fleet.of(
-            model, cluster, workload, layouts.take(index), policies, capacities, busy_ranks
+            model, cluster, workload, layouts.take(index), policies, capacities, busy_ranks, known
         )
         found = _bounds(fleet, worth_s, stages, workload.objective == "memory")
         time[index], memory[index], bounded[index] = found

@@ -15,11 +15,11 @@ import numpy as np
 
 from ..model import Model
 from .graph import Array
-from .grid_rows import GPIPE, INTERLEAVED, SPLIT, Index, ranks_looked_at
+from .grid_rows import GPIPE, INTERLEAVED, Index, ranks_looked_at
 from .layout import Layouts
 from .pipeline_pools import OnPool
 from .schedule import chain_s, split_chain_s, split_hops, split_warm_up
-from .stages import V_SHAPED, Load, load_between, rank_load
+from .stages import Load, load_between, rank_load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Shapes:
         Of pool k the ranks are those below `until[k]` and of no earlier one.
         """
         stages = (layouts.pp * layouts.vpp).astype(float)
-        folded = np.isin(layouts.schedule, V_SHAPED)
+        folded = layouts.folded
 
         def between(first: Array, stop: Array) -> tuple[Load, ...]:
             if len(until) == 1:
@@ -102,7 +102,7 @@ def _by_pool(
 ) -> tuple[Load, ...]:
     """The load of the stages first .. stop - 1 on each pool."""
     p, stages = layouts.pp.astype(float), (layouts.pp * layouts.vpp).astype(float)
-    folded = np.isin(layouts.schedule, V_SHAPED)
+    folded = layouts.folded
     nothing = load_between(model, layouts, 0.0 * p, 0.0 * p, sizes)
     loads = [nothing for _ in until]
     for number in range(int(stages.max(initial=0))):
@@ -164,7 +164,7 @@ def chains(
     `layouts` and `pools` are those of the rows, in their order; a micro-batch of the i-th rank
     looked at takes `extra_s[i]` seconds more than the least.
     """
-    split = np.isin(layouts.schedule, SPLIT)
+    split = layouts.splits
     best = np.zeros(len(rows))
     more = extra_s or [np.zeros(len(rows))] * len(shapes.ranks)
     for which, chain in ((~split, _whole_chain), (split, _split_chain)):
@@ -216,7 +216,7 @@ def _split_chain(rank: RankLoads, rows: _Rows, extra_s: Array) -> Array:
     """Schedules that split the backward."""
     layouts, r, action_s = rows.layouts, rank.rank[rows.place], rows.action_s
     p, v, m = layouts.pp, layouts.vpp, layouts.num_microbatches
-    folded = np.isin(layouts.schedule, V_SHAPED)
+    folded = layouts.folded
     forward = rows.own(rank, rank.own, "forward") + v * action_s
     first = rows.own(rank, rank.first, "forward") + action_s
     last = rows.own(rank, rank.last, "forward") + action_s

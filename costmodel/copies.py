@@ -11,12 +11,15 @@ parameters and takes them out again, one bucket ahead and one behind the update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
-from ..plan import Phase
+from ..orders import Action
+from ..plan import Phase, rank_of
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts
@@ -40,17 +43,26 @@ def returns_at_once(phase: Phase) -> int:
     >>> [returns_at_once(Phase(schedule=s, **step, **two)) for s in ("1f1b", "gpipe")]
     [4, 0]
     """
-    mesh, m = phase.mesh, phase.num_microbatches
-    if mesh.pp == 1:
+    mesh, m, own = phase.mesh, phase.num_microbatches, phase.own_orders()
+    if own is None or mesh.pp == 1:
+        return returning(phase.schedule, mesh.pp, mesh.vpp, m)
+    return sum(_returning(actions, mesh.num_stages - 1) for actions in own)
+
+
+@lru_cache(maxsize=1024)
+def returning(schedule: str, p: int, v: int, m: int) -> int:
+    """`returns_at_once` of the orders of a schedule."""
+    if p == 1:
         return m
-    last, own = mesh.num_stages - 1, phase.own_orders()
-    total = 0
-    for rank in range(mesh.pp):
-        actions = own[rank] if own else order_of(phase.schedule, mesh.pp, mesh.vpp, m, rank)
-        for (kind, stage, micro), following in pairwise(actions):
-            if kind == "F" and stage == last:
-                total += following in (("B", last, micro), ("I", last, micro))
-    return total
+    rank = rank_of(schedule, p * v - 1, p)
+    return _returning(order_of(schedule, p, v, m, rank), p * v - 1)
+
+
+def _returning(actions: Sequence[Action], last: int) -> int:
+    return sum(
+        kind == "F" and stage == last and following in (("B", last, micro), ("I", last, micro))
+        for (kind, stage, micro), following in pairwise(actions)
+    )
 
 
 HOST_UPDATE_BYTES_PER_S = 2.5e10

@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from ..plan import SCHEDULES, rank_of
 from .fleet import Fleet
 from .graph import Array
-from .grid_rows import SPLIT
 from .mixtures import least_extra_s, part
 from .reach import Before, Rank, Reach
 from .schedule import Action, slowest_chain_s
 from .seconds import fastest
-from .stages import V_SHAPED, Load
+from .stages import Load
 
 Ints = NDArray[np.intp]
 
@@ -151,7 +150,7 @@ def _held(fleet: Fleet, pool: int, rank: Ints, counts: Array) -> tuple[Array, Ar
     kinds, of_way = np.unique(key, axis=0, return_inverse=True)
     ranks, held = kinds[:, 0], kinds[:, 1:].T
     rows = np.zeros(len(kinds), dtype=np.intp)
-    folded = np.isin(layout.schedule[0], V_SHAPED)
+    folded = layout.folded[0]
     last = 0 if folded else int(layout.pp[0]) - 1
     load = Load(
         layers=tuple(held), embedding=(ranks == 0).astype(float), head=(ranks == last).astype(float)
@@ -171,7 +170,7 @@ def _lead_s(reach: Reach, pools: Sequence[int], before: Array) -> Array:
     if not len(pools):
         return np.zeros(before.shape[1])
     quickest = fastest([reach.pools[k].seconds for k in pools])
-    back = np.where(np.isin(reach.layouts.schedule, SPLIT), 0.0, quickest.backward)
+    back = np.where(reach.layouts.splits, 0.0, quickest.backward)
     through = (quickest.forward + back)[1:-1] / reach.layouts.vpp
     return np.einsum("gr,g->r", before, through[:, 0])
 

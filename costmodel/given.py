@@ -44,17 +44,24 @@ class Given:
         self.shapes = Shapes.of(fleet.model, x.take(first), ends, of_row, sizes)
 
     def bounds(self) -> tuple[Array, Array, NDArray[np.int64]]:
-        """Seconds without drift, bytes and policies bounded of every row."""
+        """Seconds without drift, bytes and policies bounded of every row.
+
+        Where chains and updates alone take longer than is worth it, memory is not looked at.
+        """
         time = self._chains(np.arange(len(self.rows)))
         memory = np.zeros(len(time))
         bounded = np.zeros(len(time), dtype=np.int64)
         alive = np.flatnonzero(time <= self.worth_s)
+        once_s = self._updates(alive)
+        time[alive] += once_s
+        left = np.flatnonzero(time[alive] <= self.worth_s)
+        alive, once_s = alive[left], once_s[left]
         for start in range(0, len(alive), BLOCK_ROWS):
-            some = alive[start : start + BLOCK_ROWS]
+            here = slice(start, start + BLOCK_ROWS)
+            some = alive[here]
             memory[some], extra_s = self._memory(some)
             bounded[some] = len(self.fleet.policies)
-            time[some] = self._chains(some, extra_s)
-        time[alive] += self._updates(alive)
+            time[some] = self._chains(some, extra_s) + once_s[here]
         return time, memory, bounded
 
     def least_bytes(self) -> Array:

@@ -8,18 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Model
-from ..plan import SCHEDULES, SPLIT_SCHEDULES
+from ..plan import SCHEDULES
 from .graph import Array
 from .in_flight import Shares, least_in_flight, least_moment
 from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
-from .pieces import Pieces
 from .stages import Load
 
 GPIPE, INTERLEAVED = SCHEDULES.index("gpipe"), SCHEDULES.index("interleaved")
 ZB_H2 = SCHEDULES.index("zb-h2")
-SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
 Index = NDArray[np.intp]
 
 
@@ -69,12 +67,12 @@ def alike(columns: Sequence[NDArray[np.int64]]) -> tuple[Index, Index]:
     return first, inverse
 
 
-def in_flight_of(layouts: Layouts, rank: Array, load: Load, costs: Pieces, kept: Kept) -> InFlight:
+def in_flight_of(layouts: Layouts, rank: Array, load: Load, kept: Kept) -> InFlight:
     """Live chunk activations of a rank."""
     first, later = _whole_in_flight(layouts, rank)
-    split = np.isin(layouts.schedule, SPLIT)
+    split = layouts.splits
     if split.any():
-        held = least_in_flight(layouts, rank, Shares.of(load, costs, layouts, kept))
+        held = least_in_flight(layouts, rank, Shares.of(load, layouts, kept))
         first, later = np.where(split, 0.0, first), np.where(split, held, later)
     return InFlight(first=first, later=later)
 
@@ -84,7 +82,7 @@ def least_live(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
     then: the fewer of the moments that `in_flight_of` tells apart."""
     first, later = _whole_in_flight(layouts, rank)
     whole, waiting = InFlight(first=first, later=later).least, np.zeros(len(layouts))
-    split = np.isin(layouts.schedule, SPLIT)
+    split = layouts.splits
     if split.any():
         some, others = least_moment(layouts, rank)
         whole, waiting = np.where(split, some, whole), np.where(split, others, waiting)

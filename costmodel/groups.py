@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,18 +31,28 @@ class Grouped:
     def of(model: Model, phase: Phase, workload: Workload | None = None) -> Grouped:
         """The groups of a phase, in the order in which they first occur."""
         starts = {s.layers[0] for s in phase.settings}
+        seen: list[tuple[dict[str, Mapping[str, Any]], Options]] = []
+
+        def options_at(layer: int) -> Options:
+            used = phase.techniques_at(layer)
+            for known, options in seen:
+                if known == used:
+                    return options
+            seen.append((used, Options.under(used, workload)))
+            return seen[-1][1]
+
         kinds: list[tuple[int, Options]] = []
         group_of: list[int] = []
         index = 0
         for which, layer in enumerate(model.layers):
-            options = Options.of(phase, workload, index)
+            kind = -1
             for _ in range(layer.repeat):
-                if index in starts:
-                    options = Options.of(phase, workload, index)
-                kind = (which, options)
-                if kind not in kinds:
-                    kinds.append(kind)
-                group_of.append(kinds.index(kind))
+                if kind < 0 or index in starts:
+                    own = (which, options_at(index))
+                    if own not in kinds:
+                        kinds.append(own)
+                    kind = kinds.index(own)
+                group_of.append(kind)
                 index += 1
         layers: list[Layer] = [
             msgspec.structs.replace(model.layers[which], repeat=group_of.count(group))

@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 
 from ..orders import Action, Orders
 from ..plan import SCHEDULES, SPLIT_SCHEDULES
-from ..stack import Stack
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts
 from .memory import InFlight
-from .pieces import Pieces
 from .schedule import live_chunks, order_of
-from .stages import V_SHAPED, Load
+from .stages import Load
 
 Ints = NDArray[np.intp]
 LONG_V = 8
@@ -48,20 +46,19 @@ class Shares:
     waiting: Array
 
     @staticmethod
-    def of(load: Load, costs: Pieces, layouts: Layouts, kept: Kept) -> Shares:
+    def of(load: Load, layouts: Layouts, kept: Kept) -> Shares:
         """Of the ranks that hold `load`."""
         head = load.head * kept.head.saved
         rest = load.embedding * kept.embedding.saved
         for count, live in zip(load.layers, kept.layers, strict=True):
             rest = rest + count * live.saved
-        rest = rest + (layouts.vpp - load.head) * costs.layers[0].boundary_bytes
-        folded = np.isin(layouts.schedule, V_SHAPED)
+        rest = rest + (layouts.vpp - load.head) * kept.boundary_bytes
         whole = np.maximum(rest + head, 1.0)
-        waiting = load.total(costs, "waiting_bytes")
-        of_head = np.where(folded, load.head * costs.head.waiting_bytes, 0.0)
-        return Shares(
-            before=np.where(folded, rest / whole, 1.0), waiting=(waiting - of_head) / whole
-        )
+        waiting: Array = np.zeros(1)
+        counts = (load.embedding, *load.layers, np.where(layouts.folded, 0.0, load.head))
+        for count, each in zip(counts, kept.waiting, strict=True):
+            waiting = waiting + count * each
+        return Shares(before=np.where(layouts.folded, rest / whole, 1.0), waiting=waiting / whole)
 
     def live(self, moment: tuple[Array | int, Array | int]) -> Array:
         """Chunk activations at a moment."""
@@ -77,9 +74,8 @@ def in_flight(
     shape: tuple[int, int, int],
     ranks: Ints,
     load: Load,
-    costs: Pieces,
+    kept: Kept,
     layouts: Layouts,
-    stack: Stack,
     own_orders: Orders | None = None,
 ) -> InFlight:
     """Live chunk activations of `ranks` under the loads of `load`, row by row.
@@ -93,7 +89,7 @@ def in_flight(
             here = ranks == rank
             first[here], later[here] = live_chunks(schedule, *shape, int(rank))
         return InFlight(first=first, later=later)
-    shares = Shares.of(load, costs, layouts, Kept.of(costs, layouts, stack))
+    shares = Shares.of(load, layouts, kept)
     for rank in np.unique(ranks):
         here = ranks == rank
         own = shares.take(here)
@@ -158,8 +154,8 @@ def least_moment(layouts: Layouts, rank: Array) -> tuple[Array, Array]:
     whole, waiting = np.minimum(m * v, warm_up + 1 + at) - at, np.minimum(at, delay)
     begun = np.minimum(m, 2 * p - 1 - rank) + rank  # after the first backward of a short V
     steady = np.where(dual, 2 * p + 1, np.where(m >= 2 * p, 2 * p, begun))
-    end = zb_v & (m >= 2 * p) & (p >= LONG_V) & (2 * rank > p)
     folded = zb_v | dual
+    end = folded & (m >= 2 * p) & (p >= LONG_V) & (2 * rank > p)
     whole = np.where(folded, np.where(end, p - rank, steady), whole)
-    waiting = np.where(folded, np.where(end, 2 * rank, 0.0), waiting)
+    waiting = np.where(folded, np.where(end, np.where(dual, 1, 2) * rank, 0.0), waiting)
     return whole, waiting

@@ -78,6 +78,10 @@ class Kept:
     head: Liveness
     loss_peak: Array | None
     """Everything of logits and loss at its peak; None = as the head's `Liveness` says."""
+    waiting: tuple[Array, ...]
+    """Between the halves of a split backward: of embedding, layers and head."""
+    boundary_bytes: Array
+    """What a chunk hands to the next one."""
     sequence_buffers: Array
     """Allocated for the collectives of sequence parallelism throughout the step."""
 
@@ -95,6 +99,10 @@ class Kept:
             stores=tuple(piece.options.activations is not None for piece in costs.layers),
             head=costs.head.live,
             loss_peak=peak,
+            waiting=tuple(
+                piece.waiting_bytes for piece in (costs.embedding, *costs.layers, costs.head)
+            ),
+            boundary_bytes=costs.layers[0].boundary_bytes,
             sequence_buffers=stack.sequence_buffers * _whole_sequence(costs.layers[0], layouts),
         )
 
@@ -107,6 +115,8 @@ class Kept:
             stores=self.stores,
             head=taken(self.head, rows),
             loss_peak=taken(self.loss_peak, rows),
+            waiting=taken(self.waiting, rows),
+            boundary_bytes=taken(self.boundary_bytes, rows),
             sequence_buffers=taken(self.sequence_buffers, rows),
         )
 

@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Experts, LatentAttention, Layer, Model
-from ..plan import SCHEDULES, Phase
+from ..plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, Phase
 from .graph import Array, Sizes
 from .layers.rings import ring_sizes
 from .layers.stacks import stack_sizes
 
 Ints = NDArray[np.int64]
+SPLITS = np.array([name in SPLIT_SCHEDULES for name in SCHEDULES])
+FOLDED = np.array([name in V_SCHEDULES for name in SCHEDULES])
+"""By schedule, in place of `np.isin`, which is slow on few rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,16 @@ class Layouts:
     def batch_ranks(self) -> Ints:
         """Ranks that see different tokens of one forward pass of all replicas."""
         return self.micro_batch_ranks * self.dp
+
+    @property
+    def splits(self) -> NDArray[np.bool_]:
+        """Whether the schedule splits the backward."""
+        return SPLITS[self.schedule]
+
+    @property
+    def folded(self) -> NDArray[np.bool_]:
+        """Whether stages are placed in a V."""
+        return FOLDED[self.schedule]
 
     @property
     def shards(self) -> Ints:

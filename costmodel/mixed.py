@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..plan import SCHEDULES, rank_of
+from .away import fetch_s
+from .copies import returning
 from .graph import Array
 from .in_flight import in_flight
 from .kept import Kept
@@ -31,6 +33,7 @@ class Mixed:
     layouts: Layouts
     prices: Prices
     policies: tuple[Options, ...]
+    kept: Kept
     costs: Pieces
     """With the layer groups of the model once per policy: those of the first, of the second, ..."""
 
@@ -38,16 +41,18 @@ class Mixed:
     def of(grid: PricedGrid) -> Mixed:
         """The costs of a model's layers under each policy, of a grid of one layout."""
         first = grid.costs[0]
+        costs = Pieces(
+            embedding=first.embedding,
+            layers=tuple(layer for costs in grid.costs for layer in costs.layers),
+            head=first.head,
+            tied_params=first.tied_params,
+        )
         return Mixed(
             layouts=grid.layouts,
             prices=grid.prices,
             policies=tuple(grid.policies),
-            costs=Pieces(
-                embedding=first.embedding,
-                layers=tuple(layer for costs in grid.costs for layer in costs.layers),
-                head=first.head,
-                tied_params=first.tied_params,
-            ),
+            kept=Kept.of(costs, grid.layouts, grid.prices.pool.stack),
+            costs=costs,
         )
 
     @property
@@ -60,8 +65,7 @@ class Mixed:
         x = self.layouts
         shape = (int(x.pp[0]), int(x.vpp[0]), int(x.num_microbatches[0]))
         rows = x.take(np.zeros(len(ranks), dtype=np.intp))
-        stack = self.prices.pool.stack
-        return in_flight(self.schedule, shape, ranks, load, self.costs, rows, stack)
+        return in_flight(self.schedule, shape, ranks, load, self.kept, rows)
 
     def peaks(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:
         """Peak bytes of ranks that hold `counts` layers: (rows, policies, groups)."""
@@ -70,14 +74,26 @@ class Mixed:
         flight = self.in_flight(load, ranks)
         stack = self.prices.pool.stack
         moments = RankMoments.of(load, self.costs, rows, self.policies[0], stack)
-        kept = Kept.of(self.costs, rows, stack)
-        peaks = rank_bytes(moments, kept, self.prices, flight)
+        peaks = rank_bytes(moments, self.kept, self.prices, flight)
         return peaks.total + 0.0 * flight.first
 
     def seconds(self, counts: Counts, ranks: NDArray[np.intp]) -> Array:
         """Seconds of a micro-batch through those ranks, forward and backward."""
         times = stage_times(self._load(counts, ranks), self.costs, self.prices)
         return times.forward_s + times.backward_s
+
+    def fetch_s(self) -> Array:
+        """By policy and group, what the backward of a stage waits for first where such a layer is
+        its last."""
+        each = [fetch_s(piece, self.prices)[0] for piece in self.costs.layers]
+        return np.array(each).reshape(len(self.policies), -1)
+
+    @property
+    def last_is_there(self) -> bool:
+        """Whether the last layer of all never waits so: its backward follows its forward."""
+        x = self.layouts
+        m = int(x.num_microbatches[0])
+        return returning(self.schedule, int(x.pp[0]), int(x.vpp[0]), m) == m
 
     def _load(self, counts: Counts, ranks: NDArray[np.intp]) -> Load:
         flat = counts.reshape(len(counts), -1)

@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import SCHEDULES, SPLIT_SCHEDULES
 from ..stack import Stack
 from .copies import Owned, staged_bytes
 from .graph import Array
@@ -105,7 +104,7 @@ class RankMoments:
             moments=tuple(_moments(load, costs, layouts, options, stack)),
             load=load,
             chunks=layouts.vpp.astype(float),
-            split=np.isin(layouts.schedule, SPLIT),
+            split=layouts.splits,
             boundary_bytes=costs.layers[0].boundary_bytes,
         )
 
@@ -175,10 +174,14 @@ class RankMoments:
         it, with the buffer of the layer before, which is fetched meanwhile; what layers behind
         kept, which is gone."""
         lands, more = kept.passing[group].lands, kept.passing[group].more
+        if not np.any(lands > 0):
+            return lands, np.zeros(1), np.zeros(1)
         order = self.load.order
         fetched, gone = np.zeros(1), np.zeros(1)
         if order is None:
             for other, count in enumerate(self.load.layers):  # any other layer may be before it
+                if not np.any(kept.passing[other].lands > 0):
+                    continue
                 there = count > (1 if other == group else 0)
                 fetched = np.maximum(fetched, np.where(there, kept.passing[other].lands, 0.0))
         else:
@@ -196,8 +199,9 @@ class RankMoments:
         """
         load, order, none = self.load, self.load.order, np.zeros(1)
         saved, working, passing = none, none, none
-        pairs = product(range(len(kept.layers)), repeat=2)
-        for front, own in pairs:
+        groups = range(len(kept.layers))
+        coming_back = [group for group in groups if np.any(kept.passing[group].lands > 0)]
+        for front, own in product(coming_back, groups):
             if order is not None:
                 there = order.first[front] * order.second[own] > 0
             else:
@@ -317,7 +321,6 @@ def _moments(
     yield Moment(kind="update", layer=None, later=True, exists=always, fresh=always, terms=terms)
 
 
-SPLIT = [SCHEDULES.index(name) for name in SPLIT_SCHEDULES]
 MESSAGES = 2
 """Gradients of hidden states that a chunk of a pipeline holds, one received and one on its way:
 counted in runs of every schedule on two and four ranks, 1 to 4 per chunk."""
@@ -426,7 +429,7 @@ def _front_layers(rank: _Rank, grads: _Gradients, num: int) -> dict[str, Array]:
     chunk = load.total(costs, "waiting_bytes") / rank.layouts.vpp
     layers = load.num_layers / rank.layouts.vpp
     behind = chunk * np.maximum(layers - num, 0.0) / np.maximum(layers, 1.0)
-    waiting = np.where(np.isin(rank.layouts.schedule, SPLIT), behind, 0.0)
+    waiting = np.where(rank.layouts.splits, behind, 0.0)
     params = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         own = Counts.of_layer(piece).with_gradient

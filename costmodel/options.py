@@ -81,9 +81,16 @@ class Options:
     @staticmethod
     def of(phase: Phase, workload: Workload | None = None, layer: int = 0) -> Options:
         """The options of a phase at a layer."""
+        return Options.under(phase.techniques_at(layer), workload)
+
+    @staticmethod
+    def under(
+        techniques: Mapping[str, Mapping[str, Any]], workload: Workload | None = None
+    ) -> Options:
+        """The options of a layer under techniques with their settings."""
 
         def setting(name: str) -> Mapping[str, Any]:
-            return phase.technique(name, layer)
+            return techniques.get(name, {})
 
         precision, lora, placed = setting("precision"), setting("lora"), setting("expert-placement")
         ranks = placed.get("slots")
@@ -113,7 +120,7 @@ class Options:
             expert_slots=len(ranks[0]) if ranks else None,
             expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
             expert_imbalance=placed.get("imbalance"),
-            local_sgd=phase.local_sgd,
+            local_sgd=LocalSgd.of(setting(LOCAL_SGD)),
             packing=Packing.of(workload) if workload is not None else None,
         )
 

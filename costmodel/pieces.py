@@ -282,8 +282,9 @@ def _priced(
     options: Options,
     known: Known | None,
 ) -> Piece:
-    """A piece, out of those that are known."""
+    """A piece, out of those that are known; how it is updated is no matter."""
     near, layer = _nearby(model, layer)
+    options = replace(options, optimizer="adamw", clips=False)
     if known is None or prices.profile is not None:  # curves depend on the whole mesh
         return _both(build, near, layer, layouts, seq_tokens, prices, options)
     key = _key(build, near, layer, layouts, seq_tokens, prices, options)

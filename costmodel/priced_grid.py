@@ -62,6 +62,9 @@ class PricedGrid:
             priced = joined([quick, priced])
             self.column = self.local + np.where(layouts.pp == 1, len(first), 0)
         self._seconds, self._extra_s = priced
+        self._at: Index | None = None
+        self._there: dict[int, Pieces] = {}
+        """Pieces of the rows that were last asked for, by policy."""
 
     @property
     def action_s(self) -> float:
@@ -78,8 +81,13 @@ class PricedGrid:
 
     def pieces(self, which: int, rows: Index) -> Pieces:
         """The costs under one policy; where all rows cut layers alike arrays have length one."""
-        costs = self.costs[which]
-        return costs if len(self._cut) == 1 else costs.take(self.local[rows])
+        if len(self._cut) == 1:
+            return self.costs[which]
+        if self._at is not rows:
+            self._at, self._there = rows, {}
+        if which not in self._there:
+            self._there[which] = self.costs[which].take(self.local[rows])
+        return self._there[which]
 
     @cached_property
     def _kept(self) -> list[Kept]:
@@ -103,20 +111,26 @@ class PricedGrid:
         layouts = self.layouts.take(rows)
         moments = [self.moments(load, rows) for load in loads]
         for k in range(len(self.policies)):
-            kept, costs = self.kept(k, rows), self.pieces(k, rows)
+            kept = self.kept(k, rows)
             for r, (rank, load) in enumerate(zip(ranks, loads, strict=True)):
-                flight = in_flight_of(layouts, rank, load, costs, kept)
+                flight = in_flight_of(layouts, rank, load, kept)
                 peaks = rank_bytes(moments[r], kept, self.prices, flight)
                 for name, values in found.items():
                     values[k, r] = getattr(peaks, name)
         return Peaks(**found)
 
-    def updates(self, loads: Sequence[Load], rows: Index) -> Array:
-        """By load and row, the least seconds of what a rank does once per step."""
+    def updates(self, loads: Sequence[Load], rows: Index, beside: int | None = None) -> Array:
+        """By load and row, the least seconds of what a rank does once per step.
+
+        Of loads of one group of layers alone, `beside` says which: ranks may hold all layers of
+        the others besides, behind whose work theirs may hide.
+        """
         layouts = self.layouts.take(rows)
         least = np.full((len(loads), len(rows)), np.inf)
         for which, costs in self._hiding_pieces:
             here = costs if len(self._cut) == 1 else costs.take(self.local[rows])
+            if beside is not None:
+                here = _with_work_of_others(here, self.model, beside, loads[0].layers[beside])
             for i, load in enumerate(loads):
                 once = update(load, here, layouts, self.prices, self.policies[which])
                 least[i] = np.minimum(least[i], once.total_s)
@@ -147,3 +161,25 @@ class PricedGrid:
             return range(len(self.policies))
         again = [sum(float(x.recompute_s.sum()) for x in costs.layers) for costs in self.costs]
         return (int(np.argmax(again)),)
+
+
+HIDING = ("forward_s", "backward_s", "recompute_s", "host_forward_s", "host_backward_s")
+"""What exchanges hide behind."""
+
+
+def _with_work_of_others(costs: Pieces, model: Model, group: int, count: Array) -> Pieces:
+    """Pieces in which `count` layers of a group work as long as with all layers of the others."""
+    own = costs.layers[group]
+    longer = {
+        name: getattr(own, name)
+        + sum(
+            layer.repeat * getattr(costs.layers[g], name)
+            for g, layer in enumerate(model.layers)
+            if g != group
+        )
+        / np.maximum(count, 1.0)
+        for name in HIDING
+    }
+    layers = list(costs.layers)
+    layers[group] = replace(own, **longer)
+    return replace(costs, layers=tuple(layers))

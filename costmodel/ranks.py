@@ -5,7 +5,8 @@ One set of formulas for a single plan and for a whole grid: everything is an arr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,19 @@ class Update:
         exchange = self.dp.exposed_s + self.dp.host_s + self.dp.forward_s + self.dp.backward_s
         update = self.optimizer_s + self.norm_s + self.states.exposed_s
         return exchange + update + self.host_s
+
+    def each(self, count: int) -> list[Update]:
+        """Of `count` ranks that were worked out together, one by one."""
+        return [_one(self, index) for index in range(count)]
+
+
+def _one(value: Any, index: int) -> Any:
+    """A rank's part of what holds arrays over ranks, or the same of all of them."""
+    if isinstance(value, np.ndarray):
+        return value if len(value) == 1 else value[index : index + 1]
+    if isinstance(value, dict):
+        return {name: _one(part, index) for name, part in value.items()}
+    return replace(value, **{f.name: _one(getattr(value, f.name), index) for f in fields(value)})
 
 
 def update(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: Options) -> Update:

@@ -32,12 +32,11 @@ from numpy.typing import NDArray
 
 from ..plan import SCHEDULES
 from .graph import Array
-from .grid_rows import GPIPE, SPLIT, ZB_H2, Index
+from .grid_rows import GPIPE, ZB_H2, Index
 from .layout import Layouts
 from .pipeline_pools import OnPool
 from .rooms import Linear, Room, Rooms
 from .seconds import Seconds, fastest
-from .stages import V_SHAPED
 
 GAPS = tuple(map(SCHEDULES.index, ("1f1b", "zb-h1", "zb-h2")))
 NEAR = 1e-3
@@ -71,6 +70,8 @@ class Reach:
 
     def take(self, rows: Index) -> Reach:
         """Some of the rows, in ascending order."""
+        if len(rows) == len(self.layouts):
+            return self
         return Reach(
             layouts=self.layouts.take(rows),
             repeats=self.repeats,
@@ -79,14 +80,20 @@ class Reach:
         )
 
     @cached_property
+    def known_rooms(self) -> dict[int, Room]:
+        """What memory asks of ranks by their number, as far as it was worked out: it is the same at
+        every makespan."""
+        return {}
+
+    @cached_property
     def split(self) -> NDArray[np.bool_]:
         """Whether the backward is split, so that forwards alone lead to the next rank."""
-        return np.isin(self.layouts.schedule, SPLIT)
+        return self.layouts.splits
 
     @cached_property
     def folded(self) -> NDArray[np.bool_]:
         """Whether stages are placed in a V."""
-        return np.isin(self.layouts.schedule, V_SHAPED)
+        return self.layouts.folded
 
     @cached_property
     def flat(self) -> NDArray[np.bool_]:
@@ -127,26 +134,29 @@ class Reach:
         hop_s = np.min([pool.hop_s for pool in self.pools], axis=0)
         return times @ every.both + 2 * p * action_s + 2 * (p - 1) * hop_s
 
-    def least_s(self, low_s: Array, high_s: float) -> Array:
+    def least_s(self, low_s: Array, high_s: Array) -> Array:
         """A bound of each row's makespan, no less than `low_s`, which is one.
 
         What cannot be done by `high_s` is not looked at further. Infinite where no cut has the
         memory.
         """
-        low, high = low_s.copy(), np.full(len(low_s), high_s)
-        if np.isfinite(high_s):
+        low, high = low_s.copy(), high_s.copy()
+        if np.all(np.isfinite(high_s)):
             possible = self.feasible(high)
             low = np.where(possible, low, np.maximum(low, high))
         else:
             low, high = self._bracket(low)
             possible = np.isfinite(high)
         open_ = np.flatnonzero(possible)
+        part = self.take(open_)
         for _ in range(STEPS):
-            open_ = open_[high[open_] > low[open_] * (1 + NEAR)]
-            if not len(open_):
+            left = np.flatnonzero(high[open_] > low[open_] * (1 + NEAR))
+            if not len(left):
                 break
+            if len(left) < len(open_) / 2:  # else what is known of all rows is worth more
+                open_, part = open_[left], part.take(left)
             middle = (low[open_] + high[open_]) / 2
-            possible = self.take(open_).feasible(middle)
+            possible = part.feasible(middle)
             high[open_] = np.where(possible, middle, high[open_])
             low[open_] = np.where(possible, low[open_], middle)
         return low
@@ -157,11 +167,13 @@ class Reach:
         low = np.where(never, np.inf, low)
         high = np.where(never, np.inf, 1.1 * low)
         open_ = np.flatnonzero(~never)
+        part = self.take(open_)
         for _ in range(STEPS):
-            possible = self.take(open_).feasible(high[open_])
-            open_ = open_[~possible]
+            left = np.flatnonzero(~part.feasible(high[open_]))
+            open_ = open_[left]
             if not len(open_):
                 break
+            part = part.take(left)
             low[open_] = high[open_]
             high[open_] = 1.5 * high[open_]
         return low, high
@@ -437,9 +449,15 @@ class Rank:
         return np.where(folded, in_v, np.where(split, in_rounds, whole))
 
     def _room(self) -> Room | None:
-        rooms, pools = self.reach.rooms, self.reach.pools
-        if not rooms:
+        if not self.reach.rooms:
             return None
+        known = self.reach.known_rooms
+        if self.number not in known:
+            known[self.number] = self._worked_out()
+        return known[self.number]
+
+    def _worked_out(self) -> Room:
+        rooms, pools = self.reach.rooms, self.reach.pools
         room = rooms[0].of_rank(self.number, self.count)
         for before, own in zip(pools, rooms[1:], strict=False):
             past = self.number >= before.until_rank[: self.count]

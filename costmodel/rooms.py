@@ -30,7 +30,7 @@ from .liveness import Liveness
 from .moments import Kind
 from .priced_grid import PricedGrid
 from .ranks import allocated
-from .stages import V_SHAPED, Load
+from .stages import Load
 
 NUM_PRICES = 3
 """Slopes of the hull that are used, from the cheapest byte on."""
@@ -159,7 +159,7 @@ class Rooms:
 
     @cached_property
     def _folded(self) -> Array:
-        return np.isin(self.layouts.schedule, V_SHAPED)
+        return self.layouts.folded
 
     def of_rank(self, number: int, count: int) -> Room:
         """Of rank `number`, which the first `count` rows have."""
@@ -248,7 +248,7 @@ def _standing(grid: PricedGrid, rows: Index) -> tuple[Array, Array, Array]:
     smallest is taken: each group is looked at alone.
     """
     layouts, num = grid.layouts.take(rows), len(rows)
-    folded = np.isin(layouts.schedule, V_SHAPED).astype(float)
+    folded = layouts.folded.astype(float)
     one, none = np.ones(num), np.zeros(num)
     places = ((one, folded), (none, none), (none, 1.0 - folded))
     groups = len(grid.model.layers)

@@ -22,6 +22,7 @@ from .copies import returns_at_once
 from .graph import Array
 from .groups import Grouped
 from .in_flight import in_flight
+from .kept import Kept
 from .layer_tensors import check_names
 from .layout import Layouts
 from .memory import Peak
@@ -100,13 +101,7 @@ class Simulation:
         ]
         self.first_fetch_s = [first_fetch_s(self, stage) for stage in range(mesh.num_stages)]
         """Of each stage and micro-batch, what its backward waits for before its first layer."""
-        self.updates: list[Update] = for_each(
-            self.rank_loads,
-            lambda load, k: update(
-                load, self.costs_of[k], self.layouts, self.prices_of[k], self.options
-            ),
-            self.pool_of_rank,
-        )
+        self.updates = self._updates()
 
         self.meetings: Meetings | None = self._meetings()
         """With other replicas, where they train apart."""
@@ -176,6 +171,23 @@ class Simulation:
             lambda load, k: stage_times(load, costs[k], prices[k]),
             self.pool_of_stage,
         )
+
+    def _updates(self) -> list[Update]:
+        """What every rank does once per step; alike ranks once, those of a pool together."""
+        keys = [
+            (pool, load.key) for pool, load in zip(self.pool_of_rank, self.rank_loads, strict=True)
+        ]
+        found: dict[tuple[int, bytes], Update] = {}
+        for k, prices in enumerate(self.prices_of):
+            loads = {
+                key: load for key, load in zip(keys, self.rank_loads, strict=True) if key[0] == k
+            }
+            layouts = self.layouts.take(np.zeros(len(loads), dtype=np.intp))
+            every = update(
+                stacked(list(loads.values())), self.costs_of[k], layouts, prices, self.options
+            )
+            found |= zip(loads, every.each(len(loads)), strict=True)
+        return [found[key] for key in keys]
 
     @property
     def split(self) -> bool:
@@ -303,10 +315,10 @@ class Simulation:
         load = stacked([self.rank_loads[rank] for rank in ranks])
         layouts = self.layouts.take(np.zeros(len(ranks), dtype=np.intp))
         shape = (self.mesh.pp, self.mesh.vpp, self.phase.num_microbatches)
+        kept = Kept.of(costs, self.layouts, prices.pool.stack)
         flight = in_flight(
-            self.phase.schedule, shape, np.array(ranks), load, costs, layouts, prices.pool.stack,
-            self.own_orders,
-        )  # fmt: skip
+            self.phase.schedule, shape, np.array(ranks), load, kept, layouts, self.own_orders
+        )
         peak = rank_memory(load, costs, layouts, prices, self.options, flight)
         one = np.zeros(len(ranks))
         return Peak(total=peak.total + one, terms={n: v + one for n, v in peak.terms.items()})

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Model
-from ..plan import SCHEDULES, V_SCHEDULES
 from .graph import Array
 from .layout import Layouts
 from .pieces import Piece, Pieces
 
 Result = TypeVar("Result")
-V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +253,7 @@ def rank_load(
     """All chunks of pipeline rank number `rank`, placed as `rank_of` says; `sizes` as in
     `stage_start`."""
     p, v = layouts.pp.astype(float), layouts.vpp.astype(float)
-    folded = np.isin(layouts.schedule, V_SHAPED)
+    folded = layouts.folded
     if len(model.layers) > 1 or sizes is not None:
         here: list[Load] = []
         for chunk in range(int(v.max(initial=1))):

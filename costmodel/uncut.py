@@ -15,7 +15,10 @@ from .ranks import allocated
 from .reach import NEAR, Reach
 from .rooms import Rooms
 from .seconds import fastest
-from .stages import V_SHAPED, Load
+from .stages import Load
+
+BLOCK_ROWS = 4096
+"""Rows whose cuts are worked out at once: what ranks have room for is kept for all of them."""
 
 
 def is_free(fleet: Fleet) -> NDArray[np.bool_]:
@@ -38,28 +41,36 @@ class Uncut:
     def bounds(self) -> tuple[Array, Array, NDArray[np.int64]]:
         """Seconds without drift, bytes and policies bounded of every row.
 
-        Where the pipeline alone takes longer than is worth it, memory is not looked at.
+        Where the pipeline and updates alone take longer than is worth it, memory is not looked at.
         """
         fleet, num = self.fleet, len(self.rows)
         memory = np.zeros(num)
         bounded = np.zeros(num, dtype=np.int64)
         time = self._share_s()
         alive = np.flatnonzero(time <= self.worth_s)
+        once_s = self._updates(alive)
+        time[alive] += once_s
+        left = np.flatnonzero(time[alive] <= self.worth_s)
+        alive, once_s = alive[left], once_s[left]
         pools, fill_s = fleet.on_pools(self.rows[alive])
         layouts = fleet.layouts.take(self.rows[alive])
         reach = Reach(layouts=layouts, repeats=self.repeats, pools=pools)
-        kept = np.arange(len(alive))
+        beside = fill_s + once_s
         if np.isfinite(self.worth_s):
-            possible = reach.feasible(self.worth_s - fill_s)
+            possible = reach.feasible(self.worth_s - beside)
             time[alive[~possible]] = np.maximum(time[alive[~possible]], self.worth_s * (1 + NEAR))
             kept = np.flatnonzero(possible)
-        alive, reach, fill_s = alive[kept], reach.take(kept), fill_s[kept]
+            alive, reach, beside, once_s = alive[kept], reach.take(kept), beside[kept], once_s[kept]
         if not len(alive):
             return time, memory, bounded
-        found, memory[alive] = self._within_memory(alive, reach, time[alive])
-        time[alive] = np.where(np.isfinite(found), found + fill_s, time[alive])
+        for start in range(0, len(alive), BLOCK_ROWS):
+            some = np.arange(start, min(start + BLOCK_ROWS, len(alive)))
+            here = alive[some]
+            found, memory[here] = self._within_memory(
+                here, reach.take(some), time[here] - once_s[some], beside[some]
+            )
+            time[here] = np.where(np.isfinite(found), found + beside[some], time[here])
         bounded[alive] = len(fleet.policies)
-        time[alive] += self._updates(alive)
         return time, memory, bounded
 
     def _share_s(self) -> Array:
@@ -69,9 +80,11 @@ class Uncut:
         times = np.array([1.0, *self.repeats, 1.0])
         return x.num_microbatches * (times @ every.both) / x.pp
 
-    def _within_memory(self, some: Index, reach: Reach, time: Array) -> tuple[Array, Array]:
+    def _within_memory(
+        self, some: Index, reach: Reach, time: Array, beside_s: Array
+    ) -> tuple[Array, Array]:
         """The least makespans within the memory, infinite where nothing fits, and the least bytes
-        of the fullest rank."""
+        of the fullest rank; `beside_s` are added to makespans."""
         fleet = self.fleet
         rows = self.rows[some]
         reach = replace(
@@ -81,7 +94,7 @@ class Uncut:
                 for grid, capacity in zip(fleet.grids, fleet.capacities, strict=True)
             ),
         )
-        found = reach.least_s(time, self.worth_s)
+        found = reach.least_s(time, self.worth_s - beside_s)
         least = np.full(len(some), fleet.capacities[0])
         for k, (grid, rooms) in enumerate(zip(fleet.grids, reach.rooms, strict=True)):
             grown, fixed = allocated(grid.prices)
@@ -95,10 +108,15 @@ class Uncut:
         return found, least
 
     def _updates(self, some: Index) -> Array:
-        """What some rank does once per step at least: one that holds its share of the layers."""
+        """What some rank does once per step at least.
+
+        One rank holds its share of the layers, all of one group where that is least. One holds its
+        share of any group, whatever else it holds: with other groups beside, of which no more is
+        counted than the work that an exchange hides behind.
+        """
         rows = self.rows[some]
         x = self.fleet.layouts.take(rows)
-        folded = np.isin(x.schedule, V_SHAPED).astype(np.int64)
+        folded = x.folded.astype(np.int64)
         chosen, inverse = alike(
             [
                 self.fleet.grids[0].local[rows], x.pp, folded, x.num_microbatches, x.zero,
@@ -108,16 +126,26 @@ class Uncut:
         first = rows[chosen]
         x, folded = x.take(chosen), folded[chosen]
         one, none = np.ones(len(first)), np.zeros(len(first))
-        share = np.ceil(sum(self.repeats) / x.pp)
         groups = range(len(self.repeats))
-        loads = [
-            Load(
-                layers=tuple(share if g == group else none for g in groups),
-                embedding=embedding,
-                head=head,
-            )
-            for group in groups
-            for embedding, head in ((one, 1.0 * folded), (none, none), (none, 1.0 - folded))
-        ]
-        found = [np.min(grid.updates(loads, first), axis=0) for grid in self.fleet.grids]
-        return np.min(found, axis=0)[inverse]
+
+        def least(group: int, held: Array, beside: bool) -> Array:
+            """Of a rank with so many layers of a group, wherever it lies."""
+            loads = [
+                Load(
+                    layers=tuple(held if g == group else none for g in groups),
+                    embedding=embedding,
+                    head=head,
+                )
+                for embedding, head in ((one, 1.0 * folded), (none, none), (none, 1.0 - folded))
+            ]
+            of_pools = [
+                grid.updates(loads, first, group if beside else None) for grid in self.fleet.grids
+            ]
+            return np.min([found.min(axis=0) for found in of_pools], axis=0)
+
+        share = np.ceil(sum(self.repeats) / x.pp)
+        found = np.min([least(group, share, False) for group in groups], axis=0)
+        if len(self.repeats) > 1 and self.fleet.cluster.profile is None:
+            for group, repeat in enumerate(self.repeats):
+                found = np.maximum(found, least(group, np.ceil(repeat / x.pp), True))
+        return found[inverse]

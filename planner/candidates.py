@@ -26,7 +26,8 @@ from .apart import settled, unsettled
 from .choosing import Choice, choices
 from .keeping import policies, policies_under, sets_worth_keeping
 from .pins import Pins
-from .space import base_options, enumerate_grid, everything, ordinary, plan_at, routes
+from .space import base_options, enumerate_grid, everything, ordinary, plan_at
+from .variants import Way, ways
 
 Floats = NDArray[np.float64]
 
@@ -87,7 +88,16 @@ class OwnCost:
         """As `CostModel` says."""
         return costmodel.estimate(plan, self.known)
 
-    bound_layouts = staticmethod(costmodel.bound_layouts)
+    def bound_layouts(
+        self, model: Model, cluster: Cluster, workload: Workload, layouts: Layouts,
+        options: Sequence[Options], capacity_bytes: Sequence[float], worth_s: float,
+        stages: Stages,
+    ) -> LowerBounds:  # fmt: skip
+        """As `CostModel` says."""
+        return costmodel.bound_layouts(
+            model, cluster, workload, layouts, options, capacity_bytes, worth_s, stages, self.known
+        )
+
     keep_sets = staticmethod(sets_worth_keeping)
 
     def choices(
@@ -151,13 +161,13 @@ class Candidates:
     backward."""
 
     request: Request
-    routes: tuple[Cluster, ...]
-    """The cluster, its pools in every order that is looked at."""
-    route: NDArray[np.intp]
+    ways: tuple[Way, ...]
+    """Orders of the pools, compute dtypes and optimisers that are looked at."""
+    way: NDArray[np.intp]
     """Which of them each layout takes."""
     grid: Layouts
-    policies: tuple[Options, ...]
-    """What a layer may keep."""
+    policies: tuple[tuple[Options, ...], ...]
+    """By way, what a layer may do and keep."""
     time_s: Floats
     memory_bytes: Floats
     capacity_bytes: float
@@ -170,6 +180,11 @@ class Candidates:
         return len(self.time_s)
 
     @property
+    def handicap(self) -> Floats:
+        """By layout, what its time and peak are multiplied by where layouts are compared."""
+        return np.array([way.handicap for way in self.ways])[self.way]
+
+    @property
     def evaluated(self) -> int:
         """Pairs of a layout and a policy whose time and memory were both bounded."""
         return int(self.policies_bounded.sum())
@@ -179,17 +194,16 @@ class Candidates:
         most promising first."""
         r = self.request
         row = self.grid.take(slice(index, index + 1))
-        route = self.routes[int(self.route[index])]
-        kept = policies_under(row, self.policies, route.pools, r.pins)
+        number = int(self.way[index])
+        way = self.ways[number]
+        kept = policies_under(row, self.policies[number], way.cluster.pools, way.pins)
         kept = tuple(unsettled(options, row) for options in kept)
-        chosen = r.cost.choices(
-            r.model, route, r.workload, row, kept, r.capacities(route), r.stages
-        )
+        capacities = r.capacities(way.cluster)
+        chosen = r.cost.choices(r.model, way.cluster, way.workload, row, kept, capacities, r.stages)
         for choice in chosen:
             layers, sizes = choice.layers, choice.sizes
-            yield settled(
-                plan_at(r.model, route, r.workload, self.grid, index, layers, sizes), r.pins
-            )
+            plan = plan_at(r.model, way.cluster, way.workload, self.grid, index, layers, sizes)
+            yield settled(plan, way.pins)
 
     def simulate(self, index: int) -> Ranked:
         """A candidate with its estimate, under the first of its cuts that fits, or the one with the
@@ -204,10 +218,15 @@ class Candidates:
                 return found[-1]
         return min(found, key=lambda r: r.estimate.peak_memory_bytes.median)
 
+    @property
+    def bound(self) -> Floats:
+        """Of what is optimised, with the handicap."""
+        least = self.request.workload.objective == "memory"
+        return (self.memory_bytes if least else self.time_s) * self.handicap
+
     def in_order(self) -> NDArray[np.intp]:
         """Those that may fit, by the bound of what is optimised."""
-        least = self.request.workload.objective == "memory"
-        bound = self.memory_bytes if least else self.time_s
+        bound = self.bound
         order = np.flatnonzero(self.memory_bytes <= self.capacity_bytes)
         return order[np.argsort(bound[order], kind="stable")]
 
@@ -228,11 +247,14 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
     In a large grid ordinary layouts are tried first: what takes longer than the `keep` best of
     them, even without its updates, needs no further look.
     """
-    ways = tuple(routes(request.cluster))
-    grids = [enumerate_grid(request.model, way, request.workload, request.pins) for way in ways]
+    found = ways(
+        request.model, request.cluster, request.workload, request.pins, free=request.fixed is None
+    )
+    grids = [enumerate_grid(request.model, x.cluster, x.workload, x.pins) for x in found]
     grid = Layouts.joined(grids)
-    route = np.repeat(np.arange(len(ways)), [len(part) for part in grids])
-    whole = _Grid(request, ways, route, grid, _policies(request, grid))
+    way = np.repeat(np.arange(len(found)), [len(part) for part in grids])
+    kept = tuple(_policies(request, *pair) for pair in zip(found, grids, strict=True))
+    whole = _Grid(request, found, way, grid, kept)
     if len(grid) <= SMALL_GRID or request.workload.objective == "memory":
         return whole.bounded()
     rows = np.flatnonzero(ordinary(grid))
@@ -243,23 +265,24 @@ def bound_all(request: Request, keep: int = 1) -> Candidates:
     for index in first.in_order()[:GUESSES]:
         ranked = known[int(rows[index])] = first.simulate(int(index))
         if first.fits(ranked.estimate):
-            fitting.append(ranked.estimate.step_s.median)
+            fitting.append(ranked.estimate.step_s.median * float(first.handicap[index]))
         if len(fitting) == keep:
             break
     worth_s = max(fitting) if len(fitting) == keep else np.inf
-    found = whole.bounded(worth_s, known)
-    found.policies_bounded[rows] = np.maximum(found.policies_bounded[rows], first.policies_bounded)
-    return found
+    bounded = whole.bounded(worth_s, known)
+    both = np.maximum(bounded.policies_bounded[rows], first.policies_bounded)
+    bounded.policies_bounded[rows] = both
+    return bounded
 
 
-def _policies(request: Request, grid: Layouts) -> tuple[Options, ...]:
-    """What every layer may do."""
-    r, pools = request, request.cluster.pools
-    base = r.fixed or base_options(pools, r.workload, r.pins)
+def _policies(request: Request, way: Way, grid: Layouts) -> tuple[Options, ...]:
+    """What every layer may do under one way of a grid."""
+    r, pools = request, way.cluster.pools
+    base = r.fixed or base_options(pools, way.workload, way.pins)
     sets: Sequence[Names] = ()
     if r.pins.recompute is None and base.activations is None and everything(pools, r.pins):
-        sets = r.cost.keep_sets(r.model, r.cluster, r.workload, grid, base)
-    return policies(r.model, pools, r.workload, base, r.pins, sets)
+        sets = r.cost.keep_sets(r.model, way.cluster, way.workload, grid, base)
+    return policies(r.model, pools, way.workload, base, way.pins, sets)
 
 
 @dataclass(frozen=True)
@@ -267,16 +290,14 @@ class _Grid:
     """Layouts not bounded yet."""
 
     request: Request
-    routes: tuple[Cluster, ...]
-    route: NDArray[np.intp]
+    ways: tuple[Way, ...]
+    way: NDArray[np.intp]
     grid: Layouts
-    policies: tuple[Options, ...]
+    policies: tuple[tuple[Options, ...], ...]
 
     def take(self, rows: NDArray[np.intp]) -> _Grid:
         """Some of the rows."""
-        return _Grid(
-            self.request, self.routes, self.route[rows], self.grid.take(rows), self.policies
-        )
+        return _Grid(self.request, self.ways, self.way[rows], self.grid.take(rows), self.policies)
 
     def bounded(
         self,
@@ -285,26 +306,27 @@ class _Grid:
         stages: Stages | None = None,
     ) -> Candidates:
         """The rows with their bounds; `stages` None = as the request has them."""
-        r, num, kept = self.request, len(self.grid), self.policies
+        r, num = self.request, len(self.grid)
         time_s, memory = np.zeros((2, num))
         bounded = np.zeros(num, dtype=np.int64)
         capacity = min(r.capacities(r.cluster))
-        for which, way in enumerate(self.routes):
-            rows = np.flatnonzero(self.route == which)
+        for which, (way, kept) in enumerate(zip(self.ways, self.policies, strict=True)):
+            rows = np.flatnonzero(self.way == which)
             if not len(rows):
                 continue
             bounds = r.cost.bound_layouts(
-                r.model, way, r.workload, self.grid.take(rows), kept, r.capacities(way), worth_s,
+                r.model, way.cluster, way.workload, self.grid.take(rows), kept,
+                r.capacities(way.cluster), worth_s / way.handicap,
                 r.stages if stages is None else stages,
             )  # fmt: skip
             time_s[rows], bounded[rows] = bounds.time_s, bounds.policies_bounded
             memory[rows] = bounds.memory_bytes / bounds.capacity_bytes * capacity
         return Candidates(
             request=r,
-            routes=self.routes,
-            route=self.route,
+            ways=self.ways,
+            way=self.way,
             grid=self.grid,
-            policies=kept,
+            policies=self.policies,
             time_s=time_s,
             memory_bytes=memory,
             capacity_bytes=capacity,

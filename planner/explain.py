@@ -87,6 +87,8 @@ def why_lost(estimate: Estimate, best: Estimate, objective: str) -> str:
     threshold = 0.1 * sum(-value for value, _ in grown)
     show = in_gib if objective == "memory" else format_seconds
     terms = ", ".join(f"{name} +{show(-value)}" for value, name in grown[:3] if -value >= threshold)
+    if worse < 0:
+        return f"{worse * 100:+.1f} % {what}, too little for techniques that are not exact"
     return f"{worse * 100:+.1f} % {what}" + (f": {terms}" if terms else "")
 
 

@@ -27,6 +27,7 @@ from ..plan import (
     TENSORS,
     TIERS,
 )
+from ..workload import Optimizer
 from .quality import LOW_COMPUTE
 
 
@@ -51,6 +52,9 @@ class Pins(Value, frozen=True, kw_only=True):
     """Dtype of the matmuls."""
     recipe: str | None = None
     """Scaling of matmuls below 16 bits."""
+    optimizer: Optimizer | None = None
+    """In place of the workload's; free means that, or AdamW with moments of fewer bits where
+    classes of quality allow it."""
     activations: str | None = None
     """Storage dtype of saved activations; free means that of the tensors."""
     cp: int | None = None

@@ -1,14 +1,15 @@
 """Branch and bound over the grid: the fastest plan that fits, the gap, the runners-up.
 
-    minimise    value(x)                       x a row of the grid, its layers as `mixing` chooses
+    minimise    value(x) h(x)                  x a row of the grid, its layers as `mixing` chooses
     subject to  peak(x) <= capacity            less what the peak may be wrong by, where fit is yes
 
 `value` is the simulated median step time (objective throughput, and cost: the devices are given, so
-that money is time) or the median peak memory (objective memory). The cost model gives lower bounds
-of time and peak for all rows at once. Rows whose peak bound exceeds the capacity are dropped; the
-others are simulated in the order of their bound, and
+that money is time) or the median peak memory (objective memory). h is 1, or a little more for each
+dtype or optimiser that is not exact and was the search's to choose (`variants.py`). The cost model
+gives lower bounds of time and peak for all rows at once. Rows whose peak bound exceeds the capacity
+are dropped; the others are simulated in the order of their bound, and
 
-    gap = value(best) / smallest bound among rows not simulated - 1
+    gap = value(best) h(best) / smallest bound among rows not simulated - 1
 
 is zero, and the best proven, once no bound left is below the best value. The search also ends when
 the gap is within the tolerance, once enough layouts are simulated to choose runners-up from and a
@@ -130,7 +131,7 @@ def search(
     pools = cluster.pools
     check_keep(model, pins.keep or (), compute_dtype(pools, pins), pools[0])
     for pool in pools:
-        refused = refuse(workload.optimizer, pool)
+        refused = refuse(pins.optimizer or workload.optimizer, pool)
         if refused is not None:
             raise refused
     request = Request(
@@ -141,14 +142,15 @@ def search(
         raise contradiction(model, cluster, workload, pins)
     deadline = None if time_limit_s is None else started + time_limit_s
     outcome = _best_first(candidates, max(keep, 1), tolerance, deadline, clock)
-    plans = _rank(outcome.fitting, workload.objective)[: max(keep, 1)]
+    ranking = _rank(outcome.fitting)[: max(keep, 1)]
+    plans = [ranked for _, ranked in ranking]
     best = plans[0] if plans else None
     infeasible = _infeasible(candidates, outcome) if best is None else None
     stats = SearchStats(
         bounded=candidates.evaluated,
-        solved=outcome.simulated if len(candidates.policies) > 1 else 0,
+        solved=outcome.simulated if any(len(x) > 1 for x in candidates.policies) else 0,
         simulated=outcome.simulated,
-        gap=_gap(best, outcome.next_bound, workload.objective),
+        gap=max(0.0, ranking[0][0] / outcome.next_bound - 1) if ranking else None,
         proven=outcome.limit is None,
         limit=outcome.limit,
         seconds=clock() - started,
@@ -163,7 +165,8 @@ def search(
 
 @dataclass(frozen=True)
 class _Outcome:
-    fitting: list[Ranked]
+    fitting: list[tuple[float, Ranked]]
+    """With what they are compared by."""
     unfit: list[Ranked]
     next_bound: float
     """Smallest bound among candidates not simulated; infinite when all were."""
@@ -206,9 +209,8 @@ class _Tried:
     def __init__(self, candidates: Candidates) -> None:
         self.candidates = candidates
         self.objective = candidates.request.workload.objective
-        least = self.objective == "memory"
-        self.bound = candidates.memory_bytes if least else candidates.time_s
-        self.fitting: list[Ranked] = []
+        self.bound, self.handicap = candidates.bound, candidates.handicap
+        self.fitting: list[tuple[float, Ranked]] = []
         self.unfit: list[Ranked] = []
         self.seen: list[int] = []
         self.best = np.inf
@@ -220,10 +222,10 @@ class _Tried:
     def simulate(self, index: int) -> None:
         """Simulate a candidate."""
         ranked = self.candidates.simulate(index)
-        value = _value(ranked.estimate, self.objective)
+        value = _value(ranked.estimate, self.objective) * float(self.handicap[index])
         self.seen.append(index)
         if self.candidates.fits(ranked.estimate):
-            self.fitting.append(ranked)
+            self.fitting.append((value, ranked))
             self.best = min(self.best, value)
             self._beyond.setdefault(self._kind(index), []).append(value / self.bound[index])
         else:
@@ -257,17 +259,12 @@ def _value(estimate: Estimate, objective: str) -> float:
     return interval.median
 
 
-def _rank(plans: list[Ranked], objective: str) -> list[Ranked]:
-    def key(ranked: Ranked) -> tuple[float, float, str]:
-        return _value(ranked.estimate, objective), ranked.estimate.step_s.median, ranked.label
+def _rank(plans: list[tuple[float, Ranked]]) -> list[tuple[float, Ranked]]:
+    def key(pair: tuple[float, Ranked]) -> tuple[float, float, str]:
+        value, ranked = pair
+        return value, ranked.estimate.step_s.median, ranked.label
 
     return sorted(plans, key=key)
-
-
-def _gap(best: Ranked | None, next_bound: float, objective: str) -> float | None:
-    if best is None:
-        return None
-    return max(0.0, _value(best.estimate, objective) / next_bound - 1)
 
 
 def _with_reason(plan: Ranked, best: Ranked, objective: str) -> Ranked:

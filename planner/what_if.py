@@ -1,8 +1,8 @@
 """What more would buy: the winner's step on a cluster with more of one thing.
 
 A link that is twice as fast leaves the plan as it is. More memory or more devices open the search
-again, with the winner's tp, pp, cp and ep pinned, so that the answer comes at once: it is what the
-change buys at least.
+again, with the winner's tp, pp, cp and ep, its compute dtype and its optimiser pinned, so that the
+answer comes at once: it is what the change buys at least.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..units import GIB
 from .candidates import OwnCost, Ranked
 from .pins import Pins
 from .search import search
+from .variants import dtypes_of
 
 MORE_MEMORY_BYTES = 8 * GIB
 
@@ -56,7 +57,7 @@ def _again(plan: Plan, cluster: Cluster, pins: Pins, fit: Fit) -> float:
     """The best step with the degrees of a plan on another cluster; infinite without one."""
     mesh = plan.phase.mesh
     kept = {"tp": mesh.tp, "pp": mesh.pp, "cp": mesh.cp, "ep": mesh.ep}
-    again = msgspec.structs.replace(pins, dp=None, dp_shard=None, **kept)
+    again = msgspec.structs.replace(pins, dp=None, dp_shard=None, **kept, **dtypes_of(plan))
     try:
         result = search(plan.model, cluster, plan.workload, again, keep=1, fit=fit)
     except InputError:  # no layout divides more devices

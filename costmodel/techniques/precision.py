@@ -72,9 +72,10 @@ def refuse(options: Options, device: Device) -> InputError | None:
             return None
         return InputError("precision", options.compute, "CPUs emulate fp8 alone",
                           "use fp8, or a GPU")  # fmt: skip
-    if rate in device.peak_flops_per_s and (device.capability or (8, 9)) >= (8, 9):
+    least = (8, 9) if options.compute == "fp8" else (10, 0)
+    if rate in device.peak_flops_per_s and (device.capability or least) >= least:
         return None
-    needs = "10.0" if options.compute in ("mxfp8", "nvfp4") else "8.9"
+    needs = ".".join(map(str, least))
     return InputError("precision", options.compute,
                       f"{device.name} has no {rate} matmuls (compute capability {needs} or later)",
                       "use bf16, or another GPU")  # fmt: skip

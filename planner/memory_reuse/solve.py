@@ -33,9 +33,10 @@ WORK_BUDGET = 10**9
 """Limit of a search for one capacity, so that no clock decides: nodes times `Problem.node_work`,
 some seconds with numba. Where it is not enough to place every buffer once, orders of first fit are
 repaired instead of a search."""
-REPAIRED = ("load-length", "size")
-"""The orders that are repaired where there are too many buffers for a search."""
-REPAIR_ROUNDS = 6
+REPAIRED = "load-length"
+"""The order that is repaired where there are too many buffers for a search: its arenas are not the
+smallest, but those that repair makes smallest."""
+REPAIR_ROUNDS = 24
 CLOSE = 1e-4
 """Distance of arenas, as a part of the bound, that is not worth another search."""
 SHARE = 0.6
@@ -237,19 +238,18 @@ def _repair(state: _State, clock: Callable[[], float], deadline_s: float) -> Non
     buffers = state.buffers
     sorted_by = first_fit.orders(buffers)
     loose = int((buffers.size_bytes + buffers.alignment_bytes).sum())
-    for name in REPAIRED:
+    if clock() >= deadline_s:
+        state.limit = "time"
+        return
+    offsets = first_fit.first_fit(buffers, sorted_by[REPAIRED], False, loose)
+    assert offsets is not None
+    for better in first_fit.repaired(
+        buffers, sorted_by[REPAIRED], offsets, state.bound_bytes, REPAIR_ROUNDS
+    ):
+        if better is not None and peak_bytes(buffers, better) < state.peak_bytes:
+            state.take(better, f"repaired first-fit {REPAIRED}")
+        if state.done:
+            return
         if clock() >= deadline_s:
             state.limit = "time"
             return
-        offsets = first_fit.first_fit(buffers, sorted_by[name], False, loose)
-        assert offsets is not None
-        for better in first_fit.repaired(
-            buffers, sorted_by[name], False, offsets, state.bound_bytes, REPAIR_ROUNDS
-        ):
-            if peak_bytes(buffers, better) < state.peak_bytes:
-                state.take(better, f"repaired first-fit {name}")
-            if state.done:
-                return
-            if clock() >= deadline_s:
-                state.limit = "time"
-                return

@@ -118,6 +118,14 @@ class Phase(Value, frozen=True, kw_only=True):
                 return setting.techniques[name]
         return {}
 
+    def techniques_at(self, layer: int) -> dict[str, Mapping[str, Any]]:
+        """Settings of all techniques that are used at a layer."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for setting in self.settings:
+            if setting.layers[0] <= layer <= setting.layers[1]:
+                found = {**setting.techniques, **found}
+        return found
+
     @property
     def compute_dtype(self) -> str:
         """Dtype of the matmuls."""

@@ -227,8 +227,8 @@ def test_unknown_settings_are_refused(options: Options, message: str) -> None:
 def test_bound_never_exceeds_the_simulator_under_techniques(
     make_plan: Callable[..., Plan], techniques: dict[str, dict[str, Any]]
 ) -> None:
-    nvfp4 = techniques.get("precision", {}).get("compute") == "nvfp4"  # not on Hopper
-    plan = make_plan("llama-2-7b", "8xB200" if nvfp4 else "8xH100", seq_tokens=SEQ, tp=2, pp=2,
+    blocks = techniques.get("precision", {}).get("compute") in ("mxfp8", "nvfp4")  # not on Hopper
+    plan = make_plan("llama-2-7b", "8xB200" if blocks else "8xH100", seq_tokens=SEQ, tp=2, pp=2,
                      dp_shard=2, zero=1, sp=True)  # fmt: skip
     (setting,) = plan.phase.settings
     changed = msgspec.structs.replace(setting, techniques=setting.techniques | techniques)

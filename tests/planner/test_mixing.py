@@ -58,7 +58,7 @@ def test_the_choice_is_the_best_of_all_mixtures_of_a_rank() -> None:
     candidates = candidates_of("llama-2-7b", "8xA100-80GB", 16384, 16, pins)
     (index,) = range(len(candidates))
     row = candidates.grid.take(slice(index, index + 1))
-    request, policies = candidates.request, candidates.policies
+    request, (policies,) = candidates.request, candidates.policies
 
     def fleet_of(capacity_bytes: float) -> Fleet:
         return Fleet.of(
