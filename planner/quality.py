@@ -81,6 +81,8 @@ def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) ->
                 used["low-precision"] = f"compute {settings['compute']}{recipe}"
             if "activations" in settings:
                 used["storage"] = f"activations {settings['activations']}"
+        elif name == "lora" and str(settings.get("base", "")).startswith("gptq"):
+            used |= {"lora": f"rank {settings['rank']}", "gptq": f"base {settings['base']}"}
         elif name in known:
             used[name] = ", ".join(f"{key} {value}" for key, value in settings.items())
     record = optimizer.replace("_", "-")

@@ -135,6 +135,9 @@ def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Optio
         keep=pins.keep or (),
         offload_rest=pins.offload_rest or "keep",
         offload_tier=pins.offload_tier or "host",
+        lora_rank=pins.lora,
+        lora_targets=pins.lora_targets or "all",
+        base_dtype=pins.lora_base,
         offload_states=pins.offload_states,
         packing=Packing.of(workload),
     )

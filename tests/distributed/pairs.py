@@ -34,7 +34,8 @@ USES: dict[str, Use] = {
     "adamw8bit": Use(optimizer="adamw8bit"),
     "attention": Use({"attention": {"kernel": "unfused"}}),
     "expert-placement": Use(families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
-    "lora": Use({"lora": {"rank": 8}}),
+    "gptq": Use({"lora": {"rank": 8, "base": "gptq3_g32"}}),
+    "lora": Use({"lora": {"rank": 8, "base": "nf4"}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),
     "offload": Use({"offload": {"activations": 0.5}}),
     "precision": Use({"precision": {"compute": "bf16"}}),
@@ -64,6 +65,10 @@ def plan_of(first: str, second: str) -> Plan:
     optimizers = [use.optimizer for use in uses if use.optimizer]
     if len(optimizers) > 1:
         raise InputError("optimizer", ", ".join(optimizers), "a workload has one optimiser",
+                         "choose one")  # fmt: skip
+    bases = [str(use.techniques["lora"]["base"]) for use in uses if "lora" in use.techniques]
+    if len(bases) > 1:
+        raise InputError("lora.base", ", ".join(bases), "frozen weights are stored in one way",
                          "choose one")  # fmt: skip
     techniques: dict[str, dict[str, Any]] = {"precision": {"compute": "fp32"}}
     phase: dict[str, Any] = {"mesh": {}}

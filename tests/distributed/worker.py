@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import adapters
 import families
 import low_precision
 import modules
@@ -52,6 +53,10 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
     found |= {
         (model, family): partial(low_precision.run, family, world)
         for model, family in low_precision.names(world, slow)
+    }
+    found |= {
+        (model, family): partial(adapters.run, family, world)
+        for model, family in adapters.names(world, slow)
     }
     found |= resumption.tasks(world, folder, slow)
     return found | modules.tasks(world, folder, slow)
