@@ -86,8 +86,8 @@ def run(
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
-    `offload_folder` is where files of offloaded tensors lie; `base` holds a checkpoint, or quantised
-    weights, that adapters train beside. `static_memory` has the run say what
+    `offload_folder` is where files of offloaded tensors lie; `base` holds a checkpoint, or
+    quantised weights, that adapters train beside. `static_memory` has the run say what
     allocators need for a step's tensors, or use one arena for them as well.
 
     With `training`, training goes to step `steps` (default: the phase's, or no end where `training`

@@ -64,7 +64,7 @@ class Base:
         assert isinstance(saved, TensorStorageMetadata)
         if tuple(saved.size) != shape:
             raise InputError("base", self.path, f"holds {name} as {list(saved.size)}, not "
-                             f"{list(shape)}", "give that of this plan's model and storage")  # fmt: skip
+                             f"{list(shape)}", "quantise it as this plan stores it")  # fmt: skip
         whole = torch.empty(shape, dtype=saved.properties.dtype)
         shard = Shard(tensor=whole, shape=shape, offsets=(0,) * len(shape))
         try:

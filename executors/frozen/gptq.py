@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): a matrix on grids, with little error in its outputs.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): a matrix on grids, its outputs little changed.
 
 Of a matrix W (R, K) whose inputs x have second moments H = 2/N sum x x^T, columns are put on their
 grid one after the other, and what each of them loses is made up for by those still to come:
@@ -69,7 +69,7 @@ def quantize(
     damping: float = DAMPING,
     block: int = BLOCK,
 ) -> Result:
-    """The matrix `weight` (R, K), called `name` in errors, in `bits` bits; one group without a size.
+    """The matrix `weight` (R, K), `name` in errors, in `bits` bits; without a size in one group.
 
     Raises InputError where groups do not divide the columns, or numbers are not finite.
     """
@@ -85,9 +85,8 @@ def quantize(
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
     static = Grids.of(w.unflatten(1, (-1, size)), bits) if static_groups else None
     w, h = w[:, order], h[order][:, order]
-    group_of = (
-        order // size if static is not None else torch.arange(columns, device=w.device) // size
-    )
+    place = order if static is not None else torch.arange(columns, device=w.device)
+    group_of = place // size
     factor = _factor(name, h, damping)
     codes, values, grids = _sweep(w, factor, bits, size, group_of, static, _fitting(block, size))
     back = torch.argsort(order)

@@ -25,8 +25,9 @@ DTYPE_BYTES: dict[str, float] = {
 }  # fmt: skip
 """Bytes per element, scales included. fp8_g16: a 16-bit scale per 16 elements (COAT, arXiv
 2410.19313). mxfp8: an 8-bit scale per 32 (OCP Microscaling 1.0). nvfp4: an 8-bit scale per 16. nf4:
-an 8-bit scale per 64, and an fp32 one per 256 of those (QLoRA, arXiv 2305.14314). gptqB_gG: codes of
-B bits, a 16-bit scale and a zero of B bits per G inputs of an output (GPTQ, arXiv 2210.17323)."""
+an 8-bit scale per 64, and an fp32 one per 256 of those (QLoRA, arXiv 2305.14314). gptqB_gG: codes
+of B bits, a 16-bit scale and a zero of B bits per G inputs of an output (GPTQ, arXiv 2210.17323).
+"""
 
 
 class Link(Value, frozen=True, kw_only=True):

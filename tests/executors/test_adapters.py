@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forerun.costmodel import estimate
 from forerun.errors import InputError
+from forerun.executors.decoder import Block
 from forerun.executors.frozen import stored
 from forerun.executors.linear import ADAPTER_SCALE, Linear
 from forerun.executors.techniques.lora import is_adapter, linears_of
@@ -92,6 +93,12 @@ def effective(linear: Linear) -> Tensor:
     return weight + ADAPTER_SCALE * linear.lora_b.weight @ linear.lora_a.weight
 
 
+def block_of(trainer: Trainer, index: str) -> Block:
+    block = trainer.pieces[0].blocks[index]
+    assert isinstance(block, Block)
+    return block
+
+
 def dense_like(trainer: Trainer, model: str) -> Trainer:
     """A trainer of all weights with those that adapters have come to."""
     dense = trainer_of(plan_of(MODELS[model]))
@@ -100,8 +107,8 @@ def dense_like(trainer: Trainer, model: str) -> Trainer:
             there = dict(trainer.pieces[0].named_parameters())
             if name in there:
                 parameter.copy_(there[name])
-        for index, block in dense.pieces[0].blocks.items():
-            pairs = (linears_of(x.pieces[0].blocks[index]) for x in (dense, trainer))  # type: ignore[arg-type]
+        for index in dense.pieces[0].blocks:
+            pairs = (linears_of(block_of(x, index)) for x in (dense, trainer))
             plain, with_adapters = pairs
             for name, linear in plain.items():
                 linear.weight.copy_(effective(with_adapters[name]))
@@ -120,8 +127,8 @@ def test_gradients_are_those_of_the_weights_seen_through_the_adapter(
     losses = [float(x.forward_backward(tokens(7))) for x in (trainer, dense)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     of_weights = dense.named_gradients()
-    for index, block in trainer.pieces[0].blocks.items():
-        for name, linear in linears_of(block).items():  # type: ignore[arg-type]
+    for index in trainer.pieces[0].blocks:
+        for name, linear in linears_of(block_of(trainer, index)).items():
             gradient = of_weights[f"blocks.{index}.{name}.weight"]
             assert linear.lora_a is not None and linear.lora_b is not None
             a, b = linear.lora_a.weight, linear.lora_b.weight

@@ -132,8 +132,9 @@ def test_moments_are_twice_the_mean_of_outer_products() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("options", [{}, {"act_order": True},
-                                     {"act_order": True, "static_groups": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}], ids=str
+)
 def test_error_is_a_fifth_less_than_of_rounding(bits: int, options: dict[str, bool]) -> None:
     x = correlated()
     found = quantize("w", WEIGHT, moments_of(x), bits, 32, **options)
