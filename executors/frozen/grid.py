@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bits import pack, packed_bytes, unpack
+from ...kernels.bits import pack, packed_bytes, unpack
 
 LEAST_SCALE = 2.0**-24
 """The smallest number in fp16."""
@@ -117,13 +117,3 @@ def unpacked(parts: dict[str, Tensor], rows: int, columns: int, form: Format) ->
     codes = unpack(parts["codes"], form.bits, columns).to(torch.uint8)
     zeros = unpack(parts["zeros"].t(), form.bits, rows).t().float()
     return Quantized(codes, Grids(parts["scales"].view(torch.float16).float(), zeros))
-
-
-def decode(
-    parts: dict[str, Tensor], columns: int, form: Format, rows: slice, zeros: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Some rows of a matrix; `zeros` (R, K/G) are unpacked."""
-    codes = unpack(parts["codes"][rows], form.bits, columns).unflatten(-1, (-1, form.group))
-    scale = parts["scales"][rows].view(torch.float16).float()[..., None]
-    return codes.float().sub_(zeros[rows][..., None]).mul_(scale).flatten(-2).to(dtype)

@@ -17,8 +17,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ...costmodel.techniques.lora import NF4_BLOCK as BLOCK
-from ...costmodel.techniques.lora import NF4_GROUP as GROUP
+from ...kernels.dequantize import BLOCK, GROUP, PER_STEP
 
 STEPS = 255
 
@@ -61,7 +60,7 @@ class Nf4:
         by_block = _spread(tops, largest.shape)
         scales = (largest / _not_zero(by_block) * STEPS).round_()
         scales = torch.where(largest > 0, scales.clamp_(min=1.0), 0.0)
-        kept = scales * by_block / STEPS
+        kept = scales * by_block * PER_STEP
         table = torch.tensor(VALUES, device=weight.device)
         between = (table[1:] + table[:-1]) / 2
         codes = torch.bucketize(blocks / _not_zero(kept)[..., None], between).flatten(-2)
@@ -82,25 +81,10 @@ def shapes(rows: int, columns: int, whole: tuple[int, int]) -> dict[str, tuple[i
             "groups": (4 * num_groups,)}  # fmt: skip
 
 
-def decode(
-    kept: Nf4, whole: tuple[int, int], first: tuple[int, int], rows: slice, dtype: torch.dtype
-) -> Tensor:
-    """Some rows of a part that begins at `first` (row, column) of a `whole` matrix."""
-    codes, scales = kept.codes[rows], kept.scales[rows]
-    count = whole[1] // BLOCK
-    index = torch.arange(first[0] + rows.start, first[0] + rows.start + len(codes),
-                         device=codes.device)[:, None] * count  # fmt: skip
-    index = index + first[1] // BLOCK + torch.arange(scales.shape[1], device=codes.device)
-    tops = kept.groups.view(torch.float32)[index // GROUP]
-    values = pairs(codes.device).index_select(0, codes.flatten().int()).view(*scales.shape, BLOCK)
-    return values.mul_((scales * tops / STEPS)[..., None]).flatten(-2).to(dtype)
-
-
 @cache
-def pairs(device: torch.device) -> Tensor:
-    """The two values (256, 2) of every byte of codes, the first in the lower bits."""
-    table, byte = torch.tensor(VALUES), torch.arange(256)
-    return torch.stack((table[byte & 15], table[byte >> 4]), -1).to(device)
+def table(device: torch.device) -> Tensor:
+    """The 16 values on a device."""
+    return torch.tensor(VALUES, device=device)
 
 
 def _spread(tops: Tensor, shape: torch.Size) -> Tensor:

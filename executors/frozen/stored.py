@@ -1,8 +1,7 @@
 """A frozen matrix in few bits: its parameters are bytes, and it is converted at each use.
 
 Bytes are sharded, gathered and kept in checkpoints like any parameter. The product keeps nothing
-for backward: there the matrix is converted again. Conversion goes by runs of rows, so that its
-intermediates, a few times the matrix, are small.
+for backward: there the matrix is converted again (`kernels/dequantize.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...kernels import dequantize
 from . import grid, nf4
 
-RUN_ELEMENTS = 2**18
-"""Converted at a time, at least one row."""
 NF4 = "nf4"
 STORED = ".stored."
 """In the names of its parameters."""
@@ -74,20 +72,15 @@ class Stored(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix (rows, columns)."""
         parts = {name: part.detach() for name, part in self.named_parameters()}
-        out = torch.empty(self.rows, self.columns, dtype=dtype, device=parts["codes"].device)
-        run = max(1, RUN_ELEMENTS // self.columns)
-        zeros = None
+        codes = parts["codes"]
         if self.form is not None:
-            zeros = grid.unpack(parts["zeros"].t(), self.form.bits, self.rows).t()
-        for start in range(0, self.rows, run):
-            rows = slice(start, min(start + run, self.rows))
-            if self.form is None:
-                kept = nf4.Nf4(parts["codes"], parts["scales"], parts["groups"])
-                out[rows] = nf4.decode(kept, self.whole, self.first, rows, dtype)
-            else:
-                assert zeros is not None
-                out[rows] = grid.decode(parts, self.columns, self.form, rows, zeros, dtype)
-        return out
+            scales = parts["scales"].view(torch.float16)
+            bits, group = self.form.bits, self.form.group
+            return dequantize.grid(codes, scales, parts["zeros"], bits, group, self.columns, dtype)
+        return dequantize.nf4(
+            codes, parts["scales"], parts["groups"].view(torch.float32), nf4.table(codes.device),
+            self.whole[1] // nf4.BLOCK, (self.first[0], self.first[1] // nf4.BLOCK), dtype,
+        )  # fmt: skip
 
 
 class StoredProduct(torch.autograd.Function):

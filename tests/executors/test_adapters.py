@@ -12,10 +12,10 @@ from torch import Tensor
 from forerun.costmodel import estimate
 from forerun.errors import InputError
 from forerun.executors.decoder import Block
-from forerun.executors.frozen import stored
 from forerun.executors.linear import ADAPTER_SCALE, Linear
 from forerun.executors.techniques.lora import is_adapter, linears_of
 from forerun.executors.trainer import Trainer
+from forerun.kernels import dequantize
 from forerun.mesh import Mesh
 from forerun.model import Model
 from forerun.plan import Plan
@@ -78,7 +78,7 @@ def test_predicted_peak_is_the_counted_one(
     base: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stored matrices are converted a few rows at a time, which of so small ones are many."""
-    monkeypatch.setattr(stored, "RUN_ELEMENTS", 2048)
+    monkeypatch.setattr(dequantize, "CHUNK_ELEMENTS", 2048)
     plan = adapted("llama", base, seqs=16)
     terms = estimate(plan).memory_terms_bytes
     predicted = sum(n for t, n in terms.items() if t not in ("fragmentation", "context"))

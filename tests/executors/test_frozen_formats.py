@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from forerun.errors import InputError
-from forerun.executors.frozen import bits as packing
 from forerun.executors.frozen import nf4
 from forerun.executors.frozen.gptq import Moments, quantize
 from forerun.executors.frozen.grid import Format, round_to_nearest
 from forerun.executors.frozen.stored import Stored
+from forerun.kernels import bits as packing
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -100,7 +100,9 @@ def test_a_model_loses_less_than_by_rounding(tmp_path: Path) -> None:
         if name in weights:
             parameter.data.copy_(weights[name])
     with torch.no_grad():
-        text = torch.frombuffer(bytearray(b"def quantize(weight): return weight # "), dtype=torch.uint8)
+        text = torch.frombuffer(
+            bytearray(b"def quantize(weight): return weight # "), dtype=torch.uint8
+        )
         x = text[:32].long()[None]
         logits = [t.pieces[0](x) for t in (exact, rounded, calibrated)]
     errors = [float((found - logits[0]).square().mean()) for found in logits[1:]]
@@ -131,7 +133,9 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         quantize(of, low, base=dense, data=str(tmp_path / "short.txt"))
     with pytest.raises(InputError, match=r"^base=.*: holds no checkpoint"):
         quantize(of, low, base=tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"^base=.*: is a checkpoint of llama, the plan trains gpt"):
+    with pytest.raises(
+        InputError, match=r"^base=.*: is a checkpoint of llama, the plan trains gpt"
+    ):
         quantize(plan(model="gpt"), low, base=dense)
     with pytest.raises(InputError, match=r"^base=.*: holds no codes of blocks.0.attention.wq"):
         build(of, device=CPU, base=dense)
