@@ -47,7 +47,7 @@ def _nf4_reference(
     byte = torch.arange(256, device=codes.device)
     pairs = torch.stack((table[byte & 15], table[byte >> 4]), -1)
     count = scales.shape[1]
-    for rows in chunks(*out.shape, CHUNK_ELEMENTS):
+    for rows in chunks(out.shape[0], out.shape[1], CHUNK_ELEMENTS):
         part = codes[rows]
         row = torch.arange(rows.start, rows.start + len(part), device=codes.device)[:, None]
         index = (first[0] + row) * blocks + first[1] + torch.arange(count, device=codes.device)
@@ -72,7 +72,7 @@ def _grid_reference(
 ) -> None:
     columns = out.shape[1]
     zero_RG = unpack(zeros.t(), bits, out.shape[0]).t()
-    for rows in chunks(*out.shape, CHUNK_ELEMENTS):
+    for rows in chunks(out.shape[0], out.shape[1], CHUNK_ELEMENTS):
         part = unpack(codes[rows], bits, columns).unflatten(-1, (-1, group)).float()
         values = part.sub_(zero_RG[rows][..., None]).mul_(scales[rows].float()[..., None])
         out[rows] = values.flatten(-2).to(out.dtype)

@@ -171,7 +171,8 @@ KEEP = {"mode": "tensors", "keep": ["x1", "o", "lse", "wq.lora_a.out"]}
     ids=str,
 )
 def test_what_is_kept_or_moved_changes_no_gradient(base: str | None, more: dict[str, Any]) -> None:
-    exact = trainer_of(adapted("llama", base, **({"lora": more["lora"]} if "lora" in more else {})))
+    same: dict[str, Any] = {"lora": more["lora"]} if "lora" in more else {}
+    exact = trainer_of(adapted("llama", base, **same))
     trainer = trainer_of(plan := adapted("llama", base, **more))
     losses = [float(x.forward_backward(tokens(0))) for x in (exact, trainer)]
     assert losses[0] == losses[1]
@@ -185,8 +186,8 @@ def test_what_is_kept_or_moved_changes_no_gradient(base: str | None, more: dict[
 @pytest.mark.slow
 def test_compiled_layers_have_adapters() -> None:
     losses = [
-        train(trainer_of(adapted("llama", **more)), 3)
-        for more in ({}, {"runtime": {"mode": "compiled"}})
+        train(trainer_of(adapted("llama", runtime={"mode": mode})), 3)
+        for mode in ("eager", "compiled")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -15,6 +15,7 @@ from forerun.executors.checkpoints import folder
 from forerun.executors.checkpoints.planners import save_alone
 from forerun.executors.checkpoints.shards import PARAMETER, whole
 from forerun.executors.frozen import grid
+from forerun.executors.frozen.stored import Stored
 from forerun.executors.quantize import _facts, quantize
 from forerun.executors.trainer import Trainer
 from forerun.plan import Plan
@@ -51,7 +52,7 @@ def frozen(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
         name.removesuffix(".stored"): module.weight(torch.float32)
         for name, module in trainer.pieces[0].named_modules()
-        if name.endswith(".stored")
+        if isinstance(module, Stored)
     }
 
 
@@ -90,7 +91,7 @@ def test_a_model_loses_less_than_by_rounding(tmp_path: Path) -> None:
     for name, parameter in exact.pieces[0].named_parameters():
         parameter.data.copy_(weights[name])
     for name, module in rounded.pieces[0].named_modules():
-        if name.endswith(".stored"):
+        if isinstance(module, Stored):
             near = grid.round_to_nearest(
                 weights[name.replace(".stored", ".weight")], grid.Format.of("gptq3_g32")
             )
