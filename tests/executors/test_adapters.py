@@ -53,8 +53,15 @@ def test_saved_bytes_are_the_ledgers(model: str, base: str | None) -> None:
     assert saved_bytes(trainer_of(plan)) == pytest.approx(ledger_bytes(plan), rel=5e-3)
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize(("model", "base"), CASES)
+AT_REST = [
+    pytest.param(model, base, compute, marks=() if quick else pytest.mark.slow)
+    for model, base in CASES
+    for compute in ("fp32", "bf16")
+    for quick in [(compute == "bf16") == (model == "llama")]
+]
+
+
+@pytest.mark.parametrize(("model", "base", "compute"), AT_REST)
 def test_bytes_at_rest_are_the_predicted_ones(model: str, base: str | None, compute: str) -> None:
     """Parameters and optimiser states, to the byte but for 4 per tensor of steps counted."""
     plan = adapted(model, base, compute)
@@ -154,22 +161,26 @@ def test_adapters_begin_as_nothing_and_learn() -> None:
 KEEP = {"mode": "tensors", "keep": ["x1", "o", "lse", "wq.lora_a.out"]}
 
 
-@pytest.mark.parametrize("base", [None, "nf4"])
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"recompute": {"mode": "selective"}},
-        {"recompute": {"mode": "full"}},
-        {"recompute": {"mode": "elementwise"}},
-        {"recompute": {"mode": "per_op"}},
-        {"recompute": KEEP},
-        {"offload": {"activations": 0.5}},
-        {"offload": {"activations": 0.5, "rest": "recompute"}},
-        {"offload": {"states": "optimizer"}},
-        {"lora": {"targets": "qv"}},
-    ],
-    ids=str,
-)
+MORE: list[dict[str, Any]] = [
+    {"recompute": {"mode": "selective"}},
+    {"recompute": {"mode": "full"}},
+    {"recompute": {"mode": "elementwise"}},
+    {"recompute": {"mode": "per_op"}},
+    {"recompute": KEEP},
+    {"offload": {"activations": 0.5}},
+    {"offload": {"activations": 0.5, "rest": "recompute"}},
+    {"offload": {"states": "optimizer"}},
+    {"lora": {"targets": "qv"}},
+]
+KEPT = [
+    pytest.param(base, more, marks=() if quick else pytest.mark.slow, id=f"{base}-{more}")
+    for index, more in enumerate(MORE)
+    for base in (None, "nf4")
+    for quick in [(index % 2 == 0) == (base is None)]
+]
+
+
+@pytest.mark.parametrize(("base", "more"), KEPT)
 def test_what_is_kept_or_moved_changes_no_gradient(base: str | None, more: dict[str, Any]) -> None:
     same: dict[str, Any] = {"lora": more["lora"]} if "lora" in more else {}
     exact = trainer_of(adapted("llama", base, **same))
