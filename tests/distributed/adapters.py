@@ -45,6 +45,8 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
                       "micro_batch_seqs": 1},
     },
 }  # fmt: skip
+CHAIN = ("gptq zero3", "gptq tp", "gptq zero3")
+"""Layouts of two processes that hand a training on, a step each."""
 SLOW = ("gptq tp", "qv ddp", "gptq bf16 1f1b", "nf4 cp", "lora ulysses", *FAMILIES[4])
 """Families that the default run of the tests leaves out."""
 

@@ -58,3 +58,12 @@ def test_more_layouts_of_two_processes_do(group: Group, single: Single, family: 
 @pytest.mark.parametrize("family", FAMILIES[4])
 def test_four_processes_train_as_one(group: Group, single: Single, family: str) -> None:
     check(group, single, 4, family)
+
+
+def test_a_training_is_handed_from_layout_to_layout(group: Group, single: Single) -> None:
+    """Checkpoints hold stored weights by their places in the whole, as they hold parameters."""
+    for results in group(2, "quick"):
+        rank = results["wide", "chain"]
+        assert "error" not in rank, rank.get("error")
+        assert rank["equal"] == [True, True]
+        assert rank["losses"] == pytest.approx(single("gptq")["losses"], rel=1e-5)

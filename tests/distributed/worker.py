@@ -58,6 +58,9 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
         (model, family): partial(adapters.run, family, world)
         for model, family in adapters.names(world, slow)
     }
+    if world == 2 and not slow:
+        place = folder / "adapters"
+        found["wide", "chain"] = partial(resumption.chain, "wide", adapters.CHAIN, world, place)
     found |= resumption.tasks(world, folder, slow)
     return found | modules.tasks(world, folder, slow)
 
