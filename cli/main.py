@@ -21,7 +21,7 @@ from .lazy import LazyGroup
 
 COMMANDS = (
     "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "solve",
-    "sweep", "catalog", "demo",
+    "sweep", "quantize", "catalog", "demo",
 )  # fmt: skip
 
 

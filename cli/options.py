@@ -28,6 +28,7 @@ from ..plan import (
     PlanFile,
 )
 from ..workload import Optimizer, Quality, Workload
+from .lora import parse_lora
 from .offload import parse_offload
 from .outer import parse_outer
 
@@ -199,6 +200,12 @@ AXIS_OPTIONS = (
         "activations=0.5; rest=recompute makes the other tokens again), optimizer, experts or "
         "parameters; tier=host or disk.",
     ),
+    click.option(
+        "--lora",
+        metavar="RANK",
+        help="Train adapters of this rank beside frozen weights: 16, or 16,base=nf4 (or gptq4_g128 "
+        "and others: see docs/adapters.md) with these in few bits; targets=qv for some linears.",
+    ),
     click.option("--attention", type=click.Choice(ATTENTION_KERNELS), help="Attention kernel."),
     click.option(
         "--runtime", type=click.Choice(RUNTIMES), help="Layers one operator at a time, or compiled."
@@ -249,6 +256,7 @@ AXES = (
     "recompute",
     "keep",
     "offload",
+    "lora",
     "attention",
     "runtime",
     "precision",
@@ -389,7 +397,7 @@ def with_capacity(model: Model, factor: float) -> Model:
 
 def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[str, ...]]:
     """Allowed classes, and techniques that are accepted: by name, or by being asked for."""
-    about_quality = ("allow", "accept_risk", "precision", "activations", "local_sgd")
+    about_quality = ("allow", "accept_risk", "precision", "activations", "local_sgd", "lora")
     if not any(flags.get(name) for name in about_quality):
         if flags["optimizer"] in (None, "adamw"):
             return ("exact",), ()
@@ -401,6 +409,9 @@ def read_quality(flags: Mapping[str, Any]) -> tuple[tuple[Quality, ...], tuple[s
     local = parse_outer(flags.get("local_sgd"), flags.get("outer"))
     if local is not None:
         techniques[LOCAL_SGD] = local.settings()
+    pins = parse_lora(flags.get("lora"))
+    if pins:
+        techniques["lora"] = {"rank": pins["lora"], "base": pins.get("lora_base", "")}
     asked = record_names(techniques, flags["optimizer"] or "adamw")
     named = _split(flags.get("accept_risk") or ())
     return classes_up_to(_split(flags.get("allow") or ())), accepted_names([*named, *asked])
@@ -460,8 +471,9 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     """The axes that the user fixed, from the values of `AXIS_OPTIONS`."""
     from ..planner import Pins
 
-    given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis != "offload"}
-    given |= parse_offload(flags["offload"]) | {"optimizer": flags.get("optimizer")}
+    given: dict[str, Any] = {axis: flags[axis] for axis in AXES if axis not in ("offload", "lora")}
+    given |= parse_offload(flags["offload"]) | parse_lora(flags["lora"])
+    given["optimizer"] = flags.get("optimizer")
     given["local_sgd"] = parse_outer(flags.get("local_sgd"), flags.get("outer"))
     if given["keep"] is not None and given["recompute"] != TENSORS:
         raise InputError("keep", given["keep"], "names tensors for --recompute tensors alone",
@@ -469,6 +481,9 @@ def read_pins(flags: Mapping[str, Any]) -> Pins:
     if given["keep"] is not None:
         given["keep"] = tuple(name for name in given["keep"].replace(" ", "").split(",") if name)
     if is_traced(flags["model"]):
+        if flags["lora"] is not None:
+            raise InputError("lora", flags["lora"], "a module of one's own says itself what trains",
+                             "drop --lora, and freeze parameters in the module")  # fmt: skip
         given = {"offload": 0.0, **given, "cp": 1, "ep": 1}
         given["recompute"] = flags["recompute"] or "none"
         return Pins(**given)

@@ -97,6 +97,12 @@ def extra_options(function: Any) -> Any:
     type=click.Path(path_type=Path),
     help="Folder for files of offloaded tensors; default: that of temporary files.",
 )
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Folder with the weights that adapters train beside: of run --checkpoint, or quantize -o; "
+    "default: initial ones.",
+)
 @click.option("--model", help="package.module:function, again, for a plan of one's own module.")
 @extra_options
 @click.option(
@@ -127,6 +133,7 @@ def command(
     data: str | None,
     static_memory: Literal["report", "run"] | None,
     offload_dir: Path | None,
+    base: Path | None,
     model: str | None,
     pace: str | None,
     pace_scale: float | None,
@@ -154,6 +161,7 @@ def command(
             on_note=say,
             module=model,
             offload_folder=offload_dir,
+            base=base,
             static_memory=static_memory,
             training=training,
             max_restarts=max_restarts,

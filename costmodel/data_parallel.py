@@ -217,16 +217,19 @@ def _wire(
              "all_reduce@dp": np.zeros(1)}  # fmt: skip
     dense, experts = load.params(costs), load.total(costs, "expert_params")
     experts_trained = load.total(costs, "trainable_expert_params")
-    for params, rest, trained, group in (
-        (dense, load.rest_params(costs), load.trainable_params(costs), SharingGroup.dense(layouts)),
-        (experts, 0.0 * experts, experts_trained, SharingGroup.experts(layouts)),
+    spared, of_experts = (load.total(costs, f"spared_{w}bytes") for w in ("", "expert_"))
+    trains = load.trainable_params(costs)
+    for params, rest, trained, less, group in (
+        (dense, load.rest_params(costs), trains, spared, SharingGroup.dense(layouts)),
+        (experts, 0.0 * experts, experts_trained, of_experts, SharingGroup.experts(layouts)),
     ):
-        gathered = np.where(often, m * (2 * (params - rest) + rest), params)
+        x = DTYPE_BYTES[options.tensor_dtype]
+        layers = (params - rest) * x - less
+        gathered = np.where(often, m * (2 * layers + rest * x), params * x - less)
         many = units & (group.shard > 1)
         reduced = np.where(units, trained / group.shard, trained)
         replicas = np.where(units, group.replicate, group.shard * group.replicate)
-        x = DTYPE_BYTES[options.tensor_dtype]
-        total["all_gather@dp"] = total["all_gather@dp"] + np.where(many, gathered * x, 0.0)
+        total["all_gather@dp"] = total["all_gather@dp"] + np.where(many, gathered, 0.0)
         total["reduce_scatter@dp"] = total["reduce_scatter@dp"] + np.where(
             many, scatters * trained * reduce_bytes, 0.0
         )

@@ -434,7 +434,7 @@ def _front_layers(rank: _Rank, grads: _Gradients, num: int) -> dict[str, Array]:
     for count, piece in zip(load.layers, costs.layers, strict=True):
         own = Counts.of_layer(piece).with_gradient
         params = np.where(count > 0, np.maximum(params, own), params)
-    table = load.embedding * (costs.embedding.trainable_params - load.head * costs.tied_params)
+    table = load.embedding * (costs.embedding.trainable_params - load.head * costs.tied_trained)
     table = np.maximum(table, 0.0)
     per_param = rank.states.gradient / rank.copies.shard
     unmade = np.where(grads.fresh, (num * params + table) * per_param, 0.0)

@@ -13,7 +13,7 @@ ledger with the storages of real steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cluster import DTYPE_BYTES
 from .graph import Array
@@ -96,6 +96,15 @@ def _streaming_each(bytes_per_element: float) -> Kind:
         forward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
         backward_bytes=lambda s, x: bytes_per_element * sum(s, 0.0 * s[0]),
         backward_transient=0.0,
+    )
+
+
+def _dequantizing(stored_bytes: float) -> Kind:
+    """Stored weights read and written in the dtype of use, in forward and again in backward."""
+    return replace(
+        _streaming_each(0.0),
+        forward_bytes=lambda s, x: (x + stored_bytes) * _product(s),
+        backward_bytes=lambda s, x: (x + stored_bytes) * _product(s),
     )
 
 
@@ -267,8 +276,8 @@ KINDS: dict[str, Kind] = {
     ),
     # (stored tensors ...): 16-bit activations to fp8 with scales by group, and back in backward
     "quantize_store": _streaming_each(2 + DTYPE_BYTES["fp8_g16"]),
-    # (weight): nf4 to 16 bits before its matmuls of forward and backward
-    "dequantize": _streaming_each(2 + DTYPE_BYTES["nf4"]),
+    # (weight): about four bits to the dtype of use before its matmuls of forward and backward
+    "dequantize": _dequantizing(DTYPE_BYTES["nf4"]),
     "rmsnorm": _streaming(
         2, 4, launches=2, backward_transient=4.0,
         forward_transient_16bit=2.0, backward_transient_16bit=8.0,

@@ -120,7 +120,7 @@ class Options:
             expert_slots=len(ranks[0]) if ranks else None,
             expert_replicas=sum(map(len, ranks)) - len(held) if ranks else 0,
             expert_imbalance=placed.get("imbalance"),
-            local_sgd=LocalSgd.of(setting(LOCAL_SGD)),
+            local_sgd=LocalSgd.of(setting(TECHNIQUE)),
             packing=Packing.of(workload) if workload is not None else None,
         )
 

@@ -42,7 +42,7 @@ from .options import Options
 from .packing import packing_sizes
 from .prices import Prices
 from .state_bytes import in_units
-from .techniques import apply, local_axes, offload, precision
+from .techniques import apply, local_axes, lora, offload, precision
 from .trained import TrainedTensor, trained_tensors
 
 
@@ -81,6 +81,10 @@ class Piece:
     """Those of `params` that have gradients and optimiser states."""
     trainable_expert_params: Array
     """The same of `expert_params`."""
+    spared_bytes: Array
+    """What frozen weights among `params` take less than in the dtype of use."""
+    spared_expert_bytes: Array
+    """The same of `expert_params`."""
     tensors: int
     """Parameter tensors."""
     trained: tuple[TrainedTensor, ...]
@@ -98,7 +102,8 @@ class Piece:
     again_wire_bytes: dict[str, Array]
     """The part of it that tokens made again exchange."""
     uncut_gradient_bytes: Array
-    """Per step: gradients of weights that tp does not cut, which its ranks sum under sp."""
+    """Per step: gradients of weights that tp does not cut, which its ranks sum: all of them under
+    sp, else those of routers and adapters."""
 
     def take(self, rows: NDArray[np.intp]) -> Piece:
         """The costs under the layouts at these positions."""
@@ -115,6 +120,11 @@ class Pieces:
     head: Piece
     tied_params: Array
     """Local parameters of the table where embedding and head share one, else zero."""
+
+    @property
+    def tied_trained(self) -> Array:
+        """Those that have a gradient."""
+        return np.minimum(self.tied_params, self.embedding.trainable_params)
 
     def take(self, rows: NDArray[np.intp]) -> Pieces:
         """The pieces under the layouts at these positions; like layers stay one object."""
@@ -525,6 +535,8 @@ def _piece(
         expert_params=graph.num_params(sizes, experts=True) + zero,
         trainable_params=graph.num_params(sizes, trainable=True) + zero,
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
+        spared_bytes=lora.spared_bytes(graph, sizes, options) + zero,
+        spared_expert_bytes=lora.spared_bytes(graph, sizes, options, experts=True) + zero,
         tensors=len(graph.weights),
         trained=trained_tensors(graph, sizes),
         live=live,
@@ -646,11 +658,13 @@ CUT_AXES = frozenset({"heads", "kv_heads", "ffn", "expert_ffn", "shared_ffn", "v
 def _uncut_gradient_bytes(graph: Graph, sizes: Sizes, tp: Array, sp: bool) -> Array:
     """With a split sequence each rank sees a part of it: gradients of whole weights are summed.
 
-    Without, those of routers are: each rank sees its part of the experts' outputs.
+    Without, those of routers are, of which each rank sees its part of the experts' outputs, and
+    those of the half of an adapter that is whole: the other half is cut.
     """
     total = np.zeros(len(tp))
     for weight in graph.weights:
-        whole = not CUT_AXES & set(weight.axes) if sp else "all_experts" in weight.axes
+        partial = sp or "all_experts" in weight.axes or lora.RANK in weight.axes
+        whole = partial and not CUT_AXES & set(weight.axes)
         if weight.trainable and whole:
             total = total + volume(weight.axes, sizes) * 4
     return np.where(tp > 1, total, 0.0)
@@ -705,6 +719,8 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         expert_params=pick(yes.expert_params, no.expert_params),
         trainable_params=pick(yes.trainable_params, no.trainable_params),
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
+        spared_bytes=pick(yes.spared_bytes, no.spared_bytes),
+        spared_expert_bytes=pick(yes.spared_expert_bytes, no.spared_expert_bytes),
         tensors=yes.tensors,
         trained=pick_tensors(),
         live=live(yes.live, no.live),

@@ -366,7 +366,7 @@ class Simulation:
             crossings = 2 * sum(a != b for a, b in pairwise(self.owners))
             add("send@pp", sent_bytes(boundary, self.layouts, self.prices) * m * crossings)
             if self.plan.model.tied_embeddings and self.owners[-1] != self.owners[0]:
-                table_bytes = 4.0 * self.costs.tied_params / self.updates[0].dp.shard
+                table_bytes = 4.0 * self.costs.tied_trained / self.updates[0].dp.shard
                 add("all_reduce@pp", 2 * table_bytes)
         return dict(sorted(total.items()))
 

@@ -143,7 +143,7 @@ class Load:
 
     def trainable_params(self, costs: Pieces) -> Array:
         """Those of `params` with gradients and optimiser states."""
-        shared = self.embedding * self.head * costs.tied_params
+        shared = self.embedding * self.head * costs.tied_trained
         return np.maximum(0.0, self.total(costs, "trainable_params") - shared)
 
     def rest_params(self, costs: Pieces) -> Array:

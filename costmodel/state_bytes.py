@@ -37,8 +37,6 @@ class StateBytes:
     """Master copy and moments."""
     updated: float
     """Master copy and moments as an update moves them."""
-    frozen: float
-    """Of a frozen weight of a layer; those of embedding and head stay as used."""
 
     @property
     def update_share(self) -> float:
@@ -62,7 +60,6 @@ class StateBytes:
             gradient=4.0 if stack.gradient_bytes is None else stack.gradient_bytes,
             optimizer=master + moment_rate(options.optimizer, stack),
             updated=master + moved_rate(options.optimizer, stack),
-            frozen=DTYPE_BYTES[options.base_dtype] if options.base_dtype else used,
         )
 
 

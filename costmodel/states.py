@@ -3,8 +3,8 @@
 What is kept per parameter says `state_bytes.py`. What is divided over the ranks that hold the same
 weights: fsdp divides all of it under any ZeRO stage; megatron divides master and moments from stage
 1 on, gradients from 2, parameters at 3. Experts are held by fewer ranks than the rest, so they are
-divided by fewer. Frozen parameters have neither gradient nor states, and may be stored in fewer
-bits.
+divided by fewer. Frozen parameters have neither gradient nor states; they lie as matmuls use them,
+or in fewer bits.
 """
 
 from __future__ import annotations
@@ -30,25 +30,23 @@ class Counts:
     experts: Array
     """Trained ones of routed experts."""
     frozen: Array
-    """Frozen weights of layers, those of experts not included."""
     frozen_experts: Array
-    frozen_rest: Array
-    """Frozen weights of embedding and head."""
+    spared_bytes: Array
+    """What frozen weights take less than in the dtype of use."""
+    spared_expert_bytes: Array
 
     @staticmethod
     def of(load: Load, costs: Pieces) -> Counts:
         """The parameters of all pieces of a load."""
-        frozen = np.zeros(1)
-        for count, piece in zip(load.layers, costs.layers, strict=True):
-            frozen = frozen + count * (piece.params - piece.trainable_params)
         trained = load.trainable_params(costs)
         experts = load.total(costs, "trainable_expert_params")
         return Counts(
             trained=trained,
             experts=experts,
-            frozen=frozen,
+            frozen=np.maximum(load.params(costs) - trained, 0.0),
             frozen_experts=load.total(costs, "expert_params") - experts,
-            frozen_rest=np.maximum(load.params(costs) - trained - frozen, 0.0),
+            spared_bytes=load.total(costs, "spared_bytes"),
+            spared_expert_bytes=load.total(costs, "spared_expert_bytes"),
         )
 
     @staticmethod
@@ -59,13 +57,14 @@ class Counts:
             experts=piece.trainable_expert_params,
             frozen=piece.params - piece.trainable_params,
             frozen_experts=piece.expert_params - piece.trainable_expert_params,
-            frozen_rest=0.0 * piece.params,
+            spared_bytes=piece.spared_bytes,
+            spared_expert_bytes=piece.spared_expert_bytes,
         )
 
     def used_bytes(self, states: StateBytes) -> Array:
         """All of them as matmuls (or, of frozen ones, their dequantisation) read them."""
-        trained = (self.trained + self.experts + self.frozen_rest) * states.used
-        return trained + (self.frozen + self.frozen_experts) * states.frozen
+        every = self.trained + self.experts + self.frozen + self.frozen_experts
+        return every * states.used - self.spared_bytes - self.spared_expert_bytes
 
     @property
     def with_gradient(self) -> Array:
@@ -120,13 +119,13 @@ class AtRest:
         """The states of these parameters."""
         dense = Divisors.of(stack, layouts)
         experts = Divisors.of(stack, layouts, experts=True)
-        frozen = counts.frozen * states.frozen + counts.frozen_rest * states.used
+        frozen = counts.frozen * states.used - counts.spared_bytes
+        frozen_experts = counts.frozen_experts * states.used - counts.spared_expert_bytes
         trained = counts.trained
         of_experts = states.optimizer * counts.experts / experts.optimizer
         return AtRest(
             parameters=(trained * states.parameter + frozen) / dense.parameters
-            + (counts.experts * states.parameter + counts.frozen_experts * states.frozen)
-            / experts.parameters,
+            + (counts.experts * states.parameter + frozen_experts) / experts.parameters,
             optimizer=states.optimizer * trained / dense.optimizer + of_experts,
             of_experts=of_experts,
             gradients=states.gradient

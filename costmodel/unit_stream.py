@@ -115,16 +115,17 @@ def _rest(load: Load, costs: Pieces, layouts: Layouts, prices: Prices, options: 
     params = load.rest_params(costs)
     trains = load.trainable_params(costs) >= load.params(costs)
     dense = SharingGroup.dense(layouts)
-    return _unit(params, np.where(trains, params, 0.0), dense, layouts, prices, options)
+    none = np.zeros(1)
+    return _unit(params, np.where(trains, params, 0.0), none, dense, layouts, prices, options)
 
 
 def _layer(piece: Piece, layouts: Layouts, prices: Prices, options: Options) -> Unit:
     """The unit of one layer: its experts are shared by fewer ranks than the rest."""
     dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
     pieces = piece.tensors if prices.pool.stack.unit_by_tensor else 1
-    own = (piece.params, piece.trainable_params)
+    own = (piece.params, piece.trainable_params, piece.spared_bytes)
     one = _unit(*own, dense, layouts, prices, options, pieces)
-    own = (piece.expert_params, piece.trainable_expert_params)
+    own = (piece.expert_params, piece.trainable_expert_params, piece.spared_expert_bytes)
     two = _unit(*own, experts, layouts, prices, options, pieces)
     return Unit(
         gather=one.gather + two.gather,
@@ -136,6 +137,7 @@ def _layer(piece: Piece, layouts: Layouts, prices: Prices, options: Options) -> 
 def _unit(
     params: Array,
     trained: Array,
+    spared_bytes: Array,
     group: SharingGroup,
     layouts: Layouts,
     prices: Prices,
@@ -147,6 +149,7 @@ def _unit(
     stack = prices.pool.stack
     dtype = "fp8" if options.gathers_low(stack) else options.tensor_dtype
     reduced = trained * stack.reduce_bytes
+    gathered = params * DTYPE_BYTES[dtype] - spared_bytes
 
     def over(kind: str, num_bytes: Array, ranks: Array, stride: Array) -> Moved:
         one = moved(kind, num_bytes / pieces, ranks, stride, layouts.world / ranks, prices)
@@ -154,7 +157,7 @@ def _unit(
         return one.times(times) if times != 1.0 else one
 
     return Unit(
-        gather=over("all_gather", params * DTYPE_BYTES[dtype], group.shard, group.stride),
+        gather=over("all_gather", gathered, group.shard, group.stride),
         scatter=over("reduce_scatter", reduced, group.shard, group.stride),
         across=over(
             "all_reduce", reduced / group.shard, group.replicate, group.stride * group.shard

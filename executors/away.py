@@ -67,6 +67,7 @@ class Away:
         self, workload: Workload, named: Sequence[tuple[str, nn.Parameter]]
     ) -> torch.optim.Optimizer:
         """The workload's optimiser of parameters by name, with its states where they belong."""
+        named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         every = [parameter for _, parameter in named]
         if self.store is None:
             return make_optimizer(workload.optimizer, every, workload.learning_rate)

@@ -1,7 +1,8 @@
 """A plan as this rank's part of a real training run.
 
-Order: pieces on the meta device, precision, context, tensor and expert parallel, compilation,
-recompute and offload, FSDP2 or DDP, memory and initial parameters, pipeline schedule, optimiser.
+Order: pieces on the meta device, adapters, precision, context, tensor and expert parallel, storage
+of frozen weights, compilation, recompute and offload, FSDP2 or DDP, memory and initial parameters,
+pipeline schedule, optimiser.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from . import context_parallel, data_parallel, init, keeping, tensor_parallel, t
 from .away import Away
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
+from .frozen.base import Base
 from .marks import Marks
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import precision, runtime
+from .techniques import lora, precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -51,16 +53,19 @@ def build_piece(
     spread: context_parallel.Spread,
     experts: ExpertParallel | None = None,
     first_piece: Decoder | None = None,
+    base: Base | None = None,
 ) -> tuple[Decoder, nn.Module, dict[str, int]]:
     """One stage's piece of the model, the module to call (the piece, or DDP around it), tp cuts.
 
-    `first_piece` is the one with the embedding where this rank has built it already.
+    `first_piece` is the one with the embedding where this rank has built it already; `base` holds
+    the weights that adapters train beside.
     """
     phase = plan.phase
     first, last = phase.stages[stage].layers
     with torch.device("meta"):
         piece = Decoder(plan.model, first, last, first_piece)
     piece.spread = spread
+    lora.apply(piece, phase)
     shapes = {name: tuple(p.shape) for name, p in piece.named_parameters()}
     precision.apply(piece, phase, device)
     tp_dims: dict[str, int] = {}
@@ -69,6 +74,8 @@ def build_piece(
         tp_dims = tensor_parallel.apply(piece, mesh["tp"], sequence_parallel, expert_tp)
     if experts is not None:
         experts.apply(piece)
+    tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
+    lora.store(piece, phase, shapes, tp_dims, tp)
     runtime.apply(piece, phase)
     blocks = ((int(index), block) for index, block in piece.blocks.items())
     keeping.apply(blocks, plan, marks, away.mover, device)
@@ -76,8 +83,8 @@ def build_piece(
         data_parallel.apply_fsdp(piece, phase, mesh, experts)
     at_rest = away.parameters_device(device)
     piece.to_empty(device=at_rest)
-    tp = (mesh.get_local_rank("tp"), phase.mesh.tp)
-    init.initialise(piece, plan.model, plan.workload.seed, shapes, tp_dims, tp, at_rest, experts)
+    cut = init.Cut(shapes=shapes, tp_dims=tp_dims, tp=tp)
+    init.initialise(piece, plan.model, plan.workload.seed, cut, at_rest, experts, base)
     if data_parallel.uses_ddp(phase):
         return piece, data_parallel.apply_ddp(piece, phase, mesh, experts), tp_dims
     return piece, piece, tp_dims
@@ -89,11 +96,14 @@ def build(
     device: torch.device,
     module: str | None = None,
     offload_folder: Path | None = None,
+    base: Path | None = None,
 ) -> Trainer:
     """This rank's trainer; the process group is initialised and has `mesh.world` ranks.
 
     `module` names the function that makes a user's module, for a plan that was traced from it;
-    `offload_folder` is where files of offloaded tensors lie (default: for temporary files).
+    `offload_folder` is where files of offloaded tensors lie (default: for temporary files). `base`
+    is a folder with a checkpoint, or with quantised weights, that adapters train beside (default:
+    initial weights).
     """
     check_supported(plan)
     phase = plan.phase
@@ -106,10 +116,12 @@ def build(
     stages = local_stages(phase, mesh.get_local_rank("pp"))
     spread = context_parallel.over_mesh(phase)
     experts = ExpertParallel(plan, mesh, device) if has_experts(plan) else None
+    weights = None if base is None else Base.of(base, plan)
     built: list[tuple[Decoder, nn.Module, dict[str, int]]] = []
     for stage in stages:
         first_piece = built[0][0] if built and built[0][0].is_first else None
-        part = build_piece(plan, stage, mesh, device, marks, away, spread, experts, first_piece)
+        part = build_piece(plan, stage, mesh, device, marks, away, spread, experts, first_piece,
+                           weights)  # fmt: skip
         built.append(part)
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}

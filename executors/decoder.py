@@ -11,7 +11,6 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +28,8 @@ from .context_parallel import (
 )
 from .experts.layer import Moe
 from .latent import Latent
-from .linear import Linear
+from .linear import Linear, Run, run_linear, run_plainly
 from .rotary import rotary_table, rotate
-
-Run = Callable[..., Any]
-"""`run(name, function, *args)`: the result of a named operator on its arguments."""
-
-
-def run_plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    """The operator, and nothing else."""
-    return function(*args)
 
 
 def same(x: Tensor) -> Tensor:
@@ -90,15 +81,15 @@ class Attention(nn.Module):
             out_BSHD = self._exchanged(x_BSE, table, context)
         else:
             out_BSHD = self._attended(x_BSE, table, context)
-        out_BSE = run("wo", self.wo, out_BSHD.flatten(-2))
+        out_BSE = run_linear(run, "wo", self.wo, out_BSHD.flatten(-2))
         return run("attention.leave", self.leave, out_BSE)
 
     def _attended(self, x_BSE: Tensor, table: Tensor | None, context: Context | None) -> Tensor:
         """Attention (B, S, H, D) of this rank's tokens."""
         run, heads = self.run, (-1, self.head_dim)
-        q_BSHD = run("wq", self.wq, x_BSE).unflatten(-1, heads)
-        k_BSGD = run("wk", self.wk, x_BSE).unflatten(-1, heads)
-        v_BSGD = run("wv", self.wv, x_BSE).unflatten(-1, heads)
+        q_BSHD = run_linear(run, "wq", self.wq, x_BSE).unflatten(-1, heads)
+        k_BSGD = run_linear(run, "wk", self.wk, x_BSE).unflatten(-1, heads)
+        v_BSGD = run_linear(run, "wv", self.wv, x_BSE).unflatten(-1, heads)
         if table is not None:
             q_BSHD = run("rope_q", rotate, q_BSHD, table)
             k_BSGD = run("rope_k", rotate, k_BSGD, table)
@@ -157,10 +148,10 @@ class Mlp(nn.Module):
     def forward(self, x_BSE: Tensor) -> Tensor:
         run = self.run
         x_BSE = run("mlp.enter", self.enter, x_BSE)
-        wide = [run("gate", self.gate, x_BSE)] if self.kind in GATED else []
-        wide.append(run("up", self.up, x_BSE))
+        wide = [run_linear(run, "gate", self.gate, x_BSE)] if self.kind in GATED else []
+        wide.append(run_linear(run, "up", self.up, x_BSE))
         inner_BSF = run(self.kind, self.activation, *wide)
-        return run("mlp.leave", self.leave, run("down", self.down, inner_BSF))
+        return run("mlp.leave", self.leave, run_linear(run, "down", self.down, inner_BSF))
 
 
 def make_mlp(hidden: int, layer: Layer) -> Mlp | Moe:
@@ -240,6 +231,8 @@ class Decoder(nn.Module):
         """Mean loss of logits and targets; tensor parallelism puts its own in place."""
         self.table: Callable[[], Tensor] = lambda: self.embedding.weight
         """The tied table, wherever it is."""
+        self.enter: Callable[[Tensor], Tensor] = same
+        """What hidden states pass between embedding and layers."""
         borrows = self.is_last and model.tied_embeddings and first_piece is not None
         if borrows and first_piece is not None:
             self.table = first_piece.table
@@ -309,7 +302,7 @@ class Decoder(nn.Module):
         borders = None if documents is None else as_borders(documents)
         positions = None if borders is None else self.spread.in_documents(borders).to(x.device)
         if self.is_first:
-            x = self.embed(x, positions)
+            x = self.enter(self.embed(x, positions))
         if positions is None:
             table = self.rotary(num_tokens, x)
         else:

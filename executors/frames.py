@@ -35,6 +35,8 @@ from ..costmodel.techniques.recompute import internals
 from .marks import Marks
 from .torch_compat import storage_key
 
+INSIDE_LINEARS = "dequantize"
+"""The kind of operators that run within the linear behind them, and are no calls of their own."""
 Geometry = tuple[torch.Size, tuple[int, ...], int]
 """Size, stride and offset of a view of a storage, in elements."""
 
@@ -75,7 +77,9 @@ class Policy:
             boundary=graph.boundary.name,
             made=made,
             held=frozenset(t.name for op in graph.operators for t in op.saves),
-            again=tuple(op.name for op in graph.operators if op.recomputed),
+            again=tuple(
+                op.name for op in graph.operators if op.recomputed and op.kind != INSIDE_LINEARS
+            ),
             at_once=not any(op.needs for op in graph.operators),
         )
 

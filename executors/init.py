@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..model import Model
 from .experts.parallel import ExpertParallel
+from .frozen.base import Base
+from .frozen.stored import STORED, Stored, checked
 from .torch_compat import DTensor
 
 STD = 0.02
@@ -36,12 +39,17 @@ def full_parameter(
 
     Norm weights 1, biases 0, matrices normal with standard deviation 0.02, those that write into
     the residual stream divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3). Each expert
-    has a seed of its own, so that a rank makes no other.
+    has a seed of its own, so that a rank makes no other. Adapters begin as nothing: B is 0, and A
+    normal with standard deviation 1 / sqrt(in).
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device=device)
     if name.endswith("norm.weight"):
         return torch.ones(shape, device=device)
+    if name.endswith("lora_b.weight"):
+        return torch.zeros(shape, device=device)
+    if name.endswith("lora_a.weight"):
+        return _normal(name, shape, shape[1] ** -0.5, seed, device)
     residual = name.endswith(("wo.weight", "down.weight"))
     std = STD / math.sqrt(2 * model.num_layers) if residual else STD
     if len(shape) == MATRICES:
@@ -75,20 +83,50 @@ def local_part(full: Tensor, parameter: Tensor, tp_dim: int | None, tp: tuple[in
     return full
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How a piece lies over the ranks of tensor parallelism."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of parameters before any sharding."""
+    tp_dims: Mapping[str, int]
+    tp: tuple[int, int]
+    """(rank, ranks)."""
+
+
 @torch.no_grad()
 def initialise(
     piece: nn.Module,
     model: Model,
     seed: int,
-    shapes: dict[str, tuple[int, ...]],
-    tp_dims: dict[str, int],
-    tp: tuple[int, int],
+    cut: Cut,
     device: torch.device,
     experts: ExpertParallel | None = None,
+    base: Base | None = None,
 ) -> None:
-    """Fill a piece that has been allocated; `shapes` are those before any sharding."""
+    """Fill a piece that has been allocated; frozen parameters come from `base`, if there is one."""
+
+    def full(name: str, trains: bool, own: Sequence[int] | None = None) -> Tensor:
+        shape = cut.shapes[name]
+        if base is not None and not trains:
+            return base.parameter(name, shape).to(device)
+        return full_parameter(name, shape, model, seed, device, own)
+
+    for path, module in piece.named_modules():
+        if isinstance(module, Stored):
+            weight = f"{path.removesuffix('.stored')}.weight"
+            parts = None if base is None else base.stored(path, module)
+            if parts is None:
+                parts = module.bytes_of(checked(weight, full(weight, False)))
+            for name, parameter in module.named_parameters():
+                _fill(parameter, parts[name].to(device), None, cut.tp)
     for name, parameter in piece.named_parameters():
-        own = experts.experts_of(name) if experts is not None else None
-        full = full_parameter(name, shapes[name], model, seed, device, own)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(local_part(full, parameter, tp_dims.get(name), tp))
+        if STORED not in name:
+            own = experts.experts_of(name) if experts is not None else None
+            whole = full(name, parameter.requires_grad, own)
+            _fill(parameter, whole, cut.tp_dims.get(name), cut.tp)
+
+
+def _fill(parameter: Tensor, full: Tensor, tp_dim: int | None, tp: tuple[int, int]) -> None:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(local_part(full, parameter, tp_dim, tp))

@@ -82,6 +82,8 @@ class Job(Value, frozen=True, kw_only=True):
     """Their mean is less at the mercy of a busy machine than one."""
     static_memory: Literal["report", "run"] | None = None
     """Whether to say what allocators need for a step, or to run it out of one arena as well."""
+    base: str | None = None
+    """The folder of the weights that adapters train beside; None: initial ones."""
     offload_folder: str | None = None
     """Where files of offloaded tensors lie; None = with the run's other temporary files."""
     pace: Pace | None = None

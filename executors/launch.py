@@ -75,6 +75,7 @@ def run(
     grace_s: float = GRACE_S,
     nodes: Nodes | None = None,
     offload_folder: Path | None = None,
+    base: Path | None = None,
     static_memory: Literal["report", "run"] | None = None,
     pace: str | None = None,
     pace_scale: float | None = None,
@@ -86,7 +87,8 @@ def run(
     profiled. `data` takes the place of the workload's. The Measurement is written to `output`, and
     the ranks' own output kept in `log_dir`, when given. `module` names the function that made a
     traced plan's module: it is imported because the caller asks for it, never because of the plan.
-    `offload_folder` is where files of offloaded tensors lie. `static_memory` has the run say what
+    `offload_folder` is where files of offloaded tensors lie; `base` holds a checkpoint, or
+    quantised weights, that adapters train beside. `static_memory` has the run say what
     allocators need for a step's tensors, or use one arena for them as well.
 
     With `training`, training goes to step `steps` (default: the phase's, or no end where `training`
@@ -123,6 +125,7 @@ def run(
         _check_paced(plan, pace, training, nodes)
         paced = emulation.prepare(plan, pace, pace_scale)
     machine.check_offload(plan_file, offload_folder)
+    machine.check_base(plan, base)
     if training is not None:
         training = _absolute(training)
         if training.checkpoint is not None or training.resume is not None:
@@ -141,6 +144,7 @@ def run(
         steps=steps,
         static_memory=static_memory,
         offload_folder=None if offload_folder is None else str(offload_folder.absolute()),
+        base=None if base is None else str(base.absolute()),
         pace=paced,
         emulates_links=emulate_links,
         training=training,

@@ -18,6 +18,7 @@ from ..model import Model
 from ..plan import Plan, PlanFile
 from ..units import format_bytes
 from . import failures, job
+from .checkpoints import folder
 
 
 class Nodes(Value, frozen=True, kw_only=True):
@@ -179,6 +180,16 @@ def check_memory(plan_file: PlanFile, device: str, num_ranks: int) -> None:
             f"({predicted_bytes * num_ranks:.0f} against {available_bytes} bytes); "
             "lower --micro-batch, use --recompute full, or free memory"
         )
+
+
+def check_base(plan: Plan, base: Path | None) -> None:
+    """Raise InputError where the frozen weights of a plan cannot be those of a folder."""
+    if base is None:
+        return
+    if not plan.phase.technique("lora"):
+        raise InputError("base", base, "all weights of the plan train, and none is frozen",
+                         "plan with --lora RANK, or go on from it with --resume")  # fmt: skip
+    folder.check_base(base, plan.model)
 
 
 def check_offload(plan_file: PlanFile, folder: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,9 +26,10 @@ from ..plan import (
     Phase,
     Plan,
 )
+from .adapters import check_adapters
 
 TECHNIQUES = (
-    "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement",
+    "precision", "recompute", "offload", "runtime", "context-parallel", "expert-placement", "lora",
     "local-sgd",
 )  # fmt: skip
 """Those that have a file in `executors/techniques/`, `executors/context_parallel/` and
@@ -54,12 +56,16 @@ def check_executed(plan: Plan) -> None:
     _check_offload(plan)
     if plan.model.traced is None:
         check_model(plan.model)
+        check_adapters(plan)
         _check_runtime(plan)
         _check_kept(plan)
         _check_single_operators(plan)
         _check_length(plan.model, plan.phase.seq_tokens)
         _check_shards(plan)
         _check_beside(plan)
+    elif any("lora" in setting.techniques for setting in plan.phase.settings):
+        raise InputError("lora", "rank", "a module of one's own says itself what trains",
+                         "drop --lora, and freeze parameters in the module")  # fmt: skip
     elif plan.workload.lengths is not None:
         raise InputError("lengths", plan.workload.lengths.name,
                          "documents are packed for decoders of the catalog alone",
@@ -285,7 +291,8 @@ def _check_kept(plan: Plan) -> None:
         sp = phase.sequence_parallel
         graph = decoder_layer(plan.model, layer, sequence_parallel=sp, fused=fused, options=options)
         apply(graph, options)
-        known = tensor_names(graph)
+        plain = replace(options, recompute="none", keep=(), offload=0.0, offload_rest="keep")
+        known = tensor_names(apply(graph, plain))
         for name in options.keep:
             if name not in known:
                 raise unknown_name("recompute.keep", name, known)

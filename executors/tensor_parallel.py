@@ -109,11 +109,6 @@ class Leave(torch.autograd.Function):
         return grads[0], None, None
 
 
-def row_forward(linear: Linear, x_BSF: Tensor) -> Tensor:
-    """A linear cut along its input: partial products; the bias waits for their sum."""
-    return linear.product(x_BSF, linear.weight)
-
-
 def row_leave(linear: Linear, leave: Callable[[Tensor], Tensor], partial_BSE: Tensor) -> Tensor:
     """Partial products summed, then the bias, which is whole."""
     out = leave(partial_BSE)
@@ -188,7 +183,7 @@ def _edges(
         if name in dict(block.named_modules()):
             linear = block.get_submodule(name)
             assert isinstance(linear, Linear)
-            _replace_forward(linear, partial(row_forward, linear))
+            linear.bias_waits = True
     attention, mlp = block.attention, block.mlp
     attention.enter, attention.leave = enter, partial(row_leave, attention.wo, leave)
     if isinstance(mlp, Moe) and not sequence_parallel:  # shared and routed experts, summed at once
@@ -213,18 +208,30 @@ def _replace_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> 
 
 
 def _cut_linear(block: nn.Module, name: str, size: int) -> list[str]:
-    """Cut a linear of a block, if there is one of that name; the names of what was cut."""
+    """Cut a linear of a block, if there is one of that name; the names of what was cut.
+
+    Of an adapter that half is cut which has the cut dimension: B of cut outputs, A of cut inputs.
+    """
     if name not in dict(block.named_modules()):
         return []
     linear = block.get_submodule(name)
-    _cut_parameter(linear, "weight", 1 if name in ROWS else 0, size)
+    assert isinstance(linear, Linear)
+    dim = 1 if name in ROWS else 0
+    _cut_parameter(linear, "weight", dim, size)
+    cut = [f"{name}.weight"]
+    half = "lora_a" if name in ROWS else "lora_b"
+    if linear.lora_a is not None:
+        _cut_parameter(linear.get_submodule(half), "weight", dim, size)
+        cut.append(f"{name}.{half}.weight")
     if name in ROWS or linear.bias is None:
-        return [f"{name}.weight"]
+        return cut
     _cut_parameter(linear, "bias", 0, size)
-    return [f"{name}.weight", f"{name}.bias"]
+    return [*cut, f"{name}.bias"]
 
 
 def _cut_parameter(module: nn.Module, name: str, dim: int, size: int) -> None:
-    shape = list(module.get_parameter(name).shape)
+    whole = module.get_parameter(name)
+    shape = list(whole.shape)
     shape[dim] //= size
-    setattr(module, name, nn.Parameter(torch.empty(shape, device="meta")))
+    part = torch.empty(shape, dtype=whole.dtype, device="meta")
+    setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))

@@ -22,6 +22,7 @@ from .experts.parallel import ExpertParallel
 from .local_sgd import Outer
 from .marks import Marks, Observer
 from .pipeline import Pipeline
+from .techniques.lora import is_adapter
 from .torch_compat import DeviceMesh, DTensor
 
 
@@ -111,8 +112,9 @@ class Trainer:
         """Sum gradients that ranks hold in part.
 
         Under sequence parallelism those of parameters that tp did not cut (one all-reduce of all of
-        them), without it those of routers, whose tokens' outputs are partial sums; with tied tables
-        under a pipeline that of the table, over first and last stage.
+        them), without it those of routers, whose tokens' outputs are partial sums, and of the half
+        of an adapter that is whole, whose other half is cut; with tied tables under a pipeline that
+        of the table, over first and last stage.
         """
         partial = self._partial_over_tp() if self.mesh.tp > 1 else []
         if partial:
@@ -133,7 +135,10 @@ class Trainer:
             local(p.grad)
             for name, p in self._named_parameters().items()
             if p.grad is not None
-            and ((split and name not in self.tp_dims) or (experts and experts.routes(name)))
+            and (
+                ((split or is_adapter(name)) and name not in self.tp_dims)
+                or (experts and experts.routes(name))
+            )
             and not (experts is not None and experts.owns(name))
         ]
 

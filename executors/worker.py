@@ -111,7 +111,10 @@ class Run:
             device=self.device,
             module=module,
             offload_folder=None if work.offload_folder is None else Path(work.offload_folder),
+            base=None if work.base is None else Path(work.base),
         )
+        if work.base is None and work.plan.phase.technique("lora") and not _goes_on(work):
+            progress.note("note: adapters train beside initial weights; --base gives others")
         if work.static_memory == "run":
             self.trainer.arena = StaticArena(self.device)
         place = self.trainer.coordinates
@@ -446,6 +449,11 @@ class Run:
             self.trainer.optimizer_step()
 
         return profile_step(ready, step, marks, calls, self.device)
+
+
+def _goes_on(work: job.Job) -> bool:
+    """Whether weights come from a checkpoint of the same training."""
+    return work.training is not None and work.training.resume is not None
 
 
 def _skipped_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from ..cluster import Device
+from ..costmodel.techniques.lora import BASES, TARGETS
 from ..document import Value
 from ..errors import InputError
 from ..local_sgd import LocalSgd
@@ -78,6 +79,12 @@ class Pins(Value, frozen=True, kw_only=True):
     local_sgd: LocalSgd | None = None
     """How replicas that train apart meet; free means that they are one in every step, or, where the
     workload allows it, what hides a slow link."""
+    lora: int | None = None
+    """Rank of adapters; free means that all weights train."""
+    lora_targets: str | None = None
+    """Linears of a layer that get one: all, qkv, qv."""
+    lora_base: str | None = None
+    """Storage of the frozen weights; free means as matmuls use them."""
     stages: tuple[int, ...] | Literal["even"] | None = None
     """Layers of every pipeline stage, or as even as can be; free means the best cut."""
     run_only: bool = False
@@ -115,6 +122,8 @@ def flag(name: str, value: object) -> str:
         return f"--offload {value}"
     if isinstance(value, LocalSgd):
         return local_sgd_flag(value)
+    if name.startswith("lora_"):
+        return f"--lora {name.removeprefix('lora_')}={value}"
     if name.startswith("offload_"):
         return f"--offload {name.removeprefix('offload_')}={value}"
     if isinstance(value, tuple):
@@ -158,6 +167,8 @@ def check_pins(pins: Pins, devices: Sequence[Device]) -> None:
     _check_choice("offload_rest", pins.offload_rest, OFFLOAD_RESTS)
     _check_choice("offload_tier", pins.offload_tier, TIERS)
     _check_choice("offload_states", pins.offload_states, OFFLOAD_STATES)
+    _check_choice("lora_targets", pins.lora_targets, ("all", *TARGETS))
+    _check_choice("lora_base", pins.lora_base, BASES)
     for device in devices:
         if pins.precision is not None and not has_rate(device, pins.precision):
             known = ", ".join(d for d in COMPUTE_DTYPES if has_rate(device, d))

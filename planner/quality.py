@@ -86,6 +86,8 @@ def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) ->
         elif name == LOCAL_SGD:
             record = RECORDS.get(str(settings.get("outer", "diloco")), LOCAL_SGD)
             used[record] = ", ".join(f"{key} {value}" for key, value in settings.items())
+        elif name == "lora" and str(settings.get("base", "")).startswith("gptq"):
+            used |= {"lora": f"rank {settings['rank']}", "gptq": f"base {settings['base']}"}
         elif name in known:
             used[name] = ", ".join(f"{key} {value}" for key, value in settings.items())
     record = optimizer.replace("_", "-")

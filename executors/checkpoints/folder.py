@@ -241,13 +241,32 @@ def check_resumable(folder: Path, model: Model) -> int:
     return 0
 
 
-def check_model(path: Path, found: Checkpoint, model: Model) -> None:
+def check_model(path: Path, found: Checkpoint, model: Model, field: str = "resume") -> None:
     """Raise InputError unless a checkpoint is of this model."""
     if found.model_digest != model_digest(model):
-        raise InputError("resume", path, f"is a checkpoint of {found.model}, the plan trains "
+        raise InputError(field, path, f"is a checkpoint of {found.model}, the plan trains "
                          f"{model.name}", "give the folder of this model, or plan that one"
                          if found.model != model.name else
                          "its sizes differ: plan the model as it was")  # fmt: skip
+
+
+def newest_base(place: Path, model: Model) -> Path:
+    """The newest checkpoint in a folder, as the weights that adapters of a model train beside."""
+    found = steps(place)
+    if not found:
+        raise InputError("base", place, "holds no checkpoint",
+                         "give the folder of run --checkpoint, or of quantize -o")  # fmt: skip
+    path = place / name_of(found[0])
+    check_model(path, read(path), model, "base")
+    return path
+
+
+def check_base(place: Path, model: Model) -> None:
+    """Raise InputError unless the newest checkpoint in a folder is whole and of this model."""
+    path = newest_base(place, model)
+    problem = damage(path, read(path))
+    if problem:
+        raise InputError("base", path, f"is damaged ({problem})", "give another checkpoint")
 
 
 def check_fresh(folder: Path) -> None:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -131,6 +136,36 @@ class BoxLoadPlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Torch has copied into the part already."""
+
+
+def save_alone(state: State, path: Path) -> None:
+    """Write a state from this process alone."""
+    with _alone():
+        state_dict_saver.save(
+            {BOXES: state},
+            storage_writer=FileSystemWriter(path, overwrite=False),
+            planner=BoxSavePlanner(),
+            no_dist=True,
+        )
+
+
+def load_alone(state: State, path: Path) -> None:
+    """Read a state for this process alone, in place."""
+    with _alone():
+        state_dict_loader.load(
+            {BOXES: state},
+            storage_reader=PlainReader(path),
+            planner=BoxLoadPlanner(str(path)),
+            no_dist=True,
+        )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Torch warns that other processes are not asked, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _absent(source: str, name: str) -> InputError:

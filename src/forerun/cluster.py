@@ -18,10 +18,16 @@ DTYPE_BYTES: dict[str, float] = {
     "int64": 8, "fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "fp4": 0.5, "int8": 1,
     "fp8_g16": 1 + 2 / 16, "mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16,
     "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+    **{
+        f"gptq{bits}_g{group}": bits / 8 + (2 + bits / 8) / group
+        for bits in (4, 3, 2) for group in (128, 64, 32)
+    },
 }  # fmt: skip
 """Bytes per element, scales included. fp8_g16: a 16-bit scale per 16 elements (COAT, arXiv
 2410.19313). mxfp8: an 8-bit scale per 32 (OCP Microscaling 1.0). nvfp4: an 8-bit scale per 16. nf4:
-an 8-bit scale per 64, and an fp32 one per 256 of those (QLoRA, arXiv 2305.14314)."""
+an 8-bit scale per 64, and an fp32 one per 256 of those (QLoRA, arXiv 2305.14314). gptqB_gG: codes
+of B bits, a 16-bit scale and a zero of B bits per G inputs of an output (GPTQ, arXiv 2210.17323).
+"""
 
 
 class Link(Value, frozen=True, kw_only=True):

@@ -179,6 +179,7 @@ class Phase(Value, frozen=True, kw_only=True):
         parts.append(f"mbs{self.micro_batch_seqs}x{self.num_microbatches}")
         parts += self._activations()
         parts.append(self._precision())
+        parts += self._adapters()
         runtime = str(self.technique("runtime").get("mode", "eager"))
         parts += [runtime] if runtime != "eager" else []
         return "_".join(parts)
@@ -193,6 +194,16 @@ class Phase(Value, frozen=True, kw_only=True):
         if not placed:
             return ""
         return f"-placed~{sha256(msgspec.json.encode(placed)).hexdigest()[:4]}"
+
+    def _adapters(self) -> list[str]:
+        """Rank of adapters, which linears have one where not all do, and how the rest is stored."""
+        settings = self.technique("lora")
+        if not settings:
+            return []
+        targets = str(settings.get("targets", "all"))
+        words = [f"lora{settings.get('rank')}", *([] if targets == "all" else [targets])]
+        base = settings.get("base")
+        return ["-".join([*words, *([] if base is None else [str(base).replace("_", "-")])])]
 
     def _precision(self) -> str:
         """Compute dtype with its recipe."""

@@ -37,8 +37,9 @@ USES: dict[str, Use] = {
     "co2": Use({"local-sgd": {"period": 2, "outer": "co2"}}),
     "diloco": Use({"local-sgd": {"period": 2, "outer": "diloco", "delay": 1}}),
     "expert-placement": Use(expert_families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
+    "gptq": Use({"lora": {"rank": 8, "base": "gptq3_g32"}}),
     "local-sgd": Use({"local-sgd": {"period": 2, "outer": "average"}}),
-    "lora": Use({"lora": {"rank": 8}}),
+    "lora": Use({"lora": {"rank": 8, "base": "nf4"}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),
     "offload": Use({"offload": {"activations": 0.5}}),
     "precision": Use({"precision": {"compute": "bf16"}}),
@@ -68,6 +69,10 @@ def plan_of(first: str, second: str) -> Plan:
     optimizers = [use.optimizer for use in uses if use.optimizer]
     if len(optimizers) > 1:
         raise InputError("optimizer", ", ".join(optimizers), "a workload has one optimiser",
+                         "choose one")  # fmt: skip
+    bases = [str(use.techniques["lora"]["base"]) for use in uses if "lora" in use.techniques]
+    if len(bases) > 1:
+        raise InputError("lora.base", ", ".join(bases), "frozen weights are stored in one way",
                          "choose one")  # fmt: skip
     techniques: dict[str, dict[str, Any]] = {"precision": {"compute": "fp32"}}
     phase: dict[str, Any] = {"mesh": {}}

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import adapters
 import expert_families
 import families
 import torch
@@ -46,6 +47,8 @@ DDP4 = {"mesh": {"dp_replicate": 4}, "micro_batch_seqs": 1}
 
 
 def plan_of(model: str, family: str, world: int) -> Plan:
+    if model == "wide":
+        return adapters.plan_of(family, world)
     if family == "ddp4":
         return families.make_plan(families.MODELS[model], **DDP4)
     kind = families if model in families.MODELS else expert_families

@@ -19,6 +19,9 @@ REFUSED = {
     ("adamw8bit", "expert-placement"): "routed experts, whose states it does not hold yet",
     ("expert-placement", "offload"): "experts, whose activations do not leave the device yet",
     ("expert-placement", "low-precision"): "routed experts, which do not work in 8 bits yet",
+    ("gptq", "lora"): "frozen weights are stored in one way",
+    ("lora", "storage"): "layers with adapters do not work in 8 bits yet",
+    ("expert-placement", "lora"): "routed experts, which have no adapters yet",
 }
 """Some that must be, and why; more may be while their techniques are only predicted."""
 COMPOSED = (
@@ -26,6 +29,8 @@ COMPOSED = (
     ("adamw-fp8", "zero"), ("low-precision", "recompute"), ("low-precision", "storage"),
     ("low-precision", "zero"), ("sequence-parallel", "storage"), ("storage", "zero"),
     ("expert-placement", "zero"),
+    ("lora", "zero"), ("lora", "sequence-parallel"), ("gptq", "recompute"), ("lora", "offload"),
+    ("adamw8bit", "lora"), ("context-parallel", "gptq"), ("adamw-fp8", "lora"),
     ("adamw8bit", "zero"), ("adamw4bit", "low-precision"), ("adamw-fp8-block", "storage"),
 )  # fmt: skip
 """Some that must run."""

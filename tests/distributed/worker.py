@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import adapters
 import apart
 import expert_families
 import families
@@ -58,6 +59,13 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
         (model, family): partial(low_precision.run, family, world)
         for model, family in low_precision.names(world, slow)
     }
+    found |= {
+        (model, family): partial(adapters.run, family, world)
+        for model, family in adapters.names(world, slow)
+    }
+    if world == 2 and not slow:
+        place = folder / "adapters"
+        found["wide", "chain"] = partial(resumption.chain, "wide", adapters.CHAIN, world, place)
     found |= resumption.tasks(world, folder, slow)
     if not slow:
         found |= apart.tasks(world, folder)

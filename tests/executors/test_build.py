@@ -169,7 +169,11 @@ HOSTED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                   | {"offload": {"states": "experts"}}),)  # fmt: skip
 PLACED = (Setting(layers=(0, 1), techniques=techniques("fp32", "none")
                   | {"expert-placement": {"slots": [[0, 1], [2, 3]]}}),)  # fmt: skip
-LORA = (Setting(layers=(0, 1), techniques=techniques("fp32", "none") | {"lora": {}}),)
+UNFUSED = (
+    Setting(
+        layers=(0, 1), techniques=techniques("fp32", "none") | {"attention": {"kernel": "unfused"}}
+    ),
+)
 PARAMETERS = (
     Setting(
         layers=(0, 1),
@@ -195,7 +199,7 @@ MIXED = (
         ("seq-len", make_plan(msgspec.structs.replace(GPT, max_positions=4))),
         ("precision", make_plan(settings=FP16)),
         ("precision", make_plan(settings=MIXED)),
-        ("settings.techniques", make_plan(settings=LORA)),
+        ("settings.techniques", make_plan(settings=UNFUSED)),
         ("offload", make_plan(settings=PARAMETERS)),
         ("orders", make_plan(orders={"0": ("0F0",)})),
         ("mesh", make_plan(mesh=Mesh(cp=2))),

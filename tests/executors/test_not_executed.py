@@ -56,7 +56,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
         ("precision.recipe", {"precision": {"compute": "fp8", "activations": "fp8"}}),
         ("precision", {"precision": {"compute": "mxfp8"}}),
         ("precision", {"precision": {"compute": "fp16"}}),
-        ("settings.techniques", {"lora": {"rank": 8}}),
+        ("settings.techniques", {"attention": {"kernel": "unfused"}}),
         ("runtime", {"precision": {"compute": "fp32"}, "runtime": {"mode": "graphs"}}),
         ("recompute", {"precision": {"compute": "fp32"}, "runtime": {"mode": "compiled"},
                        "recompute": {"mode": "full_keep_attn"}}),

@@ -16,13 +16,14 @@ torch.version.cuda = "0"  # kernels leave Triton alone where torch has no GPU to
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from forerun.kernels import adamw_fp8, fp8_cast
+from forerun.kernels import adamw_fp8, dequantize, fp8_cast
 
 POINTERS = {"p_ptr": "*fp32", "g_ptr": "*fp32", "m_codes": "*u8", "v_codes": "*u8",
             "m_groups": "*fp32", "v_groups": "*fp32", "skipped_ptr": "*i32", "x_ptr": "*bf16",
             "tops_ptr": "*fp32", "scale_ptr": "*fp32", "codes_ptr": "*u8", "transposed_ptr": "*u8",
-            "scales_ptr": "*i16", "out_ptr": "*i16"}
-WHOLE = ("num_groups", "columns", "per_row", "count", "rows", "width")
+            "scales_ptr": "*i16", "out_ptr": "*i16", "table_ptr": "*fp32", "zeros_ptr": "*u8"}
+WHOLE = ("num_groups", "columns", "per_row", "count", "rows", "width", "blocks", "first_row",
+         "first_block", "row_bytes", "zero_rows")
 STEP = dict(LOG2_RANGE=adamw_fp8.LOG2_RANGE, STEPS=16, LEAST=1 / 16, LARGEST=64.0,
             SMALLEST=adamw_fp8.SMALLEST, IS_BF16=False, BLOCK=8, GROUP=128)
 KERNELS = [
@@ -33,11 +34,16 @@ KERNELS = [
     (fp8_cast._cast_kernel, dict(PLAIN=True, TRANSPOSED=False, IS_E4M3=False, TILE=64)),
     (fp8_cast._pack_kernel, dict(LEAST=1e-20, BLOCK=64, GROUP=16)),
     (fp8_cast._unpack_kernel, dict(IS_BF16=True, BLOCK=64, GROUP=16)),
+    (dequantize._nf4_kernel, dict(IS_BF16=True, PER_STEP=dequantize.PER_STEP, BLOCK=64, GROUP=256,
+                                  PROGRAM=1024)),
+    (dequantize._grid_kernel, dict(IS_BF16=True, BITS=3, GROUP=128, PROGRAM=1024)),
 ]
+SCALES = {"_nf4_kernel": "*u8", "_grid_kernel": "*fp16"}
 found = []
 for capability in map(int, sys.argv[1:]):
     for kernel, constants in KERNELS:
         kinds = dict(POINTERS)
+        kinds["scales_ptr"] = SCALES.get(kernel.__name__, kinds["scales_ptr"])
         if constants.get("IS_BF16") and kernel is adamw_fp8._step_kernel:
             kinds |= {"p_ptr": "*i16", "g_ptr": "*bf16"}
         signature = {
@@ -70,6 +76,6 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout.splitlines()[-1])
-    assert len(kernels) == 7
+    assert len(kernels) == 9
     for name, _, shared, size in kernels:
         assert shared <= SHARED_BYTES[capability] and size > 0, name
