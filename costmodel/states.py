@@ -34,6 +34,8 @@ class Counts:
     frozen_experts: Array
     frozen_rest: Array
     """Frozen weights of embedding and head."""
+    codes: Array
+    """Weights of layers that are gathered as codes of one byte."""
 
     @staticmethod
     def of(load: Load, costs: Pieces) -> Counts:
@@ -49,6 +51,7 @@ class Counts:
             frozen=frozen,
             frozen_experts=load.total(costs, "expert_params") - experts,
             frozen_rest=np.maximum(load.params(costs) - trained - frozen, 0.0),
+            codes=load.total(costs, "gathered_codes"),
         )
 
     @staticmethod
@@ -60,12 +63,14 @@ class Counts:
             frozen=piece.params - piece.trainable_params,
             frozen_experts=piece.expert_params - piece.trainable_expert_params,
             frozen_rest=0.0 * piece.params,
+            codes=piece.gathered_codes,
         )
 
     def used_bytes(self, states: StateBytes) -> Array:
         """All of them as matmuls (or, of frozen ones, their dequantisation) read them."""
         trained = (self.trained + self.experts + self.frozen_rest) * states.used
-        return trained + (self.frozen + self.frozen_experts) * states.frozen
+        whole = trained + (self.frozen + self.frozen_experts) * states.frozen
+        return whole - self.codes * (states.used - 1.0)
 
     @property
     def with_gradient(self) -> Array:

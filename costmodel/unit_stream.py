@@ -123,7 +123,7 @@ def _layer(piece: Piece, layouts: Layouts, prices: Prices, options: Options) -> 
     dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
     pieces = piece.tensors if prices.pool.stack.unit_by_tensor else 1
     own = (piece.params, piece.trainable_params)
-    one = _unit(*own, dense, layouts, prices, options, pieces)
+    one = _unit(*own, dense, layouts, prices, options, pieces, piece.gathered_codes)
     own = (piece.expert_params, piece.trainable_expert_params)
     two = _unit(*own, experts, layouts, prices, options, pieces)
     return Unit(
@@ -141,9 +141,10 @@ def _unit(
     prices: Prices,
     options: Options,
     pieces: int = 1,
+    codes: Array | float = 0.0,
 ) -> Unit:
-    """All-gather of the parameters, reduce-scatter of the gradients of trained ones, and their
-    all-reduce over the replicas; in so many equal pieces."""
+    """All-gather of the parameters, `codes` of them in one byte, reduce-scatter of the gradients of
+    trained ones, and their all-reduce over the replicas; in so many equal pieces."""
     stack = prices.pool.stack
     dtype = "fp8" if options.gathers_low(stack) else options.tensor_dtype
     reduced = trained * stack.reduce_bytes
@@ -153,8 +154,9 @@ def _unit(
         times = pieces * stack.unit_multiplier
         return one.times(times) if times != 1.0 else one
 
+    gathered = params * DTYPE_BYTES[dtype] - codes * (DTYPE_BYTES[dtype] - 1.0)
     return Unit(
-        gather=over("all_gather", params * DTYPE_BYTES[dtype], group.shard, group.stride),
+        gather=over("all_gather", gathered, group.shard, group.stride),
         scatter=over("reduce_scatter", reduced, group.shard, group.stride),
         across=over(
             "all_reduce", reduced / group.shard, group.replicate, group.stride * group.shard

@@ -22,11 +22,11 @@ from typing import Any, get_args
 from ..catalogs import Technique, load_technique, names
 from ..document import Value
 from ..errors import unknown_name
-from ..plan import Plan
+from ..plan import HALO_RECIPES, Plan
 from ..workload import Quality, Workload
 
 CLASSES: tuple[Quality, ...] = get_args(Quality)
-LOW_COMPUTE = ("fp8", "mxfp8", "nvfp4")
+LOW_COMPUTE = ("fp8", "mxfp8", "nvfp4", "int8", "fp6", "fp4")
 
 
 class Risk(Value, frozen=True, kw_only=True):
@@ -78,7 +78,9 @@ def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) ->
         if name == "precision":
             if settings.get("compute") in LOW_COMPUTE:
                 recipe = f", recipe {settings['recipe']}" if "recipe" in settings else ""
-                used["low-precision"] = f"compute {settings['compute']}{recipe}"
+                rotates = settings.get("recipe") in HALO_RECIPES
+                record = "halo" if rotates else "low-precision"
+                used[record] = f"compute {settings['compute']}{recipe}"
             if "activations" in settings:
                 used["storage"] = f"activations {settings['activations']}"
         elif name in known:
