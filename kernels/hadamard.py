@@ -9,7 +9,8 @@ device here multiplies: their codes are held in E4M3, which has every one of the
 zeros are zeros. One value that is not finite makes the scale NaN, and so all that is decoded:
 nothing hides an overflow.
 
-A rotation along n = 2^m p is a product with the block H_p, then m butterflies in fp32. As a cast it
+A rotation along n = 2^m p is a product with the block H_p, then m butterflies in fp32 (in the
+references products with several of them). As a cast it
 reads its input twice, for the maximum and for the codes, and never writes what it rotated: 5 bytes
 per 16-bit element, as without rotation.
 
@@ -149,6 +150,20 @@ def matrix(order: int, back: bool, device: torch.device) -> Tensor:
     return found.t().contiguous() if back else found
 
 
+MOST_AT_ONCE = 64
+"""Power of two that the reference rotates by one product."""
+
+
+@lru_cache(maxsize=16)
+def powers(size: int, device: torch.device) -> Tensor:
+    """The matrix of a power of two, fp32."""
+    found = torch.ones(1, 1, device=device)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
+    while len(found) < size:
+        found = torch.kron(pair, found)
+    return found
+
+
 def sizes(size: int) -> tuple[int, int]:
     """The block's order and the power of two of a size; raises InputError where there is none."""
     found = factor(size)
@@ -160,18 +175,21 @@ def sizes(size: int) -> tuple[int, int]:
 
 
 def _rotated(x_RK: Tensor, back: bool) -> Tensor:
-    """The rotated rows in fp32: the block, then butterflies from neighbours outwards."""
+    """The rotated rows in fp32: the block, then the powers of two some at a time, as products."""
     order, rest = sizes(x_RK.shape[1])
     x = x_RK.float()
     if order > 1:
         x = matrix(order, back, x.device).t() @ x.view(-1, order, rest)
-    x = x.reshape(-1, rest)
-    stride = 1
-    while stride < rest:
-        pairs = x.view(-1, rest // (2 * stride), 2, stride)
-        low, high = pairs.unbind(2)
-        x = torch.stack((low + high, low - high), 2).view(-1, rest)
-        stride *= 2
+    outer, inner = rest, 1
+    while outer > 1:
+        some = min(outer, MOST_AT_ONCE)
+        outer //= some
+        turn = powers(some, x.device)
+        if inner == 1:
+            x = x.reshape(-1, some) @ turn
+        else:
+            x = turn @ x.reshape(-1, some, inner)
+        inner *= some
     return (x * (order * rest) ** -0.5).view(x_RK.shape)
 
 

@@ -217,7 +217,7 @@ def _lower(graph: Graph, options: Options) -> Graph:
             operators += halo.lower(op, options.recipe, LOW_PRECISION[options.compute])
         else:
             operators.append(replace(op, compute=LOW_PRECISION[options.compute]))
-    return replace(graph, operators=tuple(operators))
+    return replace(graph, operators=tuple(operators), weights=())  # some in another dtype
 
 
 def _quantize(x: Tensor, readers: list[Operator], options: Options) -> Operator:

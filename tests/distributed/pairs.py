@@ -34,6 +34,7 @@ USES: dict[str, Use] = {
     "adamw8bit": Use(optimizer="adamw8bit"),
     "attention": Use({"attention": {"kernel": "unfused"}}),
     "expert-placement": Use(families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
+    "halo": Use({"precision": {"compute": "int8", "recipe": "halo2"}}),
     "lora": Use({"lora": {"rank": 8}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),
     "offload": Use({"offload": {"activations": 0.5}}),

@@ -19,6 +19,8 @@ REFUSED = {
     ("adamw-offload", "adamw-offload"): "has no host to offload to",
     ("adamw8bit", "expert-placement"): "routed experts, whose states it does not hold yet",
     ("expert-placement", "offload"): "experts, whose activations do not leave the device yet",
+    ("halo", "storage"): "says itself what its linears keep",
+    ("expert-placement", "halo"): "which do not work in 8 bits yet",
     ("expert-placement", "low-precision"): "routed experts, which do not work in 8 bits yet",
 }
 """Some that must be, and why; more may be while their techniques are only predicted."""
@@ -26,7 +28,8 @@ COMPOSED = (
     ("adamw-fp8", "adamw-fp8"), ("adamw-fp8", "low-precision"), ("adamw-fp8", "sequence-parallel"),
     ("adamw-fp8", "zero"), ("low-precision", "recompute"), ("low-precision", "storage"),
     ("low-precision", "zero"), ("sequence-parallel", "storage"), ("storage", "zero"),
-    ("expert-placement", "zero"),
+    ("expert-placement", "zero"), ("halo", "zero"), ("halo", "recompute"), ("adamw-fp8", "halo"),
+    ("halo", "sequence-parallel"),
     ("adamw8bit", "zero"), ("adamw4bit", "low-precision"), ("adamw-fp8-block", "storage"),
 )  # fmt: skip
 """Some that must run."""

@@ -62,7 +62,7 @@ def test_rotations_are_orthogonal(size: int) -> None:
 def test_kernels_equal_references(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Butterflies bit by bit; a block's product sums in another order."""
+    """Up to the order of sums."""
     x = data(shape, dtype)
     turned, largest = rotate(x), top(x, rotated=True)
     codes, plain = cast_low(x, "int8", rotated=True), cast_low(x, "int8", transposed=True)
@@ -73,15 +73,12 @@ def test_kernels_equal_references(
     assert same.codes_MK is not None and torch.equal(same.codes_MK, plain.codes_MK)
     assert same.codes_KM is not None and torch.equal(same.codes_KM, plain.codes_MK.t())
     ours, back = rotate(x), rotate(turned, back=True)
-    if shape[1] & (shape[1] - 1) == 0:
-        assert torch.equal(ours, turned) and torch.equal(top(x, rotated=True), largest)
-        assert torch.equal(found.codes_MK, codes.codes_MK)
-        assert torch.equal(found.scale, codes.scale)
-    else:
-        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
-        torch.testing.assert_close(ours, turned, rtol=tolerance, atol=1e-5)
-        torch.testing.assert_close(found.scale, codes.scale, rtol=1e-5, atol=0.0)
-        assert int((found.codes_MK.int() - codes.codes_MK.int()).abs().max()) <= 1
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(ours, turned, rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(top(x, rotated=True), largest, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(found.scale, codes.scale, rtol=1e-5, atol=0.0)
+    different = (found.codes_MK.int() - codes.codes_MK.int()).abs()
+    assert int(different.max()) <= 1 and float(different.float().mean()) < 0.01
     torch.testing.assert_close(back, x, rtol=2.0**-6, atol=0.05)
 
 
