@@ -222,11 +222,12 @@ def _lower(graph: Graph, options: Options) -> Graph:
 
 def _quantize(x: Tensor, readers: list[Operator], options: Options) -> Operator:
     """The cast of `x` in forward and of its readers' output gradients in backward."""
+    dtype = halo.CODES if options.recipe in halo.LEVELS else options.compute
     return Operator(
         name=f"{x.name}{CAST}",
         kind=QUANTIZE[options.recipe],
         price_axes=(x.axes, *(op.outputs[0].axes for op in readers)),
         inputs=(x,),
-        outputs=(replace(x, name=f"{x.name}.quantized", dtype=options.compute),),
+        outputs=(replace(x, name=f"{x.name}.quantized", dtype=dtype),),
         grad_inputs=False,
     )
