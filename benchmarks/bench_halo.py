@@ -112,9 +112,8 @@ def fine_tuning(options: argparse.Namespace) -> None:
         print("|---|---|---|---|---|")
         exact: float | None = None
         wide: dict[str, Tensor] = {}
-        for compute, recipe in (("bf16", None), *(
-            (options.compute, name) for name in LEVELS if options.only is None or name == options.only
-        )):  # fmt: skip
+        levels = [name for name in LEVELS if options.only in (None, name)]
+        for compute, recipe in (("bf16", None), *((options.compute, name) for name in levels)):
             trainer = trainer_of({"compute": compute} | ({"recipe": recipe} if recipe else {}))
             put(trainer, weights)
             gradient = first_gradient(trainer, text)

@@ -244,8 +244,13 @@ def _wire(
     experts_trained = load.total(costs, "trainable_expert_params")
     codes = load.total(costs, "gathered_codes")
     for params, rest, trained, group, coded in (
-        (dense, load.rest_params(costs), load.trainable_params(costs), SharingGroup.dense(layouts),
-         codes),
+        (
+            dense,
+            load.rest_params(costs),
+            load.trainable_params(costs),
+            SharingGroup.dense(layouts),
+            codes,
+        ),
         (experts, 0.0 * experts, experts_trained, SharingGroup.experts(layouts), 0.0 * codes),
     ):
         gathered = np.where(often, m * (2 * (params - rest) + rest), params)
@@ -254,9 +259,7 @@ def _wire(
         reduced = np.where(units, trained / group.shard, trained)
         replicas = np.where(units, group.replicate, group.shard * group.replicate)
         x = DTYPE_BYTES[options.tensor_dtype]
-        total["all_gather@dp"] = total["all_gather@dp"] + np.where(
-            many, gathered * x - saved, 0.0
-        )
+        total["all_gather@dp"] = total["all_gather@dp"] + np.where(many, gathered * x - saved, 0.0)
         total["reduce_scatter@dp"] = total["reduce_scatter@dp"] + np.where(
             many, scatters * trained * reduce_bytes, 0.0
         )

@@ -22,6 +22,7 @@ from typing import Any, get_args
 from ..catalogs import Technique, load_technique, names
 from ..document import Value
 from ..errors import unknown_name
+from ..evidence import Evidence
 from ..plan import HALO_RECIPES, Plan
 from ..workload import Quality, Workload
 
@@ -45,6 +46,9 @@ class Risk(Value, frozen=True, kw_only=True):
     """Whether the record was written from memory."""
     beyond: str | None
     """How the plan leaves the conditions of the evidence; None where it does not."""
+
+
+MEASURED: Quality = "measured-here"
 
 
 def classes_up_to(allowed: Iterable[str]) -> tuple[Quality, ...]:
@@ -97,11 +101,12 @@ def risks(plan: Plan) -> tuple[Risk, ...]:
     for phase in plan.phases:
         for setting in phase.settings:
             used |= record_names(setting.techniques, plan.workload.optimizer)
-    found = [
-        _risk(record, setting, plan)
-        for record, setting in ((load_technique(name), text) for name, text in used.items())
-        if record.exactness != "exact"
-    ]
+    found: list[Risk] = []
+    for name, setting in used.items():
+        record = load_technique(name)
+        own = measured_here(plan.workload, name, setting)
+        if record.exactness != "exact":
+            found.append(_risk(record, setting, plan) if own is None else _measured(record, own))
     return tuple(sorted(found, key=lambda risk: (-CLASSES.index(risk.quality), risk.technique)))
 
 
@@ -126,10 +131,36 @@ def _risk(record: Technique, setting: str, plan: Plan) -> Risk:
     )
 
 
-def is_allowed(workload: Workload, technique: str) -> bool:
-    """Whether the planner may use a technique, by the name of its record, on its own."""
+def _measured(record: Technique, own: Evidence) -> Risk:
+    """The risk of what was measured on the user's own task."""
+    return Risk(
+        technique=record.name,
+        setting=own.setting,
+        quality=min(record.exactness, MEASURED, key=CLASSES.index),
+        title=record.title,
+        paper=record.paper,
+        claim=own.claim,
+        conditions=own.conditions,
+        recalled=False,
+        beyond=None,
+    )
+
+
+def measured_here(workload: Workload, technique: str, setting: str) -> Evidence | None:
+    """The user's own evidence that a setting of a technique does no harm; None without any."""
+    for own in workload.evidence:
+        if own.technique == technique and own.setting == setting and own.harmless:
+            return own
+    return None
+
+
+def is_allowed(workload: Workload, technique: str, setting: str) -> bool:
+    """Whether the planner may use a setting of a technique (its record's name) on its own."""
     record = load_technique(technique)
-    return record.exactness in workload.quality or record.name in workload.accepted
+    quality = record.exactness
+    if measured_here(workload, technique, setting) is not None and quality != "exact":
+        quality = min(quality, MEASURED, key=CLASSES.index)
+    return quality in workload.quality or record.name in workload.accepted
 
 
 def lines(found: Iterable[Risk]) -> list[str]:

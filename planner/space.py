@@ -347,9 +347,7 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
 
 
-def _rotatable(
-    model: Model, grid: Layouts, seq_tokens: int, recipe: str
-) -> NDArray[np.bool_]:
+def _rotatable(model: Model, grid: Layouts, seq_tokens: int, recipe: str) -> NDArray[np.bool_]:
     """True where a recipe of HALO rotates every layer's shapes."""
     shards = np.where(grid.zero > 0, grid.dp_shard * grid.cp, grid.dp_shard)
     tokens = grid.micro_batch_seqs * (seq_tokens // grid.cp)

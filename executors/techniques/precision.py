@@ -1,8 +1,8 @@
 """Precision: dtypes of parameters in use, of gradients on the wire, hidden states and matmuls.
 
-Below 16 bits there are three makers of linears: recipe `coat` is ours (`fp8_linear.py`), and those
-of HALO (`techniques/halo.py`), `tensorwise` and `rowwise` are torchao's. Saved activations in 8 bits change linears of either dtype, but only
-ours, since they keep their operand.
+Below 16 bits there are three makers of linears: recipe `coat` is ours (`fp8_linear.py`), those of
+HALO are too (`techniques/halo.py`), `tensorwise` and `rowwise` are torchao's. Saved activations in
+8 bits change linears of either dtype, but only those of coat, since they keep their operand.
 """
 
 from __future__ import annotations

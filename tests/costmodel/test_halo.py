@@ -179,7 +179,9 @@ def test_what_cannot_be_is_refused(plan: Plan, reason: str) -> None:
 
 
 def test_emulated_formats_gain_no_time() -> None:
-    wide, low = (estimate(plan_of(p)) for p in ({"compute": "bf16"}, {"compute": "fp6", "recipe": "halo1"}))
+    wide, low = (
+        estimate(plan_of(p)) for p in ({"compute": "bf16"}, {"compute": "fp6", "recipe": "halo1"})
+    )
     assert low.step_s.median > wide.step_s.median
 
 

@@ -77,7 +77,15 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-SLOW = ("stored ddp", "gathered 1f1b", "gathered zero1 full", "coat zero3 selective", "low zero3 full", "blocks zero1", *FAMILIES[4])
+SLOW = (
+    "stored ddp",
+    "gathered 1f1b",
+    "gathered zero1 full",
+    "coat zero3 selective",
+    "low zero3 full",
+    "blocks zero1",
+    *FAMILIES[4],
+)
 """Families that the default run of the tests leaves out."""
 
 

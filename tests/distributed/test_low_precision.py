@@ -18,10 +18,26 @@ from forerun.costmodel import estimate
 Group = Callable[[int, str], list[dict[tuple[str, str], dict[str, Any]]]]
 Single = Callable[[str], dict[str, Any]]
 
-LOSS = {"coat": 1e-3, "halo": 1e-3, "gathered": 1e-3, "low": 1e-3, "stored": 1e-4, "moments": 1e-5, "blocks": 1e-4}
+LOSS = {
+    "coat": 1e-3,
+    "halo": 1e-3,
+    "gathered": 1e-3,
+    "low": 1e-3,
+    "stored": 1e-4,
+    "moments": 1e-5,
+    "blocks": 1e-4,
+}
 """Relative tolerance of a loss: 8-bit operands round to 2^-4, of which a mean over tokens leaves
 little; what is stored acts through gradients alone."""
-GRADIENT = {"coat": 0.15, "halo": 0.06, "gathered": 0.06, "low": 0.15, "stored": 0.04, "moments": 1e-5, "blocks": 1e-5}
+GRADIENT = {
+    "coat": 0.15,
+    "halo": 0.06,
+    "gathered": 0.06,
+    "low": 0.15,
+    "stored": 0.04,
+    "moments": 1e-5,
+    "blocks": 1e-5,
+}
 """Of the first step's gradients, relative to the norm of each."""
 
 

@@ -98,9 +98,7 @@ def test_rotations_take_outliers_of_inputs_and_of_gradients() -> None:
     grad[::200] *= 100
     exact = x.double() @ weight.double().t(), grad.double() @ weight.double()
     plain, rotated = (gradients(x, weight, grad, recipe) for recipe in ("halo0", "halo2"))
-    errors = [
-        (error(a, e), error(b, e)) for a, b, e in zip(plain, rotated, exact, strict=False)
-    ]
+    errors = [(error(a, e), error(b, e)) for a, b, e in zip(plain, rotated, exact, strict=False)]
     assert errors[0][0] > 4 * errors[0][1], errors
     # tokens without an outlier lose what is rounded by the scale of those with one
     usual = [i for i in range(256) if i % 200]

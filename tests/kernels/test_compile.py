@@ -34,10 +34,11 @@ KERNELS = [
     (fp8_cast._pack_kernel, dict(LEAST=1e-20, BLOCK=64, GROUP=16)),
     (fp8_cast._unpack_kernel, dict(IS_BF16=True, BLOCK=64, GROUP=16)),
     (hadamard._cast_kernel, dict(BLOCK=hadamard.CAST_BLOCK)),
-    *((hadamard._rotate_kernel, dict(WHAT=what, IS_BF16=True, WHOLE=whole, REST=rest, WIDE=wide, SOME=min(whole, 32),
-                                     STEPS=rest.bit_length() - 1))
-      for what, whole, rest, wide in ((0, 1, 4096, False), (1, 32, 512, False), (2, 256, 64, False),
-                                      (2, 32, 64, True))),
+    *((hadamard._rotate_kernel,
+       dict(WHAT=what, IS_BF16=True, WHOLE=whole, REST=rest, WIDE=wide, SOME=min(whole, 32),
+            STEPS=rest.bit_length() - 1))
+      for what, whole, rest, wide in (
+          (0, 1, 4096, False), (1, 32, 512, False), (2, 256, 64, False), (2, 32, 64, True))),
 ]
 found = []
 for capability in map(int, sys.argv[1:]):
