@@ -177,7 +177,10 @@ class Phase(Value, frozen=True, kw_only=True):
         return f"-placed~{sha256(msgspec.json.encode(placed)).hexdigest()[:4]}"
 
     def _precision(self) -> str:
-        """Compute dtype with its recipe."""
+        """Compute dtype with its recipe; a hash where layers differ."""
+        each = [(s.layers, s.techniques.get("precision", {})) for s in self.settings]
+        if any(own != each[0][1] for _, own in each):
+            return f"mixed~{sha256(msgspec.json.encode(each)).hexdigest()[:4]}"
         settings = self.technique("precision")
         recipe = f"-{settings['recipe']}" if "recipe" in settings else ""
         return f"{self.compute_dtype}{recipe}"

@@ -12,6 +12,7 @@ import pytest
 from forerun.catalogs import load_cluster, load_evidence, load_model, save_evidence
 from forerun.errors import RunFailed
 from forerun.evidence import Evidence, family_of, for_job
+from forerun.executors.probing import Probed, Side
 from forerun.planner.quality import is_allowed
 from forerun.workload import Workload
 
@@ -31,8 +32,35 @@ def evidence(**changes: Any) -> Evidence:
     return msgspec.structs.replace(own, **changes)
 
 
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results without runs."""
+    sides = [
+        Side(label=label, losses=losses, step_s=0.1, peak_memory_bytes=peak)
+        for label, losses, peak in (("base", (4.0, 4.2), 900.0), ("with", (4.01, 4.2), 600.0))
+    ]
+
+    def probe(*_: Any, steps: int, **__: Any) -> Probed:
+        return Probed(baseline=sides[0], variant=sides[1], steps=steps)
+
+    monkeypatch.setattr("forerun.executors.probe", probe, raising=False)
+
+
+@pytest.mark.slow
+def test_real_runs_leave_evidence(invoke: Any, user_folder: Path) -> None:
+    """fp32 against stored activations, in a process of its own."""
+    check(invoke, user_folder)
+
+
+@pytest.mark.usefixtures("made_up")
 def test_a_probe_leaves_evidence(invoke: Any, user_folder: Path) -> None:
-    """Two processes' worth of real training: fp32 against stored activations."""
+    check(invoke, user_folder)
+    shown = invoke("probe", "storage", *TINY).stdout
+    assert "the planner may use it (--allow measured-here)" in shown
+
+
+def check(invoke: Any, user_folder: Path) -> None:
+    """What the probe says, what it keeps, and who shows it."""
     result = invoke("probe", "storage", *TINY, "--steps", "4", "--seeds", "2", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
