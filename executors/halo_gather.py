@@ -63,7 +63,7 @@ class CodedGathers:
 
     def __init__(self, name: str, group: dist.ProcessGroup, device: torch.device) -> None:
         self.name, self.group, self.device = name, group, device
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Tensor] = []
         self.scales = torch.ones(0, device=device)
 
     def add(self, root: nn.Module, linears: Sequence[nn.Linear]) -> None:

@@ -131,12 +131,17 @@ def _risk(record: Technique, setting: str, plan: Plan) -> Risk:
     )
 
 
+def _better(quality: Quality) -> Quality:
+    """The class of what was measured here too."""
+    return CLASSES[min(CLASSES.index(quality), CLASSES.index(MEASURED))]
+
+
 def _measured(record: Technique, own: Evidence) -> Risk:
     """The risk of what was measured on the user's own task."""
     return Risk(
         technique=record.name,
         setting=own.setting,
-        quality=min(record.exactness, MEASURED, key=CLASSES.index),
+        quality=_better(record.exactness),
         title=record.title,
         paper=record.paper,
         claim=own.claim,
@@ -159,7 +164,7 @@ def is_allowed(workload: Workload, technique: str, setting: str) -> bool:
     record = load_technique(technique)
     quality = record.exactness
     if measured_here(workload, technique, setting) is not None and quality != "exact":
-        quality = min(quality, MEASURED, key=CLASSES.index)
+        quality = _better(quality)
     return quality in workload.quality or record.name in workload.accepted
 
 

@@ -147,7 +147,7 @@ def test_gathered_codes_stand_for_their_weight() -> None:
     assert coded.grad is not None and torch.equal(coded.grad, expected[2])
     assert type(coded.grad) is Tensor
     with pytest.raises(NotImplementedError, match="gathered as codes"):
-        coded + 1
+        coded.add(1)
 
 
 @pytest.mark.usefixtures("one_rank")

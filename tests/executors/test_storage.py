@@ -174,6 +174,8 @@ def counted_peak(plan: Plan) -> int:
     [
         pytest.param("fp32 stored", "adamw_fp8", 0.05, marks=pytest.mark.slow),
         pytest.param("fp32 stored", "adamw8bit", 0.05, marks=pytest.mark.slow),
+        pytest.param("halo1", "adamw", 0.02, marks=pytest.mark.slow),
+        ("halo2-hq-xh", "adamw", 0.02),
         ("coat", "adamw_fp8", 0.12),  # emulated matmuls have fp32 copies of their operands
     ],
 )
