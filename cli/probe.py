@@ -127,6 +127,7 @@ def evidence_of(plan: Plan, technique: str, probed: Probed) -> Evidence:
     return Evidence(
         technique=technique,
         setting=used[technique],
+        settings=settings_of(plan, technique),
         model=model.name,
         family=family_of(model),
         num_params=model.num_params,
@@ -144,6 +145,13 @@ def evidence_of(plan: Plan, technique: str, probed: Probed) -> Evidence:
         memory_ratio=probed.memory_ratio,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def settings_of(plan: Plan, technique: str) -> dict[str, dict[str, Any]]:
+    """What the plan says of a technique."""
+    from ..executors.probing import VARIANTS
+
+    return {name: dict(plan.phase.technique(name)) for name in VARIANTS.get(technique, {})}
 
 
 def probe_document(evidence: Evidence, probed: Probed, path: Path) -> Mapping[str, Any]:

@@ -159,8 +159,21 @@ def measured_here(workload: Workload, technique: str, setting: str) -> Evidence 
     return None
 
 
-def is_allowed(workload: Workload, technique: str, setting: str) -> bool:
-    """Whether the planner may use a setting of a technique (its record's name) on its own."""
+def precisions_here(workload: Workload) -> tuple[Mapping[str, Any], ...]:
+    """Settings of precision below 16 bits that were measured on the user's own task, and that the
+    workload allows: what a search tries beside its own."""
+    found: list[Mapping[str, Any]] = []
+    for own in workload.evidence:
+        settings = own.settings.get("precision", {})
+        if settings.get("compute") in LOW_COMPUTE and set(settings) <= {"compute", "recipe"}:
+            if own.harmless and is_allowed(workload, own.technique, own.setting):
+                found.append(settings)
+    return tuple(found)
+
+
+def is_allowed(workload: Workload, technique: str, setting: str = "") -> bool:
+    """Whether the planner may use a technique (its record's name) on its own; with a setting,
+    evidence of the user's own counts."""
     record = load_technique(technique)
     quality = record.exactness
     if measured_here(workload, technique, setting) is not None and quality != "exact":

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +31,7 @@ from ..costmodel.layer_tensors import check_keep
 from ..costmodel.optimizers import refuse
 from ..costmodel.options import Options
 from ..document import Value, to_raw
+from ..errors import InputError
 from ..estimate import Estimate
 from ..model import Model
 from ..workload import Workload
@@ -47,7 +49,7 @@ from .candidates import (
 from .explain import RuledOut, why_lost
 from .infeasible import Infeasible, contradiction, why_nothing_fits
 from .pins import Pins, check_pins, check_stages
-from .quality import risks
+from .quality import precisions_here, risks
 from .space import compute_dtype
 
 TOLERANCE = 0.01
@@ -125,6 +127,65 @@ def search(
     """
     started = clock()
     pins = Pins() if pins is None else pins
+    cost = OwnCost() if cost is None else cost
+
+    def found(pins: Pins) -> SearchResult:
+        request = Request(model, cluster, workload, pins, cost, fixed, fit)
+        return _search(request, max(keep, 1), tolerance, started, time_limit_s, clock)
+
+    results = [found(pins)]
+    if pins.precision is None and pins.activations is None and fixed is None:
+        for settings in precisions_here(workload):
+            asked = {"precision": settings["compute"], "recipe": settings.get("recipe")}
+            try:
+                results.append(found(msgspec.structs.replace(pins, **asked)))
+            except InputError:  # of its own: shapes that no such layout has
+                continue
+    return _merged(results, max(keep, 1), workload.objective)
+
+
+def _merged(results: list[SearchResult], keep: int, objective: str) -> SearchResult:
+    """One result of several searches: the best of all plans, the smallest of all bounds."""
+    ranked = _rank([plan for result in results for plan in result.plans], objective)[:keep]
+    if len(results) == 1 or not ranked:
+        return results[0]
+    best = ranked[0]
+    bounds = [
+        _value(result.plans[0].estimate, objective) / (1 + result.stats.gap)
+        for result in results
+        if result.stats.gap is not None
+    ]
+    limits = [result.stats.limit for result in results if result.stats.limit is not None]
+    stats = SearchStats(
+        bounded=sum(result.stats.bounded for result in results),
+        solved=sum(result.stats.solved for result in results),
+        simulated=sum(result.stats.simulated for result in results),
+        gap=_gap(best, min(bounds), objective),
+        proven=all(result.stats.proven for result in results),
+        limit=limits[0] if limits else None,
+        seconds=results[-1].stats.seconds,
+    )
+    winner = next(r for r in results if r.plans and r.plans[0].label == best.label)
+    losers = (_with_reason(plan, best, objective) for plan in ranked[1:])
+    return SearchResult(
+        plans=(msgspec.structs.replace(best, lost=""), *losers),
+        stats=stats,
+        ruled_out=winner.ruled_out,
+    )
+
+
+def _search(
+    request: Request,
+    keep: int,
+    tolerance: float,
+    started: float,
+    time_limit_s: float | None,
+    clock: Callable[[], float],
+) -> SearchResult:
+    """The search of one grid, `started` by the clock."""
+    model, cluster, workload, pins = (
+        request.model, request.cluster, request.workload, request.pins,
+    )  # fmt: skip
     check_pins(pins, [pool.device for pool in cluster.pools])
     check_stages(pins, model)
     pools = cluster.pools
@@ -133,15 +194,12 @@ def search(
         refused = refuse(workload.optimizer, pool)
         if refused is not None:
             raise refused
-    request = Request(
-        model, cluster, workload, pins, OwnCost() if cost is None else cost, fixed, fit
-    )
-    candidates = bound_all(request, max(keep, 1))
+    candidates = bound_all(request, keep)
     if not len(candidates):
         raise contradiction(model, cluster, workload, pins)
     deadline = None if time_limit_s is None else started + time_limit_s
-    outcome = _best_first(candidates, max(keep, 1), tolerance, deadline, clock)
-    plans = _rank(outcome.fitting, workload.objective)[: max(keep, 1)]
+    outcome = _best_first(candidates, keep, tolerance, deadline, clock)
+    plans = _rank(outcome.fitting, workload.objective)[:keep]
     best = plans[0] if plans else None
     infeasible = _infeasible(candidates, outcome) if best is None else None
     stats = SearchStats(

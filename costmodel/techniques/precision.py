@@ -80,7 +80,7 @@ def refuse(options: Options, device: Device) -> InputError | None:
     if device.kind == "cpu":
         if options.compute in ("fp8", "int8"):
             return None
-        return InputError("precision", options.compute, "CPUs emulate no such scales",
+        return InputError("precision", options.compute, "CPUs emulate fp8 alone, and run int8",
                           "use fp8 or int8, or a GPU")  # fmt: skip
     if options.compute == "int8":
         if rate in device.peak_flops_per_s and (device.capability or (8, 0)) >= (8, 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .cluster import Cluster
 from .document import Document
@@ -27,6 +27,8 @@ class Evidence(Document, frozen=True, kw_only=True):
     """Name of its catalog record."""
     setting: str
     """What of it was used, as reports say it."""
+    settings: dict[str, dict[str, Any]] = {}
+    """The same as a plan says it, by technique; empty for an optimiser."""
     model: str
     family: str
     """Kinds of its layers (`family_of`)."""

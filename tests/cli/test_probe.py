@@ -13,6 +13,7 @@ from forerun.catalogs import load_cluster, load_evidence, load_model, save_evide
 from forerun.errors import RunFailed
 from forerun.evidence import Evidence, family_of, for_job
 from forerun.executors.probing import Probed, Side
+from forerun.planner import Pins, SearchResult, risks, search
 from forerun.planner.quality import is_allowed
 from forerun.workload import Workload
 
@@ -131,6 +132,31 @@ def test_the_planner_uses_what_is_harmless(changes: dict[str, Any], allowed: boo
     here = msgspec.structs.replace(workload, quality=("exact", "equivalent-start", "measured-here"))
     assert not is_allowed(workload, "storage", "activations fp8")
     assert is_allowed(here, "storage", "activations fp8") == allowed
+
+
+def test_a_search_tries_what_was_measured_here() -> None:
+    """On cards whose int8 matmuls are fast the rotated ones win, with evidence and leave to use it;
+    without either the plan stays in bf16."""
+    model, cluster = load_model("llama-2-7b"), load_cluster("8xRTX4090")
+    own = evidence(
+        technique="halo", setting="compute int8, recipe halo1-hq", device="GeForce RTX 4090",
+        settings={"precision": {"compute": "int8", "recipe": "halo1-hq"}},
+    )  # fmt: skip
+    own = msgspec.structs.replace(own, device=cluster.pools[0].device.name)
+    pins = Pins(tp=1, pp=1, cp=1, zero=3, micro_batch=4, recompute="full", runtime="eager",
+                offload=0.0, dp_shard=8)  # fmt: skip
+    found: list[SearchResult] = []
+    for quality in (("exact",), ("exact", "equivalent-start", "measured-here")):
+        workload = Workload(seq_tokens=2048, global_batch_seqs=32, quality=quality, evidence=(own,))
+        found.append(search(model, cluster, workload, pins, keep=2, fit="marginal"))
+    computes = [result.plans[0].plan.phase.compute_dtype for result in found]
+    assert computes == ["bf16", "int8"]
+    steps = [result.plans[0].estimate.step_s.median for result in found]
+    assert steps[1] < steps[0] and found[1].stats.bounded > found[0].stats.bounded
+    first, *others = found[1].plans
+    assert first.lost == "" and all(plan.lost for plan in others)
+    (risk,) = risks(found[1].plans[0].plan)
+    assert risk.quality == "measured-here" and risk.setting == own.setting
 
 
 def test_evidence_of_the_user_is_in_the_plan(invoke: Any) -> None:
