@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 help:
 	@echo "make demo      install, then plan, run and diff a tiny training run on this machine"
 	@echo "make test      install, then lint, type-check and test"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test-all  the same with the slow tests and new random inputs"
 	@echo "make accuracy  regenerate docs/accuracy.md: about 40 minutes on an idle machine"
 	@echo "make docs      regenerate docs/commands.md and the output in README.md"
 
@@ -20,7 +20,7 @@ test: $(STAMP)
 	@scripts/check
 
 test-all: $(STAMP)
-	@scripts/check -m "not gpu"
+	@scripts/check -m "not gpu" --hypothesis-profile random
 
 accuracy: $(STAMP)
 	@$(VENV)/bin/forerun profile

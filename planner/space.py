@@ -14,8 +14,7 @@ Limits of the space itself: a free tp stays within a node, a free vpp takes the 
 each size of the largest chunk, a free cp leaves every rank 2,048 tokens or more, is a power of two
 and a balanced ring, an exchange of heads, or, over several nodes, a ring of the largest exchanges
 that lie within one, a free ep is whole on its node or takes whole nodes, and a free ZeRO stage
-below 3 shards over all replicas or over those of one node; a free schedule is zb-h2 or zb-v only
-with two micro-batches per rank or more, which fill it. On CPUs, whose plans run here, cp beside
+below 3 shards over all replicas or over those of one node. On CPUs, whose plans run here, cp beside
 experts and latent attention is off unless it is asked for, since no executor has it; so is offload,
 since the host of a CPU is the CPU.
 
@@ -70,8 +69,6 @@ DUALPIPEV = SCHEDULES.index("dualpipev")
 SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
 LOOPED = tuple(map(SCHEDULES.index, LOOPED_SCHEDULES))
 V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
-LONG = tuple(map(SCHEDULES.index, ("zb-h2", "zb-v")))
-"""Schedules that fewer than two micro-batches per rank do not fill."""
 
 
 def only_pool(cluster: Cluster) -> Pool:
@@ -168,8 +165,6 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
     if not everything(pools, pins):
         even = ok & even_experts(model, grid)
         ok = even if even.any() else ok  # a run says what is wrong with what the pins ask for
-    if pins.schedule is None:
-        ok &= ~np.isin(grid.schedule, LONG) | (grid.num_microbatches >= 2 * grid.pp)
     rows = np.flatnonzero(ok)
     # Fewer chunks first: ties go to the simpler layout.
     return grid.take(rows[np.argsort(grid.vpp[rows], kind="stable")])

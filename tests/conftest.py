@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import settings
 
 from forerun import (
     Cluster,
@@ -37,7 +38,13 @@ if not Path("/dev/nvidiactl").exists():  # without a GPU kernels run in Triton's
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-SHARED = "group: Group", "group: Callable"
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
+settings.load_profile("same")
+"""The same inputs on every run, so that a change that passes once passes again; `make test-all`
+draws new ones (`--hypothesis-profile random`)."""
+
+SHARED = ("group: Group",)
 """What tests take whose process groups are started once, in whichever file they stand."""
 
 

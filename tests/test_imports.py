@@ -114,7 +114,7 @@ def loaded_by(arguments: list[str]) -> set[str]:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={"PYTHONPATH": str(ROOT / "src"), "PATH": "", "FORERUN_DATA": "/nonexistent"},
     )
     assert done.returncode == 0, done.stderr

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-settings.register_profile("short", max_examples=30, deadline=None)
+settings.register_profile("short", max_examples=30)
 settings.load_profile("short")

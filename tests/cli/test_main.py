@@ -23,7 +23,7 @@ def forerun_process(*arguments: str, **options: Any) -> subprocess.CompletedProc
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=300,
         **options,
     )
 

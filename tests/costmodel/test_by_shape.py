@@ -71,7 +71,7 @@ def free_choice(model: Model, layouts: Layouts, seq: int) -> tuple[str, ...]:
     return tuple(name for name in LINEARS if worth[name][0])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     hidden=st.sampled_from([256, 1024, 2048, 4096]),
     ffn=st.sampled_from([512, 4096, 14336]),

@@ -107,7 +107,7 @@ def test_a_cpu_has_the_ring_alone() -> None:
     stride=st.sampled_from([1, 2, 8]), log_bytes=st.floats(6, 34), more=st.floats(1.0, 8.0),
     gpus=st.sampled_from(["8x8xH100", "8x8xA100-80GB", "16x4xB200", "64xcpu"]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_more_bytes_are_never_faster_and_faster_links_never_slower(
     kind: str, ranks: int, stride: int, log_bytes: float, more: float, gpus: str
 ) -> None:

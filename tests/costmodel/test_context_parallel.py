@@ -226,7 +226,7 @@ def test_kinds_are_checked_and_change_the_time(make_plan: MakePlan) -> None:
     cp=st.sampled_from([1, 2, 4]), ulysses=st.sampled_from([1, 2, 4]), tp=st.sampled_from([1, 2]),
     zero=st.sampled_from([0, 3]), kind=st.sampled_from(["zigzag", "ring", "lightseq"]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, cp: int, ulysses: int, tp: int, zero: int, kind: str
 ) -> None:

@@ -80,7 +80,7 @@ def test_the_search_leaves_tensor_parallelism_out(make_plan: MakePlan) -> None:
 
 
 @given(options=degrees(tp=(1,), pp=(1, 2)))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_bound_never_exceeds_the_simulator(make_plan: MakePlan, options: dict[str, Any]) -> None:
     plan = make_plan("resnet-50", "2x8xA100", seq_tokens=1, global_batch_seqs=128, **options)
     assert_bound_holds(plan)

@@ -125,7 +125,7 @@ def _with_bandwidth(cluster: Cluster, factor: float) -> Cluster:
 
 
 @given(factor=st.floats(1.0, 8.0), sp=st.booleans(), zero=st.sampled_from([0, 1, 2, 3]))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_more_bandwidth_is_never_slower(
     make_plan: MakePlan, factor: float, sp: bool, zero: int
 ) -> None:
@@ -158,7 +158,7 @@ def _layouts(draw: st.DrawFn) -> dict[str, int | str | bool]:
 
 
 @given(options=_layouts(), model=st.sampled_from(["llama-3.1-8b", "gpt-3.6b", "llama-2-13b"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, options: dict[str, int], model: str
 ) -> None:

@@ -88,7 +88,7 @@ def test_lengths_follow_the_workload() -> None:
 
 
 @given(options=degrees(sp=True), model=st.sampled_from(["t5-large", "bert-large", "t5-v1.1-xl"]))
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, options: dict[str, Any], model: str
 ) -> None:

@@ -172,7 +172,7 @@ def test_rules_of_expert_parallelism() -> None:
     zero=st.sampled_from([0, 1, 3]), sp=st.booleans(),
     recompute=st.sampled_from(["none", "selective", "full"]),
 )  # fmt: skip
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, tp: int, pp: int, ep: int, zero: int, sp: bool, recompute: str
 ) -> None:

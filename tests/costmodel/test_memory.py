@@ -201,7 +201,7 @@ def test_recompute_keeps_less_and_needs_the_rest_again(attention: str, sp: int) 
 
 
 @given(fraction=st.floats(0.0, 1.0))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_offload_keeps_its_fraction_elsewhere(fraction: float) -> None:
     layouts = _layouts()
     kept = [
@@ -220,7 +220,7 @@ def test_offload_keeps_its_fraction_elsewhere(fraction: float) -> None:
     zero=st.sampled_from([0, 1, 2, 3]),
     sp=st.booleans(),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_bound_never_exceeds_the_simulator_on_any_stack(
     make_plan: MakePlan, stack: str, recompute: str, tp: int, pp: int, zero: int, sp: bool
 ) -> None:

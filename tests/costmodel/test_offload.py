@@ -111,7 +111,7 @@ def test_matches_memo_fraction_that_the_host_holds() -> None:
 
 
 @given(fraction=st.floats(0, 1), seq=st.sampled_from([128, 1000, 4096]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_tokens_move_whole_inputs_and_a_share_of_the_rest(fraction: float, seq: int) -> None:
     """A + a (S - A) bytes with a = floor(alpha s) / s; nothing stays."""
     graph, sizes, options = block(seq, offload=fraction, offload_rest="recompute")
@@ -257,7 +257,7 @@ def test_micro_batches_that_return_at_once(
     ),
     seq=st.sampled_from([1024, 16384]),
 )
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, fraction: float, rest: str, states: str | None, spared: int,
     degrees: dict[str, Any], seq: int,

@@ -63,7 +63,6 @@ def test_live_activations_of_the_first_rank(
     schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
     hop=st.floats(0, 0.5),
 )
-@settings(deadline=None)
 def test_every_action_once_and_sharing_at_full_speed_changes_nothing(
     p: int, rounds: int, v: int, schedule: str, hop: float
 ) -> None:
@@ -83,7 +82,7 @@ def test_two_ranks_on_one_core_take_the_sum_of_their_work() -> None:
     assert played.makespan_s == pytest.approx(2 * 4 * 3.0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
     p=st.sampled_from([2, 3, 4, 8]),
@@ -108,7 +107,7 @@ def test_two_short_plays_tell_a_long_one(
     assert short.busy_s == pytest.approx(whole.busy_s, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     schedule=st.sampled_from(["gpipe", "1f1b", "interleaved"]),
     p=st.sampled_from([2, 3, 4]),

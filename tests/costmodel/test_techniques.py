@@ -152,7 +152,7 @@ layouts = st.fixed_dictionaries(
 
 
 @given(case=cases, layout=layouts)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_more_recompute_saves_fewer_bytes(
     case: dict[str, str | int | None], layout: dict[str, int]
 ) -> None:
@@ -165,7 +165,7 @@ def test_more_recompute_saves_fewer_bytes(
     assert kept[-1] > 0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(case=cases, layout=layouts, mode=st.sampled_from(RECOMPUTE_MODES))
 def test_rewrites_change_no_matmul_of_the_layer(
     case: dict[str, str | int | None], layout: dict[str, int], mode: str

@@ -85,7 +85,7 @@ def test_the_workload_s_length_changes_nothing(make_plan: MakePlan) -> None:
 @given(
     options=degrees(tp=(1, 2, 4)), model=st.sampled_from(["vit-l-16", "clip-vit-l-14", "dit-l-2"])
 )
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_bound_never_exceeds_the_simulator(
     make_plan: MakePlan, options: dict[str, Any], model: str
 ) -> None:

@@ -85,7 +85,7 @@ def _shapes(draw: st.DrawFn, most_rounds: int = 12) -> tuple[str, int, int, int]
     spread=st.sampled_from([1.0, 1.3, 2.0]),
     hop=st.sampled_from([0.0, 0.05]),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_short_plays_tell_long_ones_and_no_chain_is_longer(
     shape: tuple[str, int, int, int], seed: int, spread: float, hop: float
 ) -> None:
@@ -102,7 +102,7 @@ def test_short_plays_tell_long_ones_and_no_chain_is_longer(
 
 
 @given(shape=_shapes(3), hop=st.sampled_from([0.0, 0.5, 2.0]), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_sharing_at_full_speed_changes_nothing(
     shape: tuple[str, int, int, int], hop: float, seed: int
 ) -> None:
@@ -123,7 +123,7 @@ def _grid(schedule: str, p: int, v: int, m: int) -> Layouts:
 @given(
     shape=_shapes(), before=st.floats(0.3, 1.0), waiting=st.sampled_from([0.0, 0.5, 0.94, 3.0, 16])
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_closed_forms_of_live_chunks_are_not_above_the_order(
     shape: tuple[str, int, int, int], before: float, waiting: float
 ) -> None:
@@ -140,7 +140,7 @@ def test_closed_forms_of_live_chunks_are_not_above_the_order(
 @given(
     p=st.integers(2, 5), v=st.sampled_from([1, 2]), counts=st.lists(st.integers(1, 9), max_size=2)
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_ranks_hold_the_stages_that_the_schedule_places_on_them(
     make_plan: MakePlan, p: int, v: int, counts: list[int]
 ) -> None:
@@ -177,7 +177,7 @@ def _plans(draw: st.DrawFn) -> dict[str, int | str | bool]:
 
 
 @given(options=_plans(), model=st.sampled_from(["llama-3.1-8b", "gpt-3.6b", "llama-2-13b"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_bounds_are_admissible_and_terms_sum_to_the_whole(
     make_plan: MakePlan, options: dict[str, int], model: str
 ) -> None:

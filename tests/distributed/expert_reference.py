@@ -15,9 +15,9 @@ from typing import Any
 import families
 import torch
 import torch.nn.functional as F
+from plain_loop import train_plainly, whole_model
 from torch import Tensor, nn
 
-from forerun.executors import init
 from forerun.executors.decoder import Decoder
 from forerun.executors.experts.layer import Moe
 from forerun.plan import Plan
@@ -31,12 +31,7 @@ def in_parts(forward: Callable[[Tensor], Tensor], parts: int, x_BSE: Tensor) -> 
 
 def make_piece(plan: Plan, logits: Logits) -> Decoder:
     """The whole model, which routes as a plan's ranks do and notes its routers' logits."""
-    model = plan.model
-    piece = Decoder(model, 0, model.num_layers - 1)
-    with torch.no_grad():
-        for name, parameter in piece.named_parameters():
-            shape, seed = tuple(parameter.shape), plan.workload.seed
-            parameter.copy_(init.full_parameter(name, shape, model, seed, torch.device("cpu")))
+    piece = whole_model(plan.model)
     parts = plan.phase.mesh.tp if plan.phase.sequence_parallel else 1
     for name, moe in piece.named_modules():
         if isinstance(moe, Moe):
@@ -96,17 +91,13 @@ class RouterLosses:
         return z + workload.balance_loss_coef * even
 
 
-def reference(plan: Plan, steps: int = families.STEPS) -> dict[str, Any]:
+def reference(plan: Plan) -> dict[str, Any]:
     """Losses of all steps and gradients of the first, as they are clipped."""
     logits: Logits = {}
     piece = make_piece(plan, logits)
-    optimizer = torch.optim.AdamW(piece.parameters(), lr=plan.workload.learning_rate,
-                                  betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)  # fmt: skip
     dp, num = plan.phase.mesh.dp, plan.phase.num_microbatches
-    clip_norm = plan.workload.clip_norm
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    for step in range(steps):
+
+    def backward_of(step: int) -> float:
         replicas = [part.chunk(num) for part in families.tokens(step).chunk(dp)]
         routers, total = RouterLosses(plan), 0.0
         for index in range(num):
@@ -119,13 +110,6 @@ def reference(plan: Plan, steps: int = families.STEPS) -> dict[str, Any]:
                 noted.append(dict(logits))
             total += loss.item() / num
             ((loss + routers.of_micro_batch(noted)) / num).backward()
-        losses.append(total)
-        if clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(piece.parameters(), clip_norm)
-            assert norm > clip_norm
-        if step == 0:
-            gradients = {k: p.grad.clone() for k, p in piece.named_parameters()
-                         if p.grad is not None}  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"losses": losses, "gradients": gradients}
+        return total
+
+    return train_plainly(piece, backward_of, families.STEPS, plan.workload.clip_norm)

@@ -8,27 +8,26 @@ from itertools import pairwise
 from typing import Any
 
 import context_families
-import msgspec
+import selections
 import torch
 from context_families import CLIPPED
+from plain_loop import LEARNING_RATE, SEED, train_plainly, whole_model
 from torch import Tensor
 
 from forerun.cluster import Cluster, Device, Link, Pool
-from forerun.executors import init
 from forerun.executors.data import Rows
 from forerun.executors.decoder import Decoder
 from forerun.executors.measure.comm import CollectiveCounter
 from forerun.executors.measure.memory import LiveTensors
 from forerun.executors.trainer import Trainer
-from forerun.experts import Experts
 from forerun.lengths import Lengths
 from forerun.mesh import Mesh
-from forerun.model import LatentAttention, Layer, Model
+from forerun.model import Layer, Model
 from forerun.plan import Phase, Plan, Setting, Stage, even_stages, techniques
 from forerun.stack import Stack
 from forerun.workload import Workload
 
-SEQ, STEPS, BATCH, VOCAB = 32, 10, 8, 256
+SEQ, STEPS, BATCH, VOCAB = 32, selections.STEPS["slow"], 8, 256
 SPLIT_BATCH = {"micro_batch_seqs": 2}
 
 LLAMA = Model(
@@ -51,48 +50,6 @@ GPT = Model(
 )  # fmt: skip
 LENGTHS = Lengths.of("documents", [1, 3, 6, 9, 14, 32], "made up")
 MODELS = {"llama": LLAMA, "gpt": GPT}
-
-ROUTED = Layer(repeat=3, heads=4, kv_heads=2, head_dim=8,
-               experts=Experts(num_experts=8, top_k=2, ffn_hidden=24))  # fmt: skip
-MOE = Model(
-    name="tiny-moe",
-    hidden=32,
-    vocab=VOCAB,
-    layers=(Layer(repeat=1, heads=4, kv_heads=2, head_dim=8, ffn_hidden=64), ROUTED),
-)
-MLA = Model(
-    name="tiny-mla-moe",
-    hidden=32,
-    vocab=VOCAB,
-    layers=(
-        Layer(
-            repeat=4, heads=4, kv_heads=4, head_dim=12,
-            latent=LatentAttention(q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
-                                   qk_rope_head_dim=4, v_head_dim=8),
-            experts=Experts(num_experts=8, top_k=2, ffn_hidden=16, shared_ffn_hidden=24,
-                            scores="sigmoid", routed_scale=1.5),
-        ),
-    ),
-)  # fmt: skip
-
-
-def with_capacity(model: Model, **changes: Any) -> Model:
-    """The model with other settings of its experts."""
-    replace = msgspec.structs.replace
-    layers = [
-        layer if layer.experts is None else
-        replace(layer, experts=replace(layer.experts, **changes))
-        for layer in model.layers
-    ]  # fmt: skip
-    return replace(model, layers=tuple(layers))
-
-
-EXPERT_MODELS = {
-    "moe": MOE,
-    "mla": MLA,
-    "capacity": with_capacity(MOE, capacity_factor=1.0),
-    "positions": with_capacity(MOE, capacity_factor=0.75, drop="position"),
-}
 
 
 def cluster(num_devices: int) -> Cluster:
@@ -145,8 +102,8 @@ def make_plan(
     plan = Plan(
         model=model,
         cluster=cluster(degrees.world),
-        workload=Workload(seq_tokens=SEQ, global_batch_seqs=BATCH, steps=STEPS, seed=7,
-                          learning_rate=1e-3, clip_norm=clip_norm,
+        workload=Workload(seq_tokens=SEQ, global_batch_seqs=BATCH, steps=STEPS, seed=SEED,
+                          learning_rate=LEARNING_RATE, clip_norm=clip_norm,
                           lengths=LENGTHS if packed else None, **(workload or {})),
         phases=(
             Phase(
@@ -295,111 +252,6 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 for _world, _families in context_families.FAMILIES.items():
     FAMILIES.setdefault(_world, {}).update(_families)
 
-GLOBAL = {
-    "workload": {
-        "balance_loss": "global-batch",
-        "balance_loss_coef": 0.5,
-        "router_z_loss_coef": 0.3,
-    }
-}
-LOCAL = {"workload": {"balance_loss": "micro-batch", "balance_loss_coef": 0.5}}
-TWICE = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5, 1], [2, 4, 6, 0, 7]]}}}
-"""Two experts on both ranks."""
-PERMUTED = {"more": {"expert-placement": {"slots": [[7, 0, 3, 5], [2, 4, 6, 1]]}}}
-SP, FULL = {"sequence_parallel": True}, {"recompute": "full"}
-OFFLOAD = {"more": {"offload": {"states": "experts"}}}
-STATES = {"more": {"offload": {"states": "optimizer"}}}
-
-
-def mesh(**degrees: int) -> dict[str, Any]:
-    return {"mesh": degrees}
-
-
-EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
-    1: {
-        ("moe", "plain"): {},
-        ("mla", "full, global balance"): FULL | SPLIT_BATCH | GLOBAL,
-        ("capacity", "offload"): OFFLOAD,
-        ("mla", "offload optimizer"): STATES,
-    },
-    2: {
-        ("moe", "ep2 ddp, global balance"): mesh(dp_replicate=2, ep=2) | SPLIT_BATCH | FULL
-        | GLOBAL,
-        ("mla", "ep2 zero3"): mesh(dp_shard=2, ep=2) | {"zero": 3} | FULL,
-        ("moe", "tp"): mesh(tp=2) | SPLIT_BATCH | LOCAL,
-        ("mla", "ep2 over tp"): mesh(tp=2, ep=2) | SP | {"recompute": "selective"},
-        ("capacity", "ep2 zero1"): mesh(dp_shard=2, ep=2) | {"zero": 1} | SPLIT_BATCH,
-        ("moe", "clip ep2 zero3, replicas"): mesh(dp_shard=2, ep=2) | {"zero": 3} | TWICE
-        | SPLIT_BATCH | CLIPPED,
-        ("moe", "zero3"): mesh(dp_shard=2) | {"zero": 3},
-    },
-    4: {
-        ("mla", "ep2 x tp2-sp"): mesh(dp_replicate=2, tp=2, ep=2) | SP | GLOBAL,
-        ("moe", "ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
-        | {"schedule": "zb-h1"} | PP | FULL | GLOBAL,
-        ("moe", "ep2 x fsdp2"): mesh(dp_shard=4, ep=2) | {"zero": 3},
-        ("capacity", "ep4 over tp2"): mesh(dp_shard=2, tp=2, ep=4) | SP | {"zero": 2},
-    },
-}  # fmt: skip
-SLOW_EXPERT_FAMILIES: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
-    1: {
-        ("mla", "plain"): {},
-        ("positions", "accumulation"): SPLIT_BATCH,
-        ("moe", "selective, micro balance"): {"recompute": "selective"} | LOCAL,
-    },
-    2: {
-        ("moe", "ep2 ddp"): mesh(dp_replicate=2, ep=2),
-        ("moe", "ep2 zero2"): mesh(dp_shard=2, ep=2) | {"zero": 2} | SPLIT_BATCH,
-        ("moe", "ep2 placed"): mesh(dp_replicate=2, ep=2) | PERMUTED,
-        ("mla", "ep2 ddp, replicas"): mesh(dp_replicate=2, ep=2) | TWICE | SPLIT_BATCH,
-        ("mla", "ep2 over tp, replicas"): mesh(tp=2, ep=2) | SP | TWICE,
-        ("mla", "tp, z-loss"): mesh(tp=2) | GLOBAL,
-        ("moe", "tp-sp"): mesh(tp=2) | SP | FULL | GLOBAL,
-        ("capacity", "tp-sp"): mesh(tp=2) | SP,
-        ("capacity", "tp"): mesh(tp=2),
-        ("capacity", "ep2 over tp"): mesh(tp=2, ep=2) | SP | FULL,
-        ("positions", "ep2 placed"): mesh(dp_replicate=2, ep=2) | PERMUTED,
-        ("mla", "gpipe"): mesh(pp=2) | {"schedule": "gpipe"} | PP | LOCAL,
-        ("moe", "interleaved"): mesh(pp=2, vpp=2) | {"schedule": "interleaved"} | PP | FULL
-        | GLOBAL,
-        ("moe", "ep2 zero1, offload"): mesh(dp_shard=2, ep=2) | {"zero": 1} | OFFLOAD,
-        ("moe", "ep2 zero1, offload optimizer"): mesh(dp_shard=2, ep=2) | {"zero": 1} | STATES,
-        ("moe", "zb-h1, global balance"): mesh(pp=2) | {"schedule": "zb-h1"} | PP | GLOBAL,
-        ("mla", "zb-v full"): {"mesh": V22, "schedule": "zb-v"} | PP | FULL,
-        ("capacity", "dualpipev"): {"mesh": V22, "schedule": "dualpipev"} | PP,
-        ("moe", "clip ep2 ddp, replicas"): mesh(dp_replicate=2, ep=2) | TWICE | CLIPPED,
-        ("mla", "clip ep2 zero3"): mesh(dp_shard=2, ep=2) | {"zero": 3} | CLIPPED,
-        ("moe", "clip tp"): mesh(tp=2) | CLIPPED,
-        ("mla", "clip ep2 over tp"): mesh(tp=2, ep=2) | SP | CLIPPED,
-        ("moe", "bf16 ep2 zero3"): mesh(dp_shard=2, ep=2) | {"zero": 3, "dtype": "bf16"},
-    },
-    4: {
-        ("moe", "ep4"): mesh(dp_replicate=4, ep=4) | GLOBAL,
-        ("mla", "ep2 x ddp2"): mesh(dp_replicate=4, ep=2) | LOCAL,
-        ("mla", "ep4 zero2"): mesh(dp_shard=4, ep=4) | {"zero": 2, "micro_batch_seqs": 1},
-        ("moe", "hsdp ep2"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 3},
-        ("mla", "hsdp ep4"): mesh(dp_replicate=2, dp_shard=2, ep=4) | {"zero": 3},
-        ("mla", "hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}
-        | TWICE,
-        ("moe", "fsdp2 x ep2, replicas"): mesh(dp_shard=4, ep=2) | {"zero": 1} | TWICE,
-        ("moe", "ep2 x tp2"): mesh(dp_replicate=2, tp=2, ep=2) | GLOBAL,
-        ("moe", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP | FULL,
-        ("mla", "ep4 over tp2"): mesh(dp_replicate=2, tp=2, ep=4) | SP | GLOBAL,
-        ("capacity", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP,
-        ("capacity", "ep2 x pp2"): mesh(dp_replicate=2, pp=2, ep=2) | PP,
-        ("moe", "ep2 x pp2"): mesh(dp_shard=2, pp=2, ep=2) | {"zero": 1} | PP | FULL | GLOBAL,
-        ("moe", "ep2 x pp2 zb-h1 x zero1"): mesh(dp_shard=2, pp=2, ep=2)
-        | {"zero": 1, "schedule": "zb-h1"} | PP | FULL | GLOBAL,
-        ("moe", "clip ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
-        | {"schedule": "zb-h1"} | PP | CLIPPED,
-        ("moe", "clip hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}
-        | TWICE | CLIPPED,
-        ("mla", "ep2 x pp2x2 x zero3"): mesh(dp_shard=2, pp=2, vpp=2, ep=2)
-        | {"zero": 3, "schedule": "interleaved"} | PP,
-    },
-}  # fmt: skip
-
-
 SLOW = (
     "gpt accumulation", "gpt recompute selective", "gpt bf16 accumulation",
     "gpt ddp accumulation", "gpt zero1", "gpt zero2", "gpt zero3 recompute full",
@@ -434,9 +286,9 @@ SLOW = (
 
 
 def names(world: int, slow: bool = False) -> list[tuple[str, str]]:
-    """(model, family) of the default run or of the long one."""
+    """(model, family) of the default run, or all of them."""
     every = [(model, family) for model in MODELS for family in FAMILIES[world]]
-    return [name for name in every if is_slow(world, *name) == slow]
+    return [name for name in every if slow or not is_slow(world, *name)]
 
 
 def is_slow(world: int, model: str, family: str) -> bool:
@@ -446,17 +298,9 @@ def is_slow(world: int, model: str, family: str) -> bool:
     return name not in context_families.QUICK if of_context else name in SLOW
 
 
-def expert_names(world: int, slow: bool = False) -> list[tuple[str, str]]:
-    """The same of models with routed experts."""
-    return list((SLOW_EXPERT_FAMILIES if slow else EXPERT_FAMILIES)[world])
-
-
 def plan_of(world: int, model: str, family: str) -> Plan:
     """The plan of a family."""
-    if model in MODELS:
-        return make_plan(MODELS[model], **FAMILIES[world][family])
-    every = EXPERT_FAMILIES[world] | SLOW_EXPERT_FAMILIES[world]
-    return make_plan(EXPERT_MODELS[model], **every[model, family])
+    return make_plan(MODELS[model], **FAMILIES[world][family])
 
 
 def tokens(step: int) -> Tensor:
@@ -485,7 +329,7 @@ def replica_rows(plan: Plan, coordinates: dict[str, int], step: int) -> Rows:
     return rows._replace(documents_BN=filled.chunk(dp)[rank])
 
 
-def train(trainer: Trainer, steps: int = STEPS) -> dict[str, Any]:
+def train(trainer: Trainer, steps: int) -> dict[str, Any]:
     """Losses of all steps, gradients of the first; collectives, copies, live bytes of the last."""
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
@@ -542,30 +386,13 @@ def plain_loss(piece: Decoder, step: int, packed: bool) -> Tensor:
     return total / (BATCH * SEQ)
 
 
-def reference(
-    model: Model, steps: int = STEPS, clip_norm: float | None = None, packed: bool = False
-) -> dict[str, Any]:
+def reference(model: Model, clip_norm: float | None = None, packed: bool = False) -> dict[str, Any]:
     """The same training as a plain loop over one plain module; gradients as they are clipped."""
-    plan = make_plan(model)
-    piece = Decoder(model, 0, model.num_layers - 1)
-    with torch.no_grad():
-        for name, parameter in piece.named_parameters():
-            shape, seed = tuple(parameter.shape), plan.workload.seed
-            parameter.copy_(init.full_parameter(name, shape, model, seed, torch.device("cpu")))
-    optimizer = torch.optim.AdamW(piece.parameters(), lr=plan.workload.learning_rate,
-                                  betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)  # fmt: skip
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    for step in range(steps):
+    piece = whole_model(model)
+
+    def backward_of(step: int) -> float:
         loss = plain_loss(piece, step, packed)
         loss.backward()
-        losses.append(loss.item())
-        if clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(piece.parameters(), clip_norm)
-            assert norm > clip_norm
-        if step == 0:
-            gradients = {k: p.grad.clone() for k, p in piece.named_parameters()
-                         if p.grad is not None}  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"losses": losses, "gradients": gradients}
+        return loss.item()
+
+    return train_plainly(piece, backward_of, STEPS, clip_norm)

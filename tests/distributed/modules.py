@@ -11,6 +11,7 @@ from typing import Any
 
 import families
 import torch
+from plain_loop import SEED, train_plainly
 from torch import Tensor
 
 from forerun import Model, document
@@ -56,8 +57,8 @@ SLOW = {
 
 
 def names(world: int, slow: bool) -> list[tuple[str, str]]:
-    """(target, family) of the default run or of the long one."""
-    return [name for name in FAMILIES[world] if (name in SLOW) == slow]
+    """(target, family) of the default run, or all of them."""
+    return [name for name in FAMILIES.get(world, {}) if slow or name not in SLOW]
 
 
 def plan_of(folder: Path, target: str, settings: dict[str, Any]) -> Plan:
@@ -102,29 +103,22 @@ def train(folder: Path, target: str, settings: dict[str, Any]) -> dict[str, Any]
 
 def reference(target: str) -> dict[str, Any]:
     """The same training as a plain loop over the module."""
-    seed = 7
-    seed_everything(seed)
+    seed_everything(SEED)
     user = load(target)
-    optimizer = torch.optim.AdamW(user.module.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
-                                  weight_decay=0.1)  # fmt: skip
-    losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    for step in range(STEPS):
-        loss = plain_loss(user, seed, step)
+
+    def backward_of(step: int) -> float:
+        loss = plain_loss(user, step)
         loss.backward()
-        losses.append(loss.item())
-        if step == 0:
-            gradients = {f"module.{k}": p.grad.clone() for k, p in user.module.named_parameters()
-                         if p.grad is not None}  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"losses": losses, "gradients": gradients}
+        return loss.item()
+
+    found = train_plainly(user.module, backward_of, STEPS)
+    return found | {"gradients": {f"module.{k}": g for k, g in found["gradients"].items()}}
 
 
-def plain_loss(user: UserModule, seed: int, step: int) -> Tensor:
+def plain_loss(user: UserModule, step: int) -> Tensor:
     if user.make_batch is None:
         tokens = families.tokens(step)
         logits = user.module(tokens[:, :-1])
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    seeds = [traced.sample_seed(seed, step, index) for index in range(families.BATCH)]
+    seeds = [traced.sample_seed(SEED, step, index) for index in range(families.BATCH)]
     return user.module(*user.samples(seeds, families.SEQ))

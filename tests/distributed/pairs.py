@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import expert_families
 import families
 import msgspec
 from low_precision import WIDE
@@ -33,7 +34,7 @@ USES: dict[str, Use] = {
     "adamw4bit": Use(optimizer="adamw4bit"),
     "adamw8bit": Use(optimizer="adamw8bit"),
     "attention": Use({"attention": {"kernel": "unfused"}}),
-    "expert-placement": Use(families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
+    "expert-placement": Use(expert_families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
     "halo": Use({"precision": {"compute": "int8", "recipe": "halo2"}}),
     "lora": Use({"lora": {"rank": 8}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),
@@ -77,7 +78,7 @@ def plan_of(first: str, second: str) -> Plan:
         mesh["dp_shard"] = 1  # two processes: what ZeRO would shard over is one rank
     elif "dp_shard" not in mesh:
         mesh["dp_replicate"] = WORLD
-    model = families.MOE if any(use.routed for use in uses) else WIDE
+    model = expert_families.MOE if any(use.routed for use in uses) else WIDE
     plan = families.make_plan(model, **phase)
     settings = tuple(msgspec.structs.replace(s, techniques=techniques) for s in plan.phase.settings)
     workload = msgspec.structs.replace(plan.workload, optimizer=(optimizers or ["adamw"])[0])

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import expert_families
 import families
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ DDP4 = {"mesh": {"dp_replicate": 4}, "micro_batch_seqs": 1}
 def plan_of(model: str, family: str, world: int) -> Plan:
     if family == "ddp4":
         return families.make_plan(families.MODELS[model], **DDP4)
-    return families.plan_of(world, model, family)
+    kind = families if model in families.MODELS else expert_families
+    return kind.plan_of(world, model, family)
 
 
 def facts(plan: Plan) -> Checkpoint:
@@ -146,8 +148,8 @@ def selected(world: int, slow: bool) -> tuple[list[tuple[str, str]], dict[str, t
     if not slow:
         return [("gpt", family) for family in SAME[world]], CHAIN.get(world, {})
     every = [(model, family) for model in families.MODELS for family in families.FAMILIES[world]]
-    layouts: tuple[str, ...] = LONG_CHAIN[world]
-    chains = {model: layouts for model in families.MODELS}
+    layouts = LONG_CHAIN.get(world)
+    chains = {model: layouts for model in families.MODELS} if layouts else {}
     if world in LONG_EXPERT_CHAIN:
         chains["moe"] = LONG_EXPERT_CHAIN[world]
     return every, chains

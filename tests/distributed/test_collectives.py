@@ -6,12 +6,10 @@ parallelism, per micro-batch of a pipeline. `n` is the number of micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import families
 import pytest
 from families import BATCH, LLAMA, SEQ, VOCAB
+from selections import Group, cases
 
 from forerun.costmodel import estimate
 
@@ -82,30 +80,25 @@ EXPECTED: list[tuple[int, str, Calls]] = [
 
 
 @pytest.mark.parametrize(("world", "family", "expected"), EXPECTED)
-def test_collectives_of_a_step(
-    group: Callable[[int, str], Any], world: int, family: str, expected: Calls
-) -> None:
+def test_collectives_of_a_step(group: Group, world: int, family: str, expected: Calls) -> None:
     assert group(world, "quick")[0]["llama", family]["collectives"] == expected
 
 
-QUICK = [(world, *name) for world in (2, 4) for name in families.names(world)]
-
-
-@pytest.mark.parametrize(("world", "model", "family"), QUICK)
+@pytest.mark.parametrize(
+    ("selection", "world", "model", "family"), cases(families.names, (2, 4, 8))
+)
 def test_predicted_bytes_are_those_counted(
-    group: Callable[[int, str], Any], world: int, model: str, family: str
+    group: Group, selection: str, world: int, model: str, family: str
 ) -> None:
-    plan = families.make_plan(families.MODELS[model], **families.FAMILIES[world][family])
     counted: dict[str, float] = {}
-    for rank in group(world, "quick"):
+    for rank in group(world, selection):
         for name, size in rank[model, family]["bytes_on_wire"].items():
             counted[name] = counted.get(name, 0.0) + size / world
-    assert estimate(plan).bytes_on_wire == pytest.approx(counted)
+    predicted = estimate(families.plan_of(world, model, family)).bytes_on_wire
+    assert predicted == pytest.approx(counted)
 
 
-def test_tied_tables_are_summed_once_between_first_and_last_stage(
-    group: Callable[[int, str], Any],
-) -> None:
+def test_tied_tables_are_summed_once_between_first_and_last_stage(group: Group) -> None:
     for rank in group(2, "quick"):
         calls = rank["gpt", "1f1b"]["collectives"]
         assert calls == {("send", "pp", HIDDEN // 4): 4, ("all_reduce", "pp", TABLE): 1}

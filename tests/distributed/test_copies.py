@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import families
 import pytest
+from selections import Group, cases, mean_bytes
 
 from forerun.costmodel import estimate
 
-CASES = [
-    (world, model, family)
-    for world in (1, 2, 4)
-    for model, family in families.names(world)
-    if "more" in families.FAMILIES[world][family]
-    or families.FAMILIES[world][family].get("recompute") in ("elementwise", "per_op", "full")
-]
+
+def names(world: int, slow: bool) -> list[tuple[str, str]]:
+    modes = ("elementwise", "per_op", "full")
+    settings = families.FAMILIES[world]
+    return [
+        (model, family)
+        for model, family in families.names(world, slow)
+        if "more" in settings[family] or settings[family].get("recompute") in modes
+    ]
 
 
-@pytest.mark.parametrize(("world", "model", "family"), CASES)
+@pytest.mark.parametrize(("selection", "world", "model", "family"), cases(names, families.FAMILIES))
 def test_bytes_moved_are_those_predicted(
-    group: Callable[[int, str], Any], world: int, model: str, family: str
+    group: Group, selection: str, world: int, model: str, family: str
 ) -> None:
-    plan = families.make_plan(families.MODELS[model], **families.FAMILIES[world][family])
-    predicted = estimate(plan)
-    ranks = [rank[model, family] for rank in group(world, "quick")]
-    wire: dict[str, float] = {}
+    predicted = estimate(families.plan_of(world, model, family))
+    ranks = [rank[model, family] for rank in group(world, selection)]
     copied: dict[str, float] = {}
     for rank in ranks:
-        for (kind, axis, size), count in rank["collectives"].items():
-            name = f"{kind}@{axis}"
-            wire[name] = wire.get(name, 0.0) + size * count / world
         for name, size in rank["copied"].items():
             copied[name] = copied.get(name, 0.0) + size / world
-    assert wire == predicted.bytes_on_wire
+    assert mean_bytes(ranks) == predicted.bytes_on_wire
     assert copied == predicted.bytes_copied
     for tier, most in predicted.bytes_off_device.items():
         assert max(rank["off_device"][tier] for rank in ranks) == most

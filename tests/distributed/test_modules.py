@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import families
 import modules
 import pytest
+from selections import Group, cases, mean_bytes
 
 from forerun.costmodel import estimate
 from forerun.executors.trace_module import trace
 
-Results = list[dict[tuple[str, str], dict[str, Any]]]
-Group = Callable[[int, str], Results]
-QUICK, SLOW = (
-    [(world, *name) for world in modules.FAMILIES for name in modules.names(world, slow)]
-    for slow in (False, True)
+CASES = pytest.mark.parametrize(
+    ("selection", "world", "target", "family"), cases(modules.names, modules.FAMILIES)
 )
 
 
@@ -27,21 +23,16 @@ def reference(target: str) -> dict[str, Any]:
     return modules.reference(target)
 
 
-@pytest.mark.parametrize(("world", "target", "family"), QUICK)
-def test_equals_the_plain_loop(group: Group, world: int, target: str, family: str) -> None:
-    check_equal(group(world, "quick"), target, family)
+@cache
+def traced(target: str) -> Any:
+    return trace(target, families.SEQ)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "target", "family"), SLOW)
-def test_more_families_equal_the_plain_loop(
-    group: Group, world: int, target: str, family: str
+@CASES
+def test_equals_the_plain_loop(
+    group: Group, selection: str, world: int, target: str, family: str
 ) -> None:
-    check_equal(group(world, "slow"), target, family)
-
-
-def check_equal(ranks: Results, target: str, family: str) -> None:
-    expected = reference(target)
+    expected, ranks = reference(target), group(world, selection)
     whole = sum(float(g.norm()) ** 2 for g in expected["gradients"].values()) ** 0.5
     for rank in ranks:
         found = rank[target, family]
@@ -53,31 +44,10 @@ def check_equal(ranks: Results, target: str, family: str) -> None:
     assert covered == set(expected["gradients"])
 
 
-@cache
-def traced(target: str) -> Any:
-    return trace(target, families.SEQ)
-
-
-@pytest.mark.parametrize(("world", "target", "family"), QUICK)
+@CASES
 def test_bytes_on_the_wire_are_those_predicted(
-    group: Group, world: int, target: str, family: str
+    group: Group, selection: str, world: int, target: str, family: str
 ) -> None:
-    check_bytes(group(world, "quick"), world, target, family)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "target", "family"), SLOW)
-def test_bytes_of_more_families_are_those_predicted(
-    group: Group, world: int, target: str, family: str
-) -> None:
-    check_bytes(group(world, "slow"), world, target, family)
-
-
-def check_bytes(ranks: Results, world: int, target: str, family: str) -> None:
-    counted: Counter[str] = Counter()
-    for rank in ranks:
-        for (kind, axis, size), count in rank[target, family]["collectives"].items():
-            counted[f"{kind}@{axis}"] += size * count
     plan = families.make_plan(traced(target), **modules.FAMILIES[world][target, family])
     predicted = {k: n for k, n in estimate(plan).bytes_on_wire.items() if n}
-    assert {name: total / world for name, total in counted.items()} == predicted
+    assert mean_bytes(rank[target, family] for rank in group(world, selection)) == predicted

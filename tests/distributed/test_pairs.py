@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pairs
 import pytest
+from selections import Group
 
 from forerun.costmodel import estimate
 from forerun.errors import InputError
@@ -52,9 +51,7 @@ def test_each_pair_is_priced_and_run_or_refused(pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_each_pair_that_is_not_refused_trains(
-    group: Callable[[int, str], list[dict[tuple[str, str], dict[str, Any]]]],
-) -> None:
+def test_each_pair_that_is_not_refused_trains(group: Group) -> None:
     ranks = group(pairs.WORLD, "pairs")
     assert len(ranks[0]) == len(pairs.executed()) >= 40
     for rank in ranks:

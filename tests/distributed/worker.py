@@ -16,28 +16,30 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import expert_families
 import families
 import low_precision
 import modules
 import pairs
 import resumption
+import selections
 
 from forerun.executors.build import build
 from forerun.executors.torch_compat import destroy_process_groups
+from forerun.plan import Plan
 
 Task = Callable[[], dict[str, Any]]
 
 
-def run_family(model: str, family: str, world: int) -> dict[str, Any]:
+def run_family(plan: Plan, steps: int) -> dict[str, Any]:
     """What one family gives on this rank."""
-    plan = families.plan_of(world, model, family)
-    return families.train(build(plan, device=torch.device("cpu")))
+    return families.train(build(plan, device=torch.device("cpu")), steps)
 
 
 def run_pair(first: str, second: str) -> dict[str, Any]:
     """What a plan of two techniques gives on this rank."""
     plan = pairs.plan_of(first, second)
-    return families.train(build(plan, device=torch.device("cpu")), steps=4)
+    return families.train(build(plan, device=torch.device("cpu")), selections.STEPS["quick"])
 
 
 def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Task]:
@@ -45,9 +47,11 @@ def tasks(world: int, folder: Path, selection: str) -> dict[tuple[str, str], Tas
     if selection == "pairs":
         return {pair: partial(run_pair, *pair) for pair in pairs.executed()}
     slow = selection == "slow"
+    steps = selections.STEPS[selection]
     found: dict[tuple[str, str], Task] = {
-        (model, family): partial(run_family, model, family, world)
-        for model, family in families.names(world, slow) + families.expert_names(world, slow)
+        name: partial(run_family, kind.plan_of(world, *name), steps)
+        for kind in (families, expert_families)
+        for name in kind.names(world, slow)
     }
     found |= {
         (model, family): partial(low_precision.run, family, world)

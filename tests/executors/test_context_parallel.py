@@ -51,7 +51,7 @@ def pairs_of(block: Block, q_places: list[int], k_places: list[int]) -> list[Pai
             if not block.causal or j <= i]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     data=st.data(), kind=st.sampled_from(KINDS), ring=st.sampled_from([1, 2, 4, 6]),
     chunk=st.integers(1, 3),
@@ -73,7 +73,7 @@ def test_every_pair_is_looked_at_once(
     assert sorted(found) == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data(), kind=st.sampled_from(KINDS), ring=st.sampled_from([2, 4, 6]))
 def test_predicted_work_of_a_rank_is_what_it_looks_at(
     data: st.DataObject, kind: str, ring: int
@@ -129,7 +129,7 @@ def test_the_plain_kernel_is_torchs(causal: bool, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cut=st.integers(1, 23), dtype=st.sampled_from([torch.float64, torch.bfloat16]))
 def test_parts_over_disjoint_keys_add_up(cut: int, dtype: torch.dtype) -> None:
     q, k, v, grad = tensors(dtype, 16, 24)

@@ -179,7 +179,7 @@ choices = st.integers(1, 6).flatmap(
 
 
 @given(choices)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_rows_hold_every_copy_once(sizes: tuple[int, int, int, int]) -> None:
     tokens, num_experts, top_k, seed = sizes
     scores = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed))
@@ -195,7 +195,7 @@ def test_rows_hold_every_copy_once(sizes: tuple[int, int, int, int]) -> None:
 
 
 @given(choices, st.integers(1, 6), st.sampled_from(["probability", "position"]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_full_experts_turn_away_what_the_rule_says(
     sizes: tuple[int, int, int, int], capacity: int, drop: Any
 ) -> None:
@@ -217,7 +217,7 @@ def test_full_experts_turn_away_what_the_rule_says(
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.sampled_from([(3, 5), (5, 2)]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_grouped_matmul_is_one_matmul_per_group(sizes: list[int], widths: tuple[int, int]) -> None:
     width_in, width_out = widths
     generator = torch.Generator().manual_seed(0)
@@ -273,7 +273,7 @@ def test_gated_activation_has_the_gradients_of_its_parts(kind: str) -> None:
     lambda width: st.lists(st.lists(st.integers(0, 3), min_size=width, max_size=width),
                            min_size=1, max_size=4)
 ))  # fmt: skip
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_regrouping_and_back_leaves_rows_as_they_were(sizes: list[list[int]]) -> None:
     rows = torch.arange(sum(map(sum, sizes)))[:, None]
     other = regroup(rows, sizes)

@@ -133,7 +133,7 @@ def test_gradients_are_bit_equal_and_the_peak_is_predicted(
     assert predicted == pytest.approx(sum(counted(trainer, plan).peak().values()), rel=0.025)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data(), model=st.sampled_from([LLAMA, GPT]))
 def test_any_tensors_may_be_kept(data: st.DataObject, model: Model) -> None:
     """Held bytes are the ledger's and gradients bit-equal, whatever is named."""

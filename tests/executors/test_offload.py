@@ -110,7 +110,7 @@ def test_memory_and_copies_are_the_same_every_time() -> None:
     assert len(seen) == 1
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
@@ -231,7 +231,7 @@ def test_offloaded_adamw_is_torchs(
     assert again.state_dict()["state"][1]["exp_avg"].equal(plain.state[theirs[1]]["exp_avg"])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(sizes=st.lists(st.integers(0, 40), min_size=2, max_size=8))
 def test_rounding_buffers_hold_neighbours_apart(sizes: list[int]) -> None:
     """Buffers of a layer and of the one in front of it never meet; equal layers need two."""

@@ -56,7 +56,7 @@ def test_more_octaves_than_the_format_has_are_compressed() -> None:
     assert bool((back != 0).all()) and bool((back.sign() == x.sign()).all())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     columns=st.integers(1, 300),
     octaves=st.floats(0, 60),

@@ -91,7 +91,7 @@ def test_zeros_stay_zeros(kind: torch.dtype) -> None:
     assert torch.equal(unpack_groups(*pack_groups(x), torch.float32), x)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 6),
     width=st.integers(1, 70),

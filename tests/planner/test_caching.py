@@ -42,7 +42,7 @@ def test_rules(rows: list[tuple[int, int, int]], reserved: int) -> None:
         min_size=1, max_size=40,
     )
 )  # fmt: skip
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_it_never_reserves_less_than_lives(rows: list[tuple[int, int, int]]) -> None:
     found = caching_allocator(buffers(*[(low, low + life, size) for low, life, size in rows]))
     assert found.reserved_bytes >= found.max_live_bytes

@@ -111,14 +111,14 @@ INSTANCES = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(**INSTANCES)
 def test_no_cut_beats_the_bound_and_the_chosen_one_is_the_best(**instance: Any) -> None:
     check_every_cut(**instance)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(**INSTANCES)
 def test_no_cut_beats_the_bound_on_hundreds_of_instances(**instance: Any) -> None:
     check_every_cut(**instance)

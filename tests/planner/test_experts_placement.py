@@ -100,7 +100,7 @@ def test_groups_are_never_better_than_brute_force_within_nodes() -> None:
         assert best * (1 - 1e-9) <= found.max_load <= 1.25 * best
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_placements_keep_the_rules(data: st.DataObject) -> None:
     nodes = data.draw(st.integers(1, 3))

@@ -58,14 +58,14 @@ def no_user_profile(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("FORERUN_DATA", str(tmp_path))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(**INSTANCES)
 def test_bounds_hold_for_whatever_layers_store(**instance: Any) -> None:
     check_bounds(**instance)
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(**INSTANCES)
 def test_bounds_hold_on_hundreds_of_instances(**instance: Any) -> None:
     check_bounds(**instance)

@@ -83,7 +83,7 @@ def test_small_pipelines_are_solved_to_the_certified_optimum(p: int, m: int, lim
     assert found.makespan_s == pytest.approx(exact.makespan_s)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 9), st.sampled_from((1, 2)))
 def test_answers_are_valid_and_between_bound_and_known_schedules(
     seed: int, p: int, m: int, chunks: int

@@ -30,7 +30,7 @@ def sums(values: list[float], cut: tuple[tuple[int, int], ...], ends: tuple[floa
     return totals
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     layers,
     st.integers(1, 5),

@@ -172,7 +172,7 @@ def test_little_effort_gives_a_choice_and_an_honest_bound() -> None:
         assert violations(found.totals, limits) == ()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from(STYLES), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_budget_never_costs_more(seed: int, style: str, share: float, more: float) -> None:
     options = instance(np.random.default_rng(seed), 12, 4, style)

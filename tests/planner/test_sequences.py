@@ -96,7 +96,7 @@ SMALL = published_costs(4, tokens_per_rank=1500, pass_s=0.05)
 small_lengths = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=small_lengths)
 def test_one_micro_batch_equals_brute_force(lengths: list[int]) -> None:
     descending = sorted(lengths, reverse=True)
@@ -105,7 +105,7 @@ def test_one_micro_batch_equals_brute_force(lengths: list[int]) -> None:
     assert (found.seconds if found else np.inf) == pytest.approx(expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=4))
 def test_steps_lie_between_bound_and_brute_force(lengths: list[int]) -> None:
     best = best_step(lengths, SMALL, 4)
@@ -115,7 +115,7 @@ def test_steps_lie_between_bound_and_brute_force(lengths: list[int]) -> None:
     assert step_bound(np.array(lengths), SMALL, 4) <= best * (1 + 1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=4))
 def test_hybrid_lies_between_bound_and_brute_force(lengths: list[int]) -> None:
     best = best_without_barriers(lengths, SMALL, 4)
@@ -158,7 +158,7 @@ def test_the_same_input_gives_the_same_answer(barriers: bool) -> None:
     assert first == second
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10_000), count=st.integers(1, 60), ranks=st.sampled_from([1, 2, 8, 32]),
     barriers=st.booleans(), floor=st.sampled_from([0.0, 0.3]),

@@ -30,7 +30,7 @@ ROW = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=40),
     heads=st.sampled_from([4, 6, 12]),
@@ -55,7 +55,7 @@ def test_legal_agrees_with_layout_problems(rows, heads, groups, layers, seq_toke
         assert ok == (not list(problems)), row
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     per_node=st.sampled_from([1, 2, 3, 4, 8]),
     nodes=st.integers(1, 4),
@@ -99,7 +99,7 @@ def test_divisors(number: int):
     assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     experts=st.sampled_from([6, 8, 12]),
     width=st.sampled_from([24, 30, 36]),

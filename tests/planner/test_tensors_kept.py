@@ -115,7 +115,7 @@ NAMES = layer_tensors(SMALL, 0, BF16, CLUSTER.pools[0], sequence_parallel=False)
 GRID = enumerate_grid(SMALL, CLUSTER, WORK, Pins(zero=1, cp=1))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     sets=st.lists(st.sets(st.sampled_from(NAMES)), min_size=1, max_size=2),
     which=st.lists(st.integers(0, 3), min_size=4, max_size=4),

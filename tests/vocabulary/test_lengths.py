@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from forerun.errors import InputError
 from forerun.lengths import Lengths
 
 
-@settings(deadline=None)
 @given(
     some=st.lists(st.integers(1, 5000), min_size=1, max_size=50),
     seq_tokens=st.integers(1, 3000),
