@@ -155,14 +155,16 @@ def _merged(results: list[SearchResult], keep: int, objective: str) -> SearchRes
         for result in results
         if result.stats.gap is not None
     ]
-    limits = [result.stats.limit for result in results if result.stats.limit is not None]
+    limit: Literal["time", "tolerance"] | None = None
+    for result in results:
+        limit = limit or result.stats.limit
     stats = SearchStats(
         bounded=sum(result.stats.bounded for result in results),
         solved=sum(result.stats.solved for result in results),
         simulated=sum(result.stats.simulated for result in results),
         gap=_gap(best, min(bounds), objective),
         proven=all(result.stats.proven for result in results),
-        limit=limits[0] if limits else None,
+        limit=limit,
         seconds=results[-1].stats.seconds,
     )
     winner = next(r for r in results if r.plans and r.plans[0].label == best.label)

@@ -14,7 +14,7 @@ from forerun.errors import RunFailed
 from forerun.evidence import Evidence, family_of, for_job
 from forerun.executors.probing import Probed, Side
 from forerun.planner import Pins, SearchResult, risks, search
-from forerun.planner.quality import is_allowed
+from forerun.planner.quality import classes_up_to, is_allowed
 from forerun.workload import Workload
 
 TINY = "--model tiny-1m --gpus 1xcpu --seq-len 32 --global-batch 4 --micro-batch 4".split()
@@ -146,7 +146,7 @@ def test_a_search_tries_what_was_measured_here() -> None:
     pins = Pins(tp=1, pp=1, cp=1, zero=3, micro_batch=4, recompute="full", runtime="eager",
                 offload=0.0, dp_shard=8)  # fmt: skip
     found: list[SearchResult] = []
-    for quality in (("exact",), ("exact", "equivalent-start", "measured-here")):
+    for quality in (classes_up_to(["exact"]), classes_up_to(["measured-here"])):
         workload = Workload(seq_tokens=2048, global_batch_seqs=32, quality=quality, evidence=(own,))
         found.append(search(model, cluster, workload, pins, keep=2, fit="marginal"))
     computes = [result.plans[0].plan.phase.compute_dtype for result in found]
