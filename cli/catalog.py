@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -20,6 +20,8 @@ def command(as_json: bool, kind: str, name: str | None) -> None:
     from . import render
 
     found = [entry(kind, name)] if name else entries(kind)
+    if kind == "techniques":
+        found = with_evidence(found)
     if as_json:
         render.print_json({"entries": found})
     elif name:
@@ -30,9 +32,26 @@ def command(as_json: bool, kind: str, name: str | None) -> None:
             render.print_line(summary(item))
 
 
+def with_evidence(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Techniques with what was measured of them here (`forerun probe`), where anything was."""
+    from ..catalogs import load_evidence
+    from ..document import to_raw
+
+    listed: dict[str, list[Any]] = {}
+    for own in load_evidence():
+        listed.setdefault(own.technique, []).append({**to_raw(own), "harmless": own.harmless})
+    return [
+        {**item, "measured_here": listed[item["name"]]} if item["name"] in listed else item
+        for item in found
+    ]
+
+
 def summary(item: Mapping[str, Any]) -> str:
     """An entry in one line: its name, then where it comes from."""
     source = " ".join(str(item.get("source", "")).split())
+    measured = item.get("measured_here")
+    if measured:
+        source = f"measured here: {', '.join(own['setting'] for own in measured)}"
     short = source if len(source) <= 70 else source[:67] + "..."
     return f"{item.get('name', '?'):28} {short}".rstrip()
 

@@ -20,7 +20,7 @@ from ..errors import ForerunError, Interrupted
 from .lazy import LazyGroup
 
 COMMANDS = (
-    "plan", "predict", "run", "diff", "tune", "profile", "calibrate", "validate", "solve",
+    "plan", "predict", "run", "diff", "tune", "probe", "profile", "calibrate", "validate", "solve",
     "sweep", "quantize", "catalog", "demo",
 )  # fmt: skip
 

@@ -308,7 +308,8 @@ def read_job(flags: Mapping[str, Any]) -> Job:
     for field, remedy in NEEDED.items():
         if flags[field] is None:
             raise InputError(field.replace("_", "-"), "(missing)", "not given", remedy)
-    from ..catalogs import load_lengths, load_model, resolve_gpus
+    from ..catalogs import load_evidence, load_lengths, load_model, resolve_gpus
+    from ..evidence import for_job
 
     seq_tokens = units.parse_tokens(flags["seq_len"])
     batch_seqs = units.parse_batch(flags["global_batch"], seq_tokens)
@@ -319,6 +320,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         model = with_capacity(model, flags["capacity_factor"])
     resolved = resolve_gpus(flags["gpus"])
     quality, accepted = read_quality(flags)
+    evidence = for_job(load_evidence(), model, resolved.cluster)
     workload = Workload(
         seq_tokens=seq_tokens,
         lengths=load_lengths(flags["lengths"]) if flags.get("lengths") else None,
@@ -333,6 +335,7 @@ def read_job(flags: Mapping[str, Any]) -> Job:
         router_z_loss_coef=flags.get("router_z_loss_coef", 0.0),
         quality=quality,
         accepted=accepted,
+        evidence=evidence,
     )
     cluster = with_budgets(resolved.cluster, flags)
     return Job(model, cluster, workload, resolved.notes, job_warnings(model, workload))

@@ -6,7 +6,7 @@ from ..errors import InputError
 from ..plan import Plan
 from . import optimizers
 from .groups import Grouped
-from .techniques import precision
+from .techniques import halo, precision
 
 
 def refuse(plan: Plan) -> InputError | None:
@@ -22,7 +22,27 @@ def refuse(plan: Plan) -> InputError | None:
             reason = optimizers.refuse(plan.workload.optimizer, pool)
             if reason is not None:
                 return reason
-    return _refuse_states(plan)
+    return _refuse_states(plan) or _refuse_shapes(plan)
+
+
+def _refuse_shapes(plan: Plan) -> InputError | None:
+    """Why the shapes of a layer cannot be rotated."""
+    for phase in plan.phases:
+        mesh = phase.mesh
+        tokens = phase.micro_batch_seqs * phase.seq_tokens // mesh.cp
+        shards = mesh.dp_shard * mesh.cp if phase.zero else mesh.dp_shard
+        for index in range(plan.model.num_layers):
+            own = phase.technique("precision", index)
+            recipe = own.get("recipe")
+            if recipe not in halo.LEVELS:
+                continue
+            reason = halo.problem(
+                plan.model, plan.model.layer_at(index), str(recipe), own.get("linears"),
+                tp=mesh.tp, tokens=tokens, shards=shards,
+            )  # fmt: skip
+            if reason is not None:
+                return reason
+    return None
 
 
 def _refuse_states(plan: Plan) -> InputError | None:

@@ -114,12 +114,16 @@ def _units(
     rest_params = load.rest_params(costs)
     all_params = load.params(costs)
     copies = rest_gathers * _copy_s(rest_params, prices, options)
+    scales_s = _scales_s(load, costs, layouts, prices)
     copies_back = scatters * _copy_s(rest_params, prices, options)
     replicas_s = np.zeros(1)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         replicas_s = replicas_s + count * _replicas_s(piece, layouts, prices)
         one_copy = _copy_s(piece.params + piece.expert_params, prices, options)
         copies = copies + count * layer_gathers * one_copy
+        # one pass more per step, for the scales
+        coded = (layer_gathers + 1.0) * _codes_s(piece, layouts, prices)
+        copies = copies + count * coded
         copies_back = copies_back + count * scatters * one_copy
     sharded = units_felt_s(load, costs, layouts, prices, options)
     held = load.total(costs, "expert_params")
@@ -134,7 +138,7 @@ def _units(
     host_s = sum(load.host_s(costs))
     compute_s = m * (load.total(costs, "forward_s") + backward_s + host_s)
     waiting = _waiting(compute_s, np.where(units, gathers + unit_scatters, 1.0), layouts, prices)
-    exposed = np.where(units, sharded, replicated) + waiting + replicas_s
+    exposed = np.where(units, sharded, replicated) + waiting + replicas_s + scales_s
     host = np.where(
         units,
         gathers * prices.host("fsdp_unit_forward")
@@ -163,6 +167,27 @@ def _copy_s(params: Array, prices: Prices, options: Options) -> Array:
     kind = "copy" if options.compute == "fp32" else "cast"
     seconds = prices.operator(kind, [params], options.tensor_dtype)[0]
     return np.where(params > 0, seconds, 0.0)
+
+
+def _codes_s(piece: Piece, layouts: Layouts, prices: Prices) -> Array:
+    """Rotating and casting a rank's shards of the weights that are gathered as codes."""
+    shard = piece.gathered_codes / SharingGroup.dense(layouts).shard
+    seconds = prices.operator("quantize_weight", [shard], "int8")[0]
+    return np.where(shard > 0, seconds, 0.0)
+
+
+def _scales_bytes(load: Load, costs: Pieces, layouts: Layouts) -> Array:
+    """Of the maximum over shards, once per step: one fp32 number per weight gathered as codes."""
+    tensors = load.total(costs, "coded_tensors")
+    return np.where(SharingGroup.dense(layouts).shard > 1, 4.0 * tensors, 0.0)
+
+
+def _scales_s(load: Load, costs: Pieces, layouts: Layouts, prices: Prices) -> Array:
+    """The maximum over shards, which nothing hides."""
+    group, num_bytes = SharingGroup.dense(layouts), _scales_bytes(load, costs, layouts)
+    groups = layouts.world / group.shard
+    felt = moved("all_reduce", num_bytes, group.shard, group.stride, groups, prices).seconds
+    return np.where(num_bytes > 0, felt, 0.0)
 
 
 def _expert_units(load: Load, costs: Pieces, layouts: Layouts) -> Array:
@@ -218,12 +243,13 @@ def _wire(
     dense, experts = load.params(costs), load.total(costs, "expert_params")
     experts_trained = load.total(costs, "trainable_expert_params")
     spared, of_experts = (load.total(costs, f"spared_{w}bytes") for w in ("", "expert_"))
-    trains = load.trainable_params(costs)
-    for params, rest, trained, less, group in (
-        (dense, load.rest_params(costs), trains, spared, SharingGroup.dense(layouts)),
-        (experts, 0.0 * experts, experts_trained, of_experts, SharingGroup.experts(layouts)),
+    trains, codes = load.trainable_params(costs), load.total(costs, "gathered_codes")
+    for params, rest, trained, less, coded, group in (
+        (dense, load.rest_params(costs), trains, spared, codes, SharingGroup.dense(layouts)),
+        (experts, 0.0 * experts, experts_trained, of_experts, 0.0, SharingGroup.experts(layouts)),
     ):
         x = DTYPE_BYTES[options.tensor_dtype]
+        less = less + coded * (x - 1.0)
         layers = (params - rest) * x - less
         gathered = np.where(often, m * (2 * layers + rest * x), params * x - less)
         many = units & (group.shard > 1)
@@ -236,6 +262,9 @@ def _wire(
         total["all_reduce@dp"] = total["all_reduce@dp"] + np.where(
             replicas > 1, reduced * reduce_bytes, 0.0
         )
+    total["all_reduce@dp"] = total["all_reduce@dp"] + np.where(
+        units, _scales_bytes(load, costs, layouts), 0.0
+    )
     ep = layouts.ep.astype(float)
     for count, piece in zip(load.layers, costs.layers, strict=True):
         shard = _expert_shard(layouts, prices, piece.options)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from ..cluster import DTYPE_BYTES
 from .graph import Array
+from .halo_levels import LEVELS, Level, beside_bytes, cast_kind, gradient_bytes, weight_kind
 from .moment_bytes import FORMATS
 
 Sized = Callable[[Sequence[Array], float], Array]
@@ -83,6 +84,19 @@ def _casting(forward_bytes: float, backward_bytes: float) -> Kind:
         forward_bytes=lambda s, x: forward_bytes * s[0],
         backward_bytes=lambda s, x: backward_bytes * sum(s[1:], 0.0 * s[0]),
         launches=2,
+        backward_transient=0.0,
+    )
+
+
+def _beside_codes(level: Level, trainable: bool) -> Kind:
+    """What a linear on rotated codes does besides: (tokens, out, in)."""
+    return Kind(
+        work=_product,
+        forward_flops=lambda s: 0.0 * s[0],
+        backward_flops=lambda s: 0.0 * s[0],
+        forward_bytes=lambda s, x: beside_bytes(level, s, trainable)[0],
+        backward_bytes=lambda s, x: beside_bytes(level, s, trainable)[1],
+        launches=3,
         backward_transient=0.0,
     )
 
@@ -274,6 +288,13 @@ KINDS: dict[str, Kind] = {
         launches=2,
         backward_transient=0.0,
     ),
+    # (matmul input, its matmuls' outputs ...): casts to codes, of inputs and of output gradients
+    **{cast_kind(name): _casting(5, gradient_bytes(level)) for name, level in LEVELS.items()},
+    **{
+        weight_kind(name, trainable=trains): _beside_codes(level, trains)
+        for name, level in LEVELS.items()
+        for trains in (True, False)
+    },
     # (stored tensors ...): 16-bit activations to fp8 with scales by group, and back in backward
     "quantize_store": _streaming_each(2 + DTYPE_BYTES["fp8_g16"]),
     # (weight): about four bits to the dtype of use before its matmuls of forward and backward

@@ -30,7 +30,8 @@ from .exposed import (
     ranks_of,
     wire_bytes,
 )
-from .graph import Array, Collective, Graph, Sizes, volume
+from .graph import Array, Collective, Graph, Sizes, Tensor, volume
+from .halo_levels import LEVELS
 from .layers import decoder_layer, embedding, head
 from .layers.attention import CORE
 from .layers.profiles import stack_graph
@@ -43,6 +44,7 @@ from .packing import packing_sizes
 from .prices import Prices
 from .state_bytes import in_units
 from .techniques import apply, local_axes, lora, offload, precision
+from .techniques.halo import CODES
 from .trained import TrainedTensor, trained_tensors
 
 
@@ -85,6 +87,10 @@ class Piece:
     """What frozen weights among `params` take less than in the dtype of use."""
     spared_expert_bytes: Array
     """The same of `expert_params`."""
+    gathered_codes: Array
+    """Those of `params` whose codes of one byte are gathered in place of them."""
+    coded_tensors: int
+    """The tensors that they are."""
     tensors: int
     """Parameter tensors."""
     trained: tuple[TrainedTensor, ...]
@@ -272,6 +278,7 @@ def _of_pool(pool: Pool, options: Options) -> tuple[bool, Options, bool, bool, b
     """What a graph depends on besides its layer: fused norms, options, kept operands, casts, counts
     of rows that ranks tell each other."""
     stack, low = pool.stack, options.compute != options.tensor_dtype
+    low = low and options.recipe not in LEVELS  # which say themselves what is cast and kept
     fused = pool.device.kind == "gpu"
     return (
         fused,
@@ -477,6 +484,11 @@ RUNTIME_LAUNCHES = {"eager": 1.0, "compiled": 0.5, "graphs": 0.05}
 captured graph is launched as a whole. Assumed."""
 
 
+def _coded(graph: Graph) -> list[Tensor]:
+    """Weights that are gathered as codes."""
+    return [weight for weight in graph.weights if weight.dtype == CODES]
+
+
 def _piece(
     graph: Graph, sizes: Sizes, layouts: Layouts, prices: Prices, options: Options, sp: bool
 ) -> Piece:
@@ -537,6 +549,8 @@ def _piece(
         trainable_expert_params=graph.num_params(sizes, experts=True, trainable=True) + zero,
         spared_bytes=lora.spared_bytes(graph, sizes, options) + zero,
         spared_expert_bytes=lora.spared_bytes(graph, sizes, options, experts=True) + zero,
+        gathered_codes=sum((volume(w.axes, sizes) for w in _coded(graph)), zero),
+        coded_tensors=len(_coded(graph)),
         tensors=len(graph.weights),
         trained=trained_tensors(graph, sizes),
         live=live,
@@ -721,6 +735,8 @@ def _choose(mask: NDArray[np.bool_], yes: Piece, no: Piece) -> Piece:
         trainable_expert_params=pick(yes.trainable_expert_params, no.trainable_expert_params),
         spared_bytes=pick(yes.spared_bytes, no.spared_bytes),
         spared_expert_bytes=pick(yes.spared_expert_bytes, no.spared_expert_bytes),
+        gathered_codes=pick(yes.gathered_codes, no.gathered_codes),
+        coded_tensors=yes.coded_tensors,
         tensors=yes.tensors,
         trained=pick_tensors(),
         live=live(yes.live, no.live),

@@ -72,6 +72,8 @@ def peak_flops_per_s(device: Device, dtype: str) -> float:
 
 
 def _efficiency(stack: Stack, dtype: str) -> float:
+    if dtype == "int8" and dtype not in stack.gemm_efficiency:
+        dtype = "fp8"  # assumed: the same tiles and the same bytes
     return stack.gemm_efficiency.get(dtype, 0.7)
 
 

@@ -17,10 +17,8 @@ import numpy as np
 from .graph import Array, Axes, Graph, Operator, Sizes, Tensor, volume
 from .operators import transients
 
-NO_INPUT_NEEDED = (
-    "add", "copy", "edge", "rope", "permute", "quantize", "quantize_rowwise", "quantize_weight"
-)  # fmt: skip
-"""Kinds whose backward reads none of their inputs."""
+NO_INPUT_NEEDED = ("add", "copy", "edge", "rope", "permute")
+"""Kinds whose backward reads none of their inputs; nor does that of casts."""
 INSIDE: dict[str, tuple[Axes, float]] = {
     "attention_unfused": (("batch", "heads", "seq", "seq_whole"), 5.0),
     "attention_unfused_eager": (("batch", "heads", "seq", "seq_whole"), 5.0),
@@ -129,9 +127,14 @@ def _remade(graph: Graph, sizes: Sizes) -> dict[str, Array]:
                 if out in needed and tensor.name not in needed:
                     needed[tensor.name] = np.where(moved, 0.0, needed[out])
                     needed[out] = np.where(moved, needed[out], 0.0)
-            elif op.kind not in NO_INPUT_NEEDED:
+            elif op.kind not in NO_INPUT_NEEDED and not _casts(op):
                 needed[tensor.name] = tensor.num_bytes(sizes)
     return needed
+
+
+def _casts(op: Operator) -> bool:
+    """Whether an operator casts matmuls' operands; `quantize_store` reads what it stores."""
+    return op.kind.startswith("quantize") and op.kind != "quantize_store"
 
 
 class OnDemand:

@@ -34,6 +34,8 @@ class Counts:
     spared_bytes: Array
     """What frozen weights take less than in the dtype of use."""
     spared_expert_bytes: Array
+    codes: Array
+    """Weights of layers that are gathered as codes of one byte."""
 
     @staticmethod
     def of(load: Load, costs: Pieces) -> Counts:
@@ -47,6 +49,7 @@ class Counts:
             frozen_experts=load.total(costs, "expert_params") - experts,
             spared_bytes=load.total(costs, "spared_bytes"),
             spared_expert_bytes=load.total(costs, "spared_expert_bytes"),
+            codes=load.total(costs, "gathered_codes"),
         )
 
     @staticmethod
@@ -59,12 +62,14 @@ class Counts:
             frozen_experts=piece.expert_params - piece.trainable_expert_params,
             spared_bytes=piece.spared_bytes,
             spared_expert_bytes=piece.spared_expert_bytes,
+            codes=piece.gathered_codes,
         )
 
     def used_bytes(self, states: StateBytes) -> Array:
         """All of them as matmuls (or, of frozen ones, their dequantisation) read them."""
         every = self.trained + self.experts + self.frozen + self.frozen_experts
-        return every * states.used - self.spared_bytes - self.spared_expert_bytes
+        coded = self.codes * (states.used - 1.0)
+        return every * states.used - self.spared_bytes - self.spared_expert_bytes - coded
 
     @property
     def with_gradient(self) -> Array:

@@ -124,7 +124,7 @@ def _layer(piece: Piece, layouts: Layouts, prices: Prices, options: Options) -> 
     dense, experts = SharingGroup.dense(layouts), SharingGroup.experts(layouts)
     pieces = piece.tensors if prices.pool.stack.unit_by_tensor else 1
     own = (piece.params, piece.trainable_params, piece.spared_bytes)
-    one = _unit(*own, dense, layouts, prices, options, pieces)
+    one = _unit(*own, dense, layouts, prices, options, pieces, piece.gathered_codes)
     own = (piece.expert_params, piece.trainable_expert_params, piece.spared_expert_bytes)
     two = _unit(*own, experts, layouts, prices, options, pieces)
     return Unit(
@@ -143,13 +143,14 @@ def _unit(
     prices: Prices,
     options: Options,
     pieces: int = 1,
+    codes: Array | float = 0.0,
 ) -> Unit:
-    """All-gather of the parameters, reduce-scatter of the gradients of trained ones, and their
-    all-reduce over the replicas; in so many equal pieces."""
+    """All-gather of the parameters, `codes` of them in one byte, reduce-scatter of the gradients of
+    trained ones, and their all-reduce over the replicas; in so many equal pieces."""
     stack = prices.pool.stack
     dtype = "fp8" if options.gathers_low(stack) else options.tensor_dtype
     reduced = trained * stack.reduce_bytes
-    gathered = params * DTYPE_BYTES[dtype] - spared_bytes
+    gathered = params * DTYPE_BYTES[dtype] - spared_bytes - codes * (DTYPE_BYTES[dtype] - 1.0)
 
     def over(kind: str, num_bytes: Array, ranks: Array, stride: Array) -> Moved:
         one = moved(kind, num_bytes / pieces, ranks, stride, layouts.world / ranks, prices)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .launch import run
+    from .probing import probe
     from .tuning import tune
 
-_LAZY = {"run": ".launch", "tune": ".tuning"}
+_LAZY = {"probe": ".probing", "run": ".launch", "tune": ".tuning"}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["run", "tune"]
+__all__ = ["probe", "run", "tune"]

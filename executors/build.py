@@ -21,10 +21,11 @@ from .away import Away
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel, has_experts
 from .frozen.base import Base
+from .halo_gather import CodedGathers
 from .marks import Marks
 from .pipeline import Pipeline, local_stages
 from .support import check_executed
-from .techniques import lora, precision, runtime
+from .techniques import halo, lora, precision, runtime
 from .torch_compat import DeviceMesh
 from .trainer import Trainer, tied_groups
 
@@ -125,6 +126,7 @@ def build(
         built.append(part)
     pieces, modules = [piece for piece, _, _ in built], [module for _, module, _ in built]
     tp_dims = {name: dim for _, _, cut in built for name, dim in cut.items()}
+    gathers = _coded_gathers(plan, pieces, mesh, device)
     pipeline = None
     if phase.mesh.pp > 1:
         pipeline = Pipeline(pieces, phase, plan.model, mesh, device, marks, experts)
@@ -144,7 +146,17 @@ def build(
         away,
         experts,
     )
-    trainer.spread = spread
+    trainer.spread, trainer.gathers = spread, gathers
     if phase.local_sgd is not None:
         trainer.meet_as(phase.local_sgd)
     return trainer
+
+
+def _coded_gathers(
+    plan: Plan, pieces: list[Decoder], mesh: DeviceMesh, device: torch.device
+) -> list[CodedGathers]:
+    """The weights that FSDP gathers as codes."""
+    if not data_parallel.uses_fsdp(plan.phase):
+        return []
+    shards = data_parallel.shard_group(plan.phase, mesh)
+    return [x for piece in pieces for x in halo.extend_gathers(piece, plan.phase, shards, device)]

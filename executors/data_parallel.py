@@ -57,6 +57,12 @@ def state_mesh(phase: Phase, mesh: DeviceMesh) -> DeviceMesh:
     )
 
 
+def shard_group(phase: Phase, mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks over which states are sharded."""
+    found = state_mesh(phase, mesh)
+    return found.get_group(found.ndim - 1) if found.ndim > 1 else found.get_group()
+
+
 def apply_fsdp(
     piece: Decoder, phase: Phase, mesh: DeviceMesh, experts: ExpertParallel | None = None
 ) -> None:

@@ -19,7 +19,6 @@ and dy are cast in a second order, where they are contracted along the other dim
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,35 +26,24 @@ import torch
 from torch import Tensor
 
 from ..kernels.fp8_cast import E4M3, E5M2, Cast, cast, unpack_tensor
+from .shared_casts import SharedCast
 from .torch_compat import scaled_matmul
 
 
-class Operands:
+class Operands(SharedCast):
     """The cast of a tensor that `readers` linears read one after the other, made once.
 
     `low` says whether any of their matmuls takes 8-bit operands.
     """
 
     def __init__(self, readers: int, *, low: bool, stored: bool) -> None:
-        self.readers, self.low, self.stored = readers, low, stored
-        self._left = 0
-        self._of: weakref.ref[Tensor] | None = None
-        self._cast: Cast | None = None
+        super().__init__(readers)
+        self.low, self.stored = low, stored
 
-    def take(self, x: Tensor) -> Cast:
-        """The cast of `x`; let go when its last reader has come."""
-        if self._cast is None or self._of is None or self._of() is not x:
-            self._left = self.readers
-            self._of = weakref.ref(x)
-            with torch.no_grad():
-                kept_transposed = needs_copies(x) and self.low and self.stored
-                plain = self.low or not kept_transposed
-                self._cast = cast(_matrix(x), E4M3, plain=plain, transposed=kept_transposed)
-        found = self._cast
-        self._left -= 1
-        if self._left == 0:
-            self._of = self._cast = None
-        return found
+    def make(self, x: Tensor) -> Cast:
+        kept_transposed = needs_copies(x) and self.low and self.stored
+        plain = self.low or not kept_transposed
+        return cast(_matrix(x), E4M3, plain=plain, transposed=kept_transposed)
 
 
 def needs_copies(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from ..costmodel import admissible
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
-from ..costmodel.techniques import apply
+from ..costmodel.techniques import apply, halo
 from ..costmodel.techniques.offload import check as check_offload
 from ..costmodel.techniques.recompute import tensor_names
 from ..costmodel.techniques.storage import EXECUTED
@@ -34,7 +34,7 @@ TECHNIQUES = (
 )  # fmt: skip
 """Those that have a file in `executors/techniques/`, `executors/context_parallel/` and
 `executors/local_sgd/`."""
-COMPUTE_DTYPES = ("fp32", "bf16", "fp8")
+COMPUTE_DTYPES = ("fp32", "bf16", "fp8", *halo.COMPUTE)
 TORCHAO_RECIPES = ("tensorwise", "rowwise")
 TORCHAO_OPTIMIZERS = ("adamw8bit", "adamw4bit", "adamw_fp8_block", "adamw_offload")
 EXPERT_OPTIMIZERS = ("adamw", "sgd")
@@ -127,7 +127,7 @@ def _check_beside(plan: Plan) -> None:
                              "which documents are not packed yet", "drop --lengths")  # fmt: skip
         precision = phase.technique("precision", index)
         for key, problem in (
-            ("compute", precision.get("compute") == "fp8"),
+            ("compute", _is_low(precision)),
             ("activations", "activations" in precision),
         ):
             if problem:
@@ -168,7 +168,7 @@ def _check_precision(plan: Plan) -> None:
     if "fp32" in dtypes and len(dtypes) > 1:
         raise InputError("precision", ", ".join(sorted(dtypes)),
                          "hidden states of layers have one dtype",
-                         "mix bf16 and fp8 alone")  # fmt: skip
+                         "mix bf16 and lower ones alone")  # fmt: skip
     for index, settings in enumerate(each):
         if plan.model.traced is not None:
             _refuse_traced(settings)
@@ -185,8 +185,13 @@ def _refuse_traced(settings: Mapping[str, Any]) -> None:
                              "use fp32 or bf16, and store activations as they come")  # fmt: skip
 
 
+def _is_low(settings: Mapping[str, Any]) -> bool:
+    """Whether linears run below 16 bits."""
+    return settings.get("compute", "bf16") not in ("fp32", "bf16")
+
+
 def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
-    low, stored = settings.get("compute") == "fp8", "activations" in settings
+    low, stored = _is_low(settings), "activations" in settings
     for name in settings.get("linears", ()):
         if name not in LINEARS:
             raise unknown_name("precision.linears", name, LINEARS)
@@ -195,6 +200,9 @@ def _check_layer(plan: Plan, index: int, settings: Mapping[str, Any]) -> None:
     if recipe not in RECIPES:
         raise InputError("precision.recipe", recipe, "unknown scaling of matmuls",
                          f"use {', '.join(RECIPES)}")  # fmt: skip
+    if stored and recipe in halo.LEVELS:
+        raise InputError("precision.recipe", recipe, "says itself what its linears keep",
+                         "use recipe coat to store activations in fp8")  # fmt: skip
     if low and recipe in TORCHAO_RECIPES:
         if stored:
             raise InputError("precision.recipe", recipe,
@@ -310,7 +318,7 @@ def _check_single_operators(plan: Plan) -> None:
         if phase.mesh.ulysses > 1:
             raise InputError(field, value, "runs projections again, whose results are exchanged",
                              "use --recompute full or selective, or --cp-kind zigzag")  # fmt: skip
-        if setting.techniques.get("precision", {}).get("compute") == "fp8":
+        if _is_low(setting.techniques.get("precision", {})):
             raise InputError(field, value, "runs linears again, whose 8-bit operands are shared",
                              "use --recompute full or selective, or bf16")  # fmt: skip
         if by_tokens and plan.workload.lengths is not None:
@@ -325,7 +333,7 @@ def _check_offload(plan: Plan) -> None:
         offload = setting.techniques.get("offload", {})
         moves = offload.get("activations") or offload.get("rest") == "recompute"
         precision = setting.techniques.get("precision", {})
-        if moves and ("activations" in precision or precision.get("compute") == "fp8"):
+        if moves and ("activations" in precision or _is_low(precision)):
             raise InputError("offload", offload.get("activations", 0.0),
                              "layers that work in 8 bits keep all of theirs on the device",
                              "use --offload 0, or bf16 and activations as they come")  # fmt: skip
@@ -343,6 +351,10 @@ def _check_offload(plan: Plan) -> None:
                              "use rest=keep")  # fmt: skip
         if offload.get("states") != "parameters":
             continue
+        if precision.get("recipe") in halo.LEVELS and halo.LEVELS[precision["recipe"]].gathers:
+            raise InputError("offload", "parameters", f"recipe {precision['recipe']} gathers codes "
+                             "of weights on the device",
+                             "use --offload optimizer, or a recipe without hq")  # fmt: skip
         if plan.cluster.pool(phase.stages[0].pool).device.kind == "cpu":
             raise InputError("offload", "parameters", "on CPUs the host is where they are already",
                              "use --offload optimizer")  # fmt: skip

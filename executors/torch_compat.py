@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,9 @@ __all__ = [
     "Runtime",
     "adamw_update",
     "all_gather_single",
+    "coded_matmul",
     "destroy_process_groups",
+    "extend_gather",
     "flattened",
     "fully_shard",
     "fused_rms_norm",
@@ -56,6 +58,7 @@ __all__ = [
     "grouped_matmul",
     "ignore_in_ddp",
     "is_fake",
+    "local_tensor",
     "operator_name",
     "reduce_scatter_single",
     "resolve_group",
@@ -346,6 +349,34 @@ def scaled_matmul(
     return out[:rows, :columns] if out.shape[1] != columns else out
 
 
+def coded_matmul(a_MK: Tensor, b_NK: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b^T of codes, (M, N), times a scale: int8 in int32, small floats emulated.
+
+    On CUDA int8 by the tensor cores, which want 17 rows or more and the other dimensions in
+    multiples of 8: missing codes are zeros. Small floats in bf16 there and in fp32 elsewhere, which
+    hold products of two codes exactly.
+    """
+    names: Any = torch
+    if a_MK.dtype == torch.int8:
+        rows, columns = a_MK.shape[0], b_NK.shape[0]
+        if a_MK.is_cuda:
+            inner = -a_MK.shape[1] % 8
+            fill = torch.nn.functional.pad
+            a_MK = fill(a_MK, (0, inner, 0, max(0, 17 - rows)))
+            b_NK = fill(b_NK, (0, inner, 0, -columns % 8))
+        whole = names._int_mm(a_MK, b_NK.t())[:rows, :columns]
+    elif a_MK.is_cuda:
+        whole = a_MK.to(torch.bfloat16) @ b_NK.to(torch.bfloat16).t()
+    else:
+        whole = a_MK.float() @ b_NK.float().t()
+    if whole.is_cuda:
+        return (whole * scale).to(dtype)
+    out = torch.empty(whole.shape, dtype=dtype)
+    for some in chunks(*whole.shape):
+        out[some] = (whole[some] * scale).to(dtype)
+    return out
+
+
 def _padded(codes: Tensor, inner: int, rows: int = 0) -> Tensor:
     """Codes with zeros up to multiples of 16 columns, and rows where their number is given."""
     missing = -inner % 16, -rows % 16
@@ -353,6 +384,62 @@ def _padded(codes: Tensor, inner: int, rows: int = 0) -> Tensor:
         return codes
     grown = torch.nn.functional.pad(codes.view(torch.uint8), (0, missing[0], 0, missing[1]))
     return grown.view(codes.dtype)
+
+
+class GatherHooks(Protocol):
+    """What is called around FSDP's gather of one parameter."""
+
+    def before(self, shard: Tensor) -> Tensor:
+        """What a rank sends of its shard, as many rows."""
+        ...
+
+    def after(self, gathered: Tensor, dtype: torch.dtype) -> Tensor:
+        """The parameter that all rows together are, called once."""
+        ...
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def extend_gather(root: nn.Module, module: nn.Module, hooks: GatherHooks) -> None:
+    """Have FSDP under `root` gather `module.weight` through hooks.
+
+    Its extension points are looked up as attributes of the sharded parameter's local tensor, once
+    when the module is sharded and again at each gather: here they stand on the tensor itself, which
+    stays a plain one for optimisers and checkpoints.
+    """
+    held = [
+        held
+        for unit in root.modules()
+        if isinstance(unit, FSDPModule)
+        for group in _param_groups(unit)
+        for held in group.fsdp_params
+        if held._module_info.module is module and held._module_info.param_name == "weight"
+    ]
+    if len(held) != 1:
+        raise RuntimeError("FSDP holds its parameters in another way: cannot extend its gathers")
+    local: Any = held[0]._sharded_local_tensor
+
+    def pre(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> tuple[Any, Any]:
+        return (hooks.before(local),), None
+
+    def post(
+        outputs: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Any:
+        return None if out is not None else (hooks.after(outputs[0], dtype), ())
+
+    local.fsdp_pre_all_gather, local.fsdp_post_all_gather = pre, post
+    held[0]._init_extensions()
+
+
+def _param_groups(unit: FSDPModule) -> list[Any]:
+    """Groups of parameters of one FSDP unit: newer versions have several."""
+    state: Any = unit._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    one = getattr(state, "_fsdp_param_group", None)
+    return list(several) if several is not None else [one] if one is not None else []
 
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .context_parallel import Spread
 from .data import Rows
 from .decoder import Decoder
 from .experts.parallel import ExpertParallel
+from .halo_gather import CodedGathers
 from .local_sgd import Outer
 from .marks import Marks, Observer
 from .pipeline import Pipeline
@@ -63,6 +64,8 @@ class Trainer:
         """Meetings with the other replicas, where they train apart."""
         self.spread = Spread()
         """The ranks that share a sequence."""
+        self.gathers: list[CodedGathers] = []
+        """Weights that FSDP gathers as codes."""
         self.shared: tuple[str, ...] = ("embedding.weight",)
         """Parameters that `tied_group` sums the gradients of: those of both ends of the model."""
 
@@ -87,6 +90,8 @@ class Trainer:
         rows = Rows(part(rows.inputs_BS), part(rows.targets_BS), rows.documents_BN)
         if self.experts is not None:
             self.experts.begin_step()
+        for gather in self.gathers:
+            gather.begin_step()
         with nullcontext() if self.arena is None else self.arena.step():
             if self.pipeline is not None:
                 loss = self.pipeline.step(rows)

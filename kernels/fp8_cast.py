@@ -50,10 +50,14 @@ class Cast:
     scale: Tensor
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest |value| of a tensor, 0-dim fp32; not finite where one is not."""
+    return _top_kernel_run(x) if on_triton(x) else x.abs().amax().float()
+
+
 def tensor_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale of a whole tensor, 0-dim fp32."""
-    top = _top_kernel_run(x) if on_triton(x) else x.abs().amax().float()
-    return top.clamp(min=LEAST_SCALE * LARGEST[dtype]) / LARGEST[dtype]
+    return largest(x).clamp(min=LEAST_SCALE * LARGEST[dtype]) / LARGEST[dtype]
 
 
 def cast(

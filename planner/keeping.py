@@ -73,7 +73,7 @@ def policies(
     if moved and all(pool.host for pool in pools):
         found += [replace(plain, offload=fraction) for fraction in SEARCHED_OFFLOADS]
     stores = on_gpus and _may_store(model, base, runs=not all_of_it)
-    if "none" in modes and stores and is_allowed(workload, "storage"):
+    if "none" in modes and stores and is_allowed(workload, "storage", "activations fp8"):
         stored = [replace(x, activations="fp8") for x in found if x.recompute == "none"]
         fractions = (offload, 1.0) if all_of_it else (0.0,)
         found += [x for x in stored if x.offload in fractions]

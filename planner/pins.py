@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from ..cluster import Device
+from ..costmodel.techniques import halo
 from ..costmodel.techniques.lora import BASES, TARGETS
 from ..document import Value
 from ..errors import InputError
@@ -192,10 +193,12 @@ def check_precision(pins: Pins) -> None:
     if pins.recipe is not None and not low:
         raise InputError("recipe", pins.recipe, "scales matmuls below 16 bits, and there are none",
                          f"add --precision {LOW_COMPUTE[0]}, or drop it")  # fmt: skip
+    if low and pins.precision is not None:
+        halo.check(pins.precision, recipe_of(pins))
     if pins.activations is None:
         return
-    if low and pins.recipe in ("tensorwise", "rowwise"):
-        raise InputError("recipe", pins.recipe, "keeps 16-bit inputs of matmuls",
+    if low and recipe_of(pins) in ("tensorwise", "rowwise", *halo.LEVELS):
+        raise InputError("recipe", recipe_of(pins), "says itself what inputs of matmuls are kept",
                          "use --recipe coat, or drop --activations")  # fmt: skip
     if pins.recompute not in (None, "none", "selective"):
         raise InputError("activations", pins.activations,
@@ -204,17 +207,22 @@ def check_precision(pins: Pins) -> None:
 
 
 def recipe_of(pins: Pins) -> str:
-    """The scaling of matmuls: as pinned, else coat where operands are stored, else tensorwise."""
+    """The scaling of matmuls: as pinned; else for int8, fp6 and fp4 the level of HALO that is meant
+    for them, coat where operands are stored, tensorwise."""
+    if pins.recipe is None and pins.precision in halo.COMPUTE:
+        return "halo2"
     stored = pins.activations is not None and pins.precision in LOW_COMPUTE
     return pins.recipe or ("coat" if stored else "tensorwise")
 
 
-RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4"}
+RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4", "fp6": "bf16", "fp4": "bf16"}
 """The rate that a compute dtype runs at, where it has another name."""
 
 
 def has_rate(device: Device, compute: str) -> bool:
     """Whether a device multiplies in a compute dtype."""
+    if device.kind == "cpu" and compute in halo.COMPUTE:
+        return True
     return RATE_OF.get(compute, compute) in device.peak_flops_per_s
 
 

@@ -22,13 +22,14 @@ from typing import Any, get_args
 from ..catalogs import Technique, load_technique, names
 from ..document import Value
 from ..errors import unknown_name
+from ..evidence import Evidence
 from ..local_sgd import RECORDS
 from ..local_sgd import TECHNIQUE as LOCAL_SGD
-from ..plan import Plan
+from ..plan import HALO_RECIPES, Plan
 from ..workload import Quality, Workload
 
 CLASSES: tuple[Quality, ...] = get_args(Quality)
-LOW_COMPUTE = ("fp8", "mxfp8", "nvfp4")
+LOW_COMPUTE = ("fp8", "mxfp8", "nvfp4", "int8", "fp6", "fp4")
 
 
 class Risk(Value, frozen=True, kw_only=True):
@@ -47,6 +48,9 @@ class Risk(Value, frozen=True, kw_only=True):
     """Whether the record was written from memory."""
     beyond: str | None
     """How the plan leaves the conditions of the evidence; None where it does not."""
+
+
+MEASURED: Quality = "measured-here"
 
 
 def classes_up_to(allowed: Iterable[str]) -> tuple[Quality, ...]:
@@ -80,7 +84,9 @@ def record_names(techniques: Mapping[str, Mapping[str, Any]], optimizer: str) ->
         if name == "precision":
             if settings.get("compute") in LOW_COMPUTE:
                 recipe = f", recipe {settings['recipe']}" if "recipe" in settings else ""
-                used["low-precision"] = f"compute {settings['compute']}{recipe}"
+                rotates = settings.get("recipe") in HALO_RECIPES
+                record = "halo" if rotates else "low-precision"
+                used[record] = f"compute {settings['compute']}{recipe}"
             if "activations" in settings:
                 used["storage"] = f"activations {settings['activations']}"
         elif name == LOCAL_SGD:
@@ -102,11 +108,12 @@ def risks(plan: Plan) -> tuple[Risk, ...]:
     for phase in plan.phases:
         for setting in phase.settings:
             used |= record_names(setting.techniques, plan.workload.optimizer)
-    found = [
-        _risk(record, setting, plan)
-        for record, setting in ((load_technique(name), text) for name, text in used.items())
-        if record.exactness != "exact"
-    ]
+    found: list[Risk] = []
+    for name, setting in used.items():
+        record = load_technique(name)
+        own = measured_here(plan.workload, name, setting)
+        if record.exactness != "exact":
+            found.append(_risk(record, setting, plan) if own is None else _measured(record, own))
     return tuple(sorted(found, key=lambda risk: (-CLASSES.index(risk.quality), risk.technique)))
 
 
@@ -131,10 +138,54 @@ def _risk(record: Technique, setting: str, plan: Plan) -> Risk:
     )
 
 
-def is_allowed(workload: Workload, technique: str) -> bool:
-    """Whether the planner may use a technique, by the name of its record, on its own."""
+def _better(quality: Quality) -> Quality:
+    """The class of what was measured here too."""
+    return CLASSES[min(CLASSES.index(quality), CLASSES.index(MEASURED))]
+
+
+def _measured(record: Technique, own: Evidence) -> Risk:
+    """The risk of what was measured on the user's own task."""
+    return Risk(
+        technique=record.name,
+        setting=own.setting,
+        quality=_better(record.exactness),
+        title=record.title,
+        paper=record.paper,
+        claim=own.claim,
+        conditions=own.conditions,
+        recalled=False,
+        beyond=None,
+    )
+
+
+def measured_here(workload: Workload, technique: str, setting: str) -> Evidence | None:
+    """The user's own evidence that a setting of a technique does no harm; None without any."""
+    for own in workload.evidence:
+        if own.technique == technique and own.setting == setting and own.harmless:
+            return own
+    return None
+
+
+def precisions_here(workload: Workload) -> tuple[Mapping[str, Any], ...]:
+    """Settings of precision below 16 bits that were measured on the user's own task, and that the
+    workload allows: what a search tries beside its own."""
+    found: list[Mapping[str, Any]] = []
+    for own in workload.evidence:
+        settings = own.settings.get("precision", {})
+        if settings.get("compute") in LOW_COMPUTE and set(settings) <= {"compute", "recipe"}:
+            if own.harmless and is_allowed(workload, own.technique, own.setting):
+                found.append(settings)
+    return tuple(found)
+
+
+def is_allowed(workload: Workload, technique: str, setting: str = "") -> bool:
+    """Whether the planner may use a technique (its record's name) on its own; with a setting,
+    evidence of the user's own counts."""
     record = load_technique(technique)
-    return record.exactness in workload.quality or record.name in workload.accepted
+    quality = record.exactness
+    if measured_here(workload, technique, setting) is not None and quality != "exact":
+        quality = _better(quality)
+    return quality in workload.quality or record.name in workload.accepted
 
 
 def lines(found: Iterable[Risk]) -> list[str]:

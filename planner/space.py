@@ -41,6 +41,7 @@ from ..costmodel.layout import Ints, Layouts
 from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
 from ..costmodel.packing import Packing
+from ..costmodel.techniques import halo
 from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
 from ..mesh import Mesh
@@ -119,11 +120,11 @@ CP_TOKENS = 2048
 
 def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
-    compute = compute_dtype(pools, pins)
+    compute, recipe = compute_dtype(pools, pins), recipe_of(pins)
     return Options(
         compute=compute,
-        recipe=recipe_of(pins),
-        linears=BY_SHAPE if compute in LOW_PRECISION else None,
+        recipe=recipe,
+        linears=BY_SHAPE if compute in LOW_PRECISION and recipe not in halo.LEVELS else None,
         activations=pins.activations,
         attention=pins.attention or "flash",
         runtime=pins.runtime or "eager",
@@ -163,6 +164,8 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
     if may_be_apart(model, pools, workload, pins):
         grid = with_rows_apart(grid, pools, pins)
     ok = legal(model, grid, workload.seq_tokens)
+    if recipe_of(pins) in halo.LEVELS:
+        ok &= _rotatable(model, grid, workload.seq_tokens, recipe_of(pins))
     if isinstance(pins.stages, tuple):
         ok &= grid.pp * grid.vpp == len(pins.stages)
     if len(pools) > 1 and len(model.layers) > 1:
@@ -345,6 +348,21 @@ def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
     ok &= (grid.dp_shard == 1) | (grid.zero > 0)
     ok &= grid.cp % grid.ulysses == 0
     return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
+
+
+def _rotatable(model: Model, grid: Layouts, seq_tokens: int, recipe: str) -> NDArray[np.bool_]:
+    """True where a recipe of HALO rotates every layer's shapes."""
+    shards = np.where(grid.zero > 0, grid.dp_shard * grid.cp, grid.dp_shard)
+    tokens = grid.micro_batch_seqs * (seq_tokens // grid.cp)
+    shapes, row_of = np.unique(np.stack([grid.tp, tokens, shards]), axis=1, return_inverse=True)
+    fits = [
+        all(
+            halo.problem(model, layer, recipe, None, tp=tp, tokens=tokens, shards=shards) is None
+            for layer in model.layers
+        )
+        for tp, tokens, shards in shapes.T.tolist()
+    ]
+    return np.array(fits, dtype=bool)[row_of.reshape(-1)]
 
 
 def _divided_widths(model: Model) -> set[int]:

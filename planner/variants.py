@@ -5,10 +5,11 @@
                 where a stack gathers what such matmuls read in fp8
     optimiser   AdamW with moments in fp32; in 8 or 4 bits, or in 8-bit floats
 
-The default class, exact, leaves the first of each; a pin leaves what is pinned. A technique that is
-not exact must gain a little to be chosen (`RISK_WORTH`). Which linears of a
-layer run below 16 bits is decided by their shapes (`costmodel/by_shape.py`). Scales per row are
-taken where they are pinned: they cost more casts than one per tensor and gain nothing predicted.
+Besides, any dtype and scaling that `forerun probe` measured on the user's own task, where that
+class is allowed. The default class, exact, leaves the first of each; a pin leaves what is pinned. A
+technique that is not exact must gain a little to be chosen (`RISK_WORTH`). Which linears of a layer
+run below 16 bits is decided by their shapes (`costmodel/by_shape.py`). Scales per row are taken
+where they are pinned: they cost more casts than one per tensor and gain nothing predicted.
 
 Where plans are made to be run here, what executors have no code for is left out.
 """
@@ -31,8 +32,8 @@ from ..errors import InputError
 from ..model import Model
 from ..plan import SPLIT_SCHEDULES, Plan
 from ..workload import Optimizer, Workload
-from .pins import Pins, check_precision, has_rate
-from .quality import LOW_COMPUTE, is_allowed
+from .pins import Pins, check_pins, check_precision, has_rate
+from .quality import LOW_COMPUTE, is_allowed, precisions_here
 from .space import everything, routes
 
 RISK_WORTH = 5e-3
@@ -65,7 +66,11 @@ def ways(
     """Every order of pools with every compute dtype and optimiser, the plainest first; `free` says
     whether dtypes are the search's to choose."""
     pools = cluster.pools
-    dtypes = [pins, *(_low_precisions(model, pools, workload, pins) if free else ())]
+    dtypes = [pins]
+    if free:
+        dtypes += _low_precisions(model, pools, workload, pins)
+        measured = _measured_here(pools, workload, pins)
+        dtypes += [chosen for chosen in measured if chosen not in dtypes]
     names = [pins.optimizer or workload.optimizer]
     if free and pins.optimizer is None:
         names += _low_bit_moments(model, pools, workload, pins)
@@ -78,6 +83,23 @@ def ways(
         )
         for route, chosen, name in product(routes(cluster), dtypes, names)
     )
+
+
+def _measured_here(pools: Sequence[Pool], workload: Workload, pins: Pins) -> list[Pins]:
+    """The pins with a compute dtype that `forerun probe` found harmless, each that is allowed."""
+    if pins.precision is not None or pins.activations is not None:
+        return []
+    chosen: list[Pins] = []
+    for settings in precisions_here(workload):
+        one = msgspec.structs.replace(
+            pins, precision=settings["compute"], recipe=settings.get("recipe")
+        )
+        try:
+            check_pins(one, [pool.device for pool in pools])
+        except InputError:  # with other pins
+            continue
+        chosen.append(one)
+    return chosen
 
 
 def dtypes_of(plan: Plan) -> dict[str, Any]:

@@ -17,16 +17,22 @@ from ...cluster import Device
 from ...errors import InputError, unknown_name
 from ..graph import Collective, Graph, Operator, Tensor
 from ..options import Options
+from . import halo
 from .lora import is_adapter
 
-LOW_PRECISION = {"fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
+LOW_PRECISION = {
+    "fp8": "fp8", "mxfp8": "fp8", "nvfp4": "fp4", "int8": "int8", "fp6": "bf16", "fp4": "bf16",
+}  # fmt: skip
 """Compute dtypes below 16 bits, and the dtype whose matmul rate they run at."""
 WIDE = ("fp32", "fp16", "bf16")
 BY_SHAPE = ("by-shape",)
 """In place of names: each linear runs in whichever is faster at its shape."""
 CAST, WEIGHT_CAST = ".quantize", ".quantize_weight"
 """Ends of the names of casts: of a matmul's input, and of its weight."""
-QUANTIZE = {"tensorwise": "quantize", "rowwise": "quantize_rowwise", "coat": "quantize"}
+QUANTIZE = {
+    "tensorwise": "quantize", "rowwise": "quantize_rowwise", "coat": "quantize",
+    **{recipe: halo.cast_kind(recipe) for recipe in halo.LEVELS},
+}  # fmt: skip
 """Operator kind of a recipe's casts. coat takes the maximum in the producer's kernel and writes a
 transposed copy instead: the same traffic as tensorwise."""
 
@@ -39,6 +45,7 @@ def rewrite(graph: Graph, options: Options) -> Graph:
     if options.recipe not in QUANTIZE:
         raise InputError("precision.recipe", options.recipe, "unknown scaling of matmuls",
                          f"use {', '.join(QUANTIZE)}")  # fmt: skip
+    halo.check(options.compute, options.recipe)
     settled = _settle(graph, options.tensor_dtype)
     if graph.name != "layer":
         return settled
@@ -62,17 +69,20 @@ def _check_linears(graph: Graph, options: Options) -> None:
 def refuse(options: Options, device: Device) -> InputError | None:
     """Why a device cannot have the compute dtype of its matmuls; None where it can.
 
-    CPUs emulate fp8 in fp32 matmuls, with the same numerics and no gain.
+    CPUs emulate fp8 in fp32 matmuls, with the same numerics and no gain; fp6 and fp4 with one scale
+    are emulated everywhere.
     """
     if options.compute not in LOW_PRECISION:
         return None
     rate = LOW_PRECISION[options.compute]
+    if options.compute in halo.EMULATED:
+        return None
     if device.kind == "cpu":
-        if options.compute == "fp8":
+        if options.compute in ("fp8", "int8"):
             return None
-        return InputError("precision", options.compute, "CPUs emulate fp8 alone",
-                          "use fp8, or a GPU")  # fmt: skip
-    least = (8, 9) if options.compute == "fp8" else (10, 0)
+        return InputError("precision", options.compute, "CPUs emulate fp8 alone, and run int8",
+                          "use fp8 or int8, or a GPU")  # fmt: skip
+    least = {"int8": (8, 0), "fp8": (8, 9)}.get(options.compute, (10, 0))
     if rate in device.peak_flops_per_s and (device.capability or least) >= least:
         return None
     needs = ".".join(map(str, least))
@@ -90,6 +100,8 @@ def is_low_precision(op: Operator) -> bool:
 def is_chosen(op: Operator, options: Options) -> bool:
     """Whether it does, under the linears that a plan names; `BY_SHAPE` leaves all as candidates."""
     named = options.linears is None or options.linears == BY_SHAPE or op.name in options.linears
+    if options.recipe in halo.LEVELS and op.kind != "linear":
+        return False
     return is_low_precision(op) and named
 
 
@@ -196,17 +208,21 @@ def _lower(graph: Graph, options: Options) -> Graph:
         group = readers[op.inputs[0].name]
         if group[0] is op:
             operators.append(_quantize(op.inputs[0], group, options))
-        operators.append(replace(op, compute=LOW_PRECISION[options.compute]))
-    return replace(graph, operators=tuple(operators))
+        if options.recipe in halo.LEVELS:
+            operators += halo.lower(op, options.recipe, LOW_PRECISION[options.compute])
+        else:
+            operators.append(replace(op, compute=LOW_PRECISION[options.compute]))
+    return replace(graph, operators=tuple(operators), weights=())  # some in another dtype
 
 
 def _quantize(x: Tensor, readers: list[Operator], options: Options) -> Operator:
     """The cast of `x` in forward and of its readers' output gradients in backward."""
+    dtype = halo.CODES if options.recipe in halo.LEVELS else options.compute
     return Operator(
         name=f"{x.name}{CAST}",
         kind=QUANTIZE[options.recipe],
         price_axes=(x.axes, *(op.outputs[0].axes for op in readers)),
         inputs=(x,),
-        outputs=(replace(x, name=f"{x.name}.quantized", dtype=options.compute),),
+        outputs=(replace(x, name=f"{x.name}.quantized", dtype=dtype),),
         grad_inputs=False,
     )

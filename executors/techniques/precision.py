@@ -1,8 +1,8 @@
 """Precision: dtypes of parameters in use, of gradients on the wire, hidden states and matmuls.
 
-Below 16 bits there are two makers of linears: recipe `coat` is ours (`fp8_linear.py`), `tensorwise`
-and `rowwise` are torchao's. Saved activations in 8 bits change linears of either dtype, but only
-ours, since they keep their operand.
+Below 16 bits there are three makers of linears: recipe `coat` is ours (`fp8_linear.py`), those of
+HALO are too (`techniques/halo.py`), `tensorwise` and `rowwise` are torchao's. Saved activations in
+8 bits change linears of either dtype, but only those of coat, since they keep their operand.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from .. import torchao_adapters
 from ..decoder import Block, Decoder, Linear
 from ..fp8_linear import Operands, product
 from ..torch_compat import MixedPrecisionPolicy
-from . import storage
+from . import halo, storage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "int8": torch.bfloat16,
+    "fp6": torch.bfloat16, "fp4": torch.bfloat16,
+}  # fmt: skip
 """Of the tensors between matmuls."""
 GROUPS = (
     ("attention", ("wq", "wk", "wv")),
@@ -46,7 +49,7 @@ def apply(piece: Decoder, phase: Phase, device: torch.device) -> None:
     for index, block in piece.blocks.items():
         assert isinstance(block, Block)
         settings = phase.technique("precision", int(index))
-        low = settings.get("compute") == "fp8"
+        low = settings.get("compute") not in ("fp32", "bf16", None)
         stored = settings.get("activations") == "fp8"
         if stored:
             storage.apply(block)
@@ -58,6 +61,9 @@ def apply(piece: Decoder, phase: Phase, device: torch.device) -> None:
             module = block.get_submodule(part)
             linears = {name: getattr(module, name) for name in group if hasattr(module, name)}
             chosen = [name for name in linears if low and (named is None or name in named)]
+            if halo.uses(settings):
+                halo.apply(linears, chosen, settings)
+                continue
             if recipe == "coat" or not low:
                 _own(linears, chosen, stored and group[0] not in NOT_STORED)
                 continue

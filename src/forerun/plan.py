@@ -53,8 +53,14 @@ KINDS_OF_CP: tuple[str, ...] = (*CP_KINDS, "usp")
 RUNTIMES: tuple[str, ...] = ("eager", "compiled")
 """How a run launches a layer's operators: one by one, or compiled as a whole."""
 ATTENTION_KERNELS: tuple[str, ...] = ("flash", "flash1", "flash2", "flash3", "unfused", "eager")
-COMPUTE_DTYPES: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
-RECIPES: tuple[str, ...] = ("tensorwise", "rowwise", "coat")
+COMPUTE_DTYPES: tuple[str, ...] = (
+    "fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4", "int8", "fp6", "fp4",
+)  # fmt: skip
+HALO_RECIPES: tuple[str, ...] = (
+    "halo0", "halo1", "halo1-hq", "halo1-hq-xh", "halo2", "halo2-xh", "halo2-hq-xh",
+)  # fmt: skip
+"""Those of int8, fp6 and fp4."""
+RECIPES: tuple[str, ...] = ("tensorwise", "rowwise", "coat", *HALO_RECIPES)
 """How matmuls below 16 bits are scaled."""
 STORAGE_DTYPES: tuple[str, ...] = ("fp8",)
 """Of saved activations, where it is not the dtype of the tensors."""
@@ -206,7 +212,10 @@ class Phase(Value, frozen=True, kw_only=True):
         return ["-".join([*words, *([] if base is None else [str(base).replace("_", "-")])])]
 
     def _precision(self) -> str:
-        """Compute dtype with its recipe."""
+        """Compute dtype with its recipe; a hash where layers differ."""
+        each = [(s.layers, s.techniques.get("precision", {})) for s in self.settings]
+        if any(own != each[0][1] for _, own in each):
+            return f"mixed~{sha256(msgspec.json.encode(each)).hexdigest()[:4]}"
         settings = self.technique("precision")
         recipe = f"-{settings['recipe']}" if "recipe" in settings else ""
         return f"{self.compute_dtype}{recipe}"

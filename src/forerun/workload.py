@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from .document import Document
 from .errors import InputError
+from .evidence import Evidence
 from .lengths import Lengths
 
 Quality = Literal["exact", "equivalent-start", "measured-here", "published", "unquantified"]
@@ -45,6 +46,9 @@ class Workload(Document, frozen=True, kw_only=True):
     """Classes of techniques that the planner may use (`planner/quality.py`)."""
     accepted: tuple[str, ...] = ()
     """Single techniques that it may use whatever their class, by the names of their records."""
+    evidence: tuple[Evidence, ...] = ()
+    """What was measured of techniques on models like this one on these devices (`forerun probe`):
+    harmless ones are of class measured-here."""
     balance_loss: BalanceLoss = "none"
     """Load-balancing loss of every router, E sum_i f_i p_i: the fractions f of choices that fall on
     an expert are those of one micro-batch, or of all replicas and of the step's micro-batches so

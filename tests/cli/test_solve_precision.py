@@ -129,3 +129,42 @@ def test_a_missing_file_and_a_missing_budget(refused: Callable, table: Callable)
     line = refused(["solve", "precision", "no-such.csv", "--error-budget", "1"], 2)
     assert "file=no-such.csv" in line
     assert "--error-budget" in refused(["solve", "precision", table(TABLE)], 2)
+
+
+def test_a_file_or_a_plan_is_needed(
+    refused: Callable[..., str], table: Callable[[str], Path]
+) -> None:
+    both = ["--measure", table(TABLE), "--error-budget", "1"]
+    for arguments in (["--error-budget", "1"], [table(TABLE), *both]):
+        line = refused(["solve", "precision", *arguments], 2)
+        assert "give a CSV file, or --measure and a plan file" in line
+
+
+def test_measured_options_become_a_plan(
+    invoke: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With errors made up: 16 bits stay where the budget is used up."""
+
+    def errors(plan: object, options: dict, groups: tuple, **_: object) -> dict:
+        return {
+            (group, name): 0.0 if name == "bf16" else 1.0 + group[0]
+            for group in groups
+            for name in options
+        }
+
+    monkeypatch.setattr("forerun.executors.sensitivity.sensitivities", errors)
+    job = "--model llama-2-7b --gpus 8xRTX4090 --seq-len 2048 --global-batch 32".split()
+    base, mixed, csv = (tmp_path / name for name in ("base.json", "mixed.json", "options.csv"))
+    layout = ["--zero", "3", "--micro-batch", "4", "-o", base]
+    assert invoke("predict", *job, *layout).exit_code == 0
+    measured = ["--measure", base, "--group-layers", "16", "--error-budget", "1"]
+    result = invoke("solve", "precision", *measured, "--csv", csv, "-o", mixed, "--json")
+    found = solved(result)
+    assert found["choice"] == {"layers 0-15": "int8-halo2", "layers 16-31": "bf16"}
+    plan = json.loads(mixed.read_text())["plan"]
+    settings = plan["phases"][0]["settings"]
+    assert [s["layers"] for s in settings] == [[0, 15], [16, 31]]
+    assert settings[0]["techniques"]["precision"] == {"compute": "int8", "recipe": "halo2"}
+    assert found["label"] == json.loads(mixed.read_text())["label"]
+    again = solved(invoke("solve", "precision", csv, "--error-budget", "1", "--json"))
+    assert again["choice"] == found["choice"]

@@ -30,11 +30,15 @@ WIDE = Model(
 COAT: dict[str, Any] = {"compute": "fp8", "recipe": "coat", "activations": "fp8"}
 STORED: dict[str, Any] = {"compute": "fp32", "activations": "fp8"}
 LOW: dict[str, Any] = {"compute": "fp8", "recipe": "coat"}
+HALO: dict[str, Any] = {"compute": "int8", "recipe": "halo2-xh"}
+GATHERED: dict[str, Any] = {"compute": "int8", "recipe": "halo2-hq-xh"}
 FP32: dict[str, Any] = {"compute": "fp32"}
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "coat": (COAT, "adamw_fp8"),
     "stored": (STORED, "adamw"),
     "low": (LOW, "adamw_fp8"),
+    "halo": (HALO, "adamw"),
+    "gathered": (GATHERED, "adamw"),
     "moments": (FP32, "adamw_fp8"),
     "blocks": (FP32, "adamw_fp8_block"),
 }
@@ -45,6 +49,10 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "coat zero3": {"mesh": {"dp_shard": 2}, "zero": 3} | SPLIT_BATCH,
         "coat tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True},
         "coat 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b"} | PP,
+        "gathered zero3": {"mesh": {"dp_shard": 2}, "zero": 3} | SPLIT_BATCH,
+        "halo tp-sp": {"mesh": {"tp": 2}, "sequence_parallel": True},
+        "gathered 1f1b": {"mesh": {"pp": 2}, "schedule": "1f1b"} | PP,
+        "gathered zero1 full": {"mesh": {"dp_shard": 2}, "zero": 1, "recompute": "full"},
         "stored ddp": {"mesh": {"dp_replicate": 2}},
         "moments ddp": {"mesh": {"dp_replicate": 2}},
         "moments zero3": {"mesh": {"dp_shard": 2}, "zero": 3},
@@ -56,6 +64,11 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
         "coat tp2-sp x zero3": {"mesh": {"tp": 2, "dp_shard": 2}, "zero": 3,
                                 "sequence_parallel": True},
         "coat pp2 x zero3": {"mesh": {"pp": 2, "dp_shard": 2}, "zero": 3} | PP,
+        "gathered tp2-sp x zero3": {"mesh": {"tp": 2, "dp_shard": 2}, "zero": 3,
+                                    "sequence_parallel": True},
+        "gathered pp2 x zero3": {"mesh": {"pp": 2, "dp_shard": 2}, "zero": 3} | PP,
+        "gathered hsdp": {"mesh": {"dp_replicate": 2, "dp_shard": 2}, "zero": 3,
+                          "micro_batch_seqs": 1},
         "coat hsdp": {"mesh": {"dp_replicate": 2, "dp_shard": 2}, "zero": 3,
                       "micro_batch_seqs": 1},
         "stored tp2 x ddp2": {"mesh": {"tp": 2, "dp_replicate": 2}},
@@ -64,7 +77,15 @@ FAMILIES: dict[int, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-SLOW = ("stored ddp", "coat zero3 selective", "low zero3 full", "blocks zero1", *FAMILIES[4])
+SLOW = (
+    "stored ddp",
+    "gathered 1f1b",
+    "gathered zero1 full",
+    "coat zero3 selective",
+    "low zero3 full",
+    "blocks zero1",
+    *FAMILIES[4],
+)
 """Families that the default run of the tests leaves out."""
 
 

@@ -38,6 +38,7 @@ USES: dict[str, Use] = {
     "diloco": Use({"local-sgd": {"period": 2, "outer": "diloco", "delay": 1}}),
     "expert-placement": Use(expert_families.PERMUTED["more"], {"mesh": {"ep": 2}}, routed=True),
     "gptq": Use({"lora": {"rank": 8, "base": "gptq3_g32"}}),
+    "halo": Use({"precision": {"compute": "int8", "recipe": "halo2"}}),
     "local-sgd": Use({"local-sgd": {"period": 2, "outer": "average"}}),
     "lora": Use({"lora": {"rank": 8, "base": "nf4"}}),
     "low-precision": Use({"precision": {"compute": "fp8", "recipe": "coat"}}),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forerun.costmodel import estimate
+from forerun.costmodel.halo_levels import LEVELS
 from forerun.costmodel.simulate import Simulation
 from forerun.errors import InputError
 from forerun.executors.frames import Frame
@@ -31,6 +32,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     },
     "coat, not stored": {"compute": "fp8", "recipe": "coat"},
     "tensorwise": {"compute": "fp8"},
+    **{recipe: {"compute": "int8", "recipe": recipe} for recipe in LEVELS},
+    "halo2-xh, some linears": {
+        "compute": "int8", "recipe": "halo2-xh", "linears": ["wk", "wv", "down"],
+    },
 }  # fmt: skip
 
 
@@ -97,7 +102,8 @@ def cases() -> list[Any]:
     found: list[Any] = []
     for model in MODELS:
         for name in PRECISIONS:
-            marks = () if model == "llama" or name in ("fp32 stored", "coat") else pytest.mark.slow
+            often = model == "llama" or name in ("fp32 stored", "coat", "halo2-xh")
+            marks = () if often else pytest.mark.slow
             found.append(pytest.param(model, name, marks=marks))
     return found
 
@@ -168,6 +174,8 @@ def counted_peak(plan: Plan) -> int:
     [
         pytest.param("fp32 stored", "adamw_fp8", 0.05, marks=pytest.mark.slow),
         pytest.param("fp32 stored", "adamw8bit", 0.05, marks=pytest.mark.slow),
+        pytest.param("halo1", "adamw", 0.02, marks=pytest.mark.slow),
+        ("halo2-hq-xh", "adamw", 0.02),
         ("coat", "adamw_fp8", 0.12),  # emulated matmuls have fp32 copies of their operands
     ],
 )
