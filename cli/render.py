@@ -213,7 +213,7 @@ def print_search(result: SearchResult) -> None:
     print_line(why(result)[0])
     stats = result.stats
     if stats.proven:
-        verdict = "gap 0 %: no layout is faster in this cost model"
+        verdict = "gap 0 %: no layout is better in this cost model"
     else:
         verdict = f"gap {percent(stats.gap)}: a layout not simulated may be faster by up to that"
     limit = f", stopped by the {stats.limit} limit" if stats.limit else ""

@@ -48,6 +48,8 @@ class Uncut:
         bounded = np.zeros(num, dtype=np.int64)
         time = self._share_s()
         alive = np.flatnonzero(time <= self.worth_s)
+        if not len(alive):
+            return time, memory, bounded
         once_s = self._updates(alive)
         time[alive] += once_s
         left = np.flatnonzero(time[alive] <= self.worth_s)

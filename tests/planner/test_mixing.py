@@ -36,6 +36,7 @@ def candidates_of(
         ("llama-3.1-8b", "8xH100", 8192, 32),
         ("llama-3.1-70b", "8x8xH100", 8192, 64),
         ("mixtral-8x7b", "4x8xA100-80GB", 4096, 64),
+        pytest.param("deepseek-v3", "32x8xH100", 4096, 512, marks=pytest.mark.slow),
     ],
 )
 def test_no_plan_is_faster_than_its_bound(
