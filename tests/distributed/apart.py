@@ -173,7 +173,7 @@ def train(plan: Plan) -> dict[str, Any]:
 
 def as_one() -> dict[str, Any]:
     """Meetings after every step, whose outer step changes nothing, against synchronous steps."""
-    sgd = {"workload": {"optimizer": "sgd"}}
+    sgd: dict[str, Any] = {"workload": {"optimizer": "sgd"}}
     every = {"local-sgd": {"period": 1, "learning_rate": 1.0, "momentum": 0.0}}
     mesh = INSIDE[2]["single"]
     found: dict[str, Any] = {}
