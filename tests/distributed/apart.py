@@ -68,7 +68,7 @@ def simulate(settings: LocalSgd) -> list[Arrays]:
         penalty = settings.penalty or 1.0
         if settings.outer == "co2" and settings.penalty is None and late:
             gone = sum(np.sum(momentum[n] ** 2) for n in mean) ** 0.5 * settings.outer_rate
-            penalty = max(1.0, gone / sum(np.sum(mean[n] ** 2) for n in mean) ** 0.5)
+            penalty = 1.0 + gone / sum(np.sum(mean[n] ** 2) for n in mean) ** 0.5
         for n, d in mean.items():
             mu, rate = settings.outer_momentum, settings.outer_rate
             if settings.outer == "average":
