@@ -114,7 +114,7 @@ class Simulation:
         """What meetings of the plan's replicas cost under some settings."""
         (load,) = self.rank_loads
         shard = float(self.layouts.shards[0])
-        elements = fragment_elements(local, self.grouped.group_of, self.costs, load, shard)
+        elements = fragment_elements(local, self.grouped.group_of.tolist(), self.costs, load, shard)
         return meetings(
             local,
             elements,

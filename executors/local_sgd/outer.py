@@ -8,9 +8,11 @@ hold the same part of the parameters in the other replicas, and works on that pa
 A mean that co2 uses a round late is the less worth the further the parameters have moved since it
 was sent. Where no constant is given, the penalty measures that gap,
 
-    penalty = max(1, ||x now - x when sent|| / ||mean||)
+    penalty = 1 + ||x now - x when sent|| / ||mean||
 
-over all parameters of the replica. (CO2, arXiv 2401.16265, has a penalty by the measured gap; this
+over all parameters of the replica: in a direction in which a round of inner steps takes back the
+share c of an error e, e_r+1 = e_r - c e_r-1 / penalty, which does not die out for c = 1 without it.
+(CO2, arXiv 2401.16265, has a penalty by the measured gap; this
 form of it is ours.) Two sums go over the ranks of a replica for it.
 """
 
@@ -184,7 +186,7 @@ class Outer:
         if self.inside is not None:
             dist.all_reduce(squares, group=self.inside)
         gone, told = squares.sqrt().tolist()
-        return max(1.0, self.settings.outer_rate * gone / told) if told > 0 else 1.0
+        return 1.0 + self.settings.outer_rate * gone / told if told > 0 else 1.0
 
     def _square(self, fragment: Fragment, flat: Tensor) -> Tensor:
         """This rank's share of the square of a buffer's norm over its replica."""

@@ -68,7 +68,7 @@ def simulate(settings: LocalSgd) -> list[Arrays]:
         penalty = settings.penalty or 1.0
         if settings.outer == "co2" and settings.penalty is None and late:
             gone = sum(np.sum(momentum[n] ** 2) for n in mean) ** 0.5 * settings.outer_rate
-            penalty = max(1.0, gone / sum(np.sum(mean[n] ** 2) for n in mean) ** 0.5)
+            penalty = 1.0 + gone / sum(np.sum(mean[n] ** 2) for n in mean) ** 0.5
         for n, d in mean.items():
             mu, rate = settings.outer_momentum, settings.outer_rate
             if settings.outer == "average":
@@ -173,7 +173,7 @@ def train(plan: Plan) -> dict[str, Any]:
 
 def as_one() -> dict[str, Any]:
     """Meetings after every step, whose outer step changes nothing, against synchronous steps."""
-    sgd = {"workload": {"optimizer": "sgd"}}
+    sgd: dict[str, Any] = {"workload": {"optimizer": "sgd"}}
     every = {"local-sgd": {"period": 1, "learning_rate": 1.0, "momentum": 0.0}}
     mesh = INSIDE[2]["single"]
     found: dict[str, Any] = {}
