@@ -202,16 +202,21 @@ def pieces(
         head=one("head", last, options),
         tied_params=table if model.tied_embeddings else 0.0 * table,
     )
-    return replace(found, head=_hiding(found.head, model, [found.layers]))
+    return replace(found, head=_hiding(found.head, model, [found.layers], prices))
 
 
-def _hiding(head: Piece, model: Model, policies: Sequence[Sequence[Piece]]) -> Piece:
+def _hiding(
+    head: Piece, model: Model, policies: Sequence[Sequence[Piece]], prices: Prices
+) -> Piece:
     """The head with what it hides of the layers' host time, whichever policy they are under.
 
     The host runs ahead of a device that works on the head's large matmul and loss, so that layers
     which take longer to launch than to compute catch up there:
 
         max(0, sum over layers of host_s - spare_s)   at most for the rank that holds the head
+
+    Where the host waits for the device behind the head's forward, that is so in backward alone,
+    which begins with the head.
     """
 
     def hidden(way: str) -> Array:
@@ -224,10 +229,12 @@ def _hiding(head: Piece, model: Model, policies: Sequence[Sequence[Piece]]) -> P
         ]  # fmt: skip
         return np.minimum(getattr(head, f"spare_{way}_s"), np.max(of_layers, axis=0))
 
-    there, back = hidden("forward"), hidden("backward")
+    once_s = prices.pool.stack.host_s_per_micro_batch
+    back = hidden("backward")
+    there = 0.0 * back if prices.pool.stack.host_waits else hidden("forward")
     return replace(
         head,
-        host_forward_s=np.maximum(head.host_forward_s, 0.0) - there,
+        host_forward_s=np.maximum(head.host_forward_s, 0.0) - there + once_s,
         host_backward_s=np.maximum(head.host_backward_s, 0.0) - back,
     )
 
@@ -255,7 +262,7 @@ def pieces_of_each(
         for own in policies[1:]
     ]
     every = [first.layers, *others]
-    head = first.head if model.traced is not None else _hiding(first.head, model, every)
+    head = first.head if model.traced is not None else _hiding(first.head, model, every, prices)
     return [replace(first, layers=layers, head=head) for layers in every]
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..cluster import Device, Pool
+from ..cluster import DTYPE_BYTES, Device, Pool
 from ..stack import Stack
 from .graph import Array
 
@@ -27,6 +28,9 @@ of what it loads."""
 TILE_ROWS, TILE_COLUMNS, TILE_RATE = (column[:, None] for column in np.array(TILES).T)
 LOW_PRECISION = ("fp8", "fp4", "int8")
 HEAD_REFERENCE = 128.0
+ALIGNED_BYTES = 16
+"""Rows of a matrix that start at multiples of this are loaded in whole vectors (NVIDIA, Matrix
+Multiplication Background: requirements to use tensor cores)."""
 ONE = np.ones(1)
 
 
@@ -50,6 +54,9 @@ def rates(kind: str, sizes: Sequence[Array], dtype: str, pool: Pool) -> tuple[Ar
             rate = rate * stack.expert_efficiency
         half = _half_k(stack, dtype)
         tokens, out, inner = sizes[0], sizes[1], sizes[2]
+        if device.num_sms is not None and not kind.startswith("conv"):
+            whole = _aligned(out, dtype) & _aligned(inner, dtype)
+            rate = rate * np.where(whole, 1.0, stack.misaligned)
         if kind.endswith("_wgrad"):
             return rate * gemm_factor(out, inner, tokens, half, stack, device), rate + 0.0 * tokens
         groups = sizes[3] if kind.startswith("grouped") else np.ones(1)
@@ -81,6 +88,13 @@ def _half_k(stack: Stack, dtype: str) -> float:
     if dtype in LOW_PRECISION and stack.low_precision_half_k is not None:
         return stack.low_precision_half_k
     return stack.gemm_half_k
+
+
+def _aligned(width: Array, dtype: str) -> NDArray[np.bool_]:
+    """Whether rows of so many elements start at whole vectors; parts of a number that ranks do not
+    divide are taken as aligned, since whoever divides it pads it."""
+    element_bytes = 2.0 ** np.floor(np.log2(DTYPE_BYTES[dtype]))  # without its scales
+    return (width % (ALIGNED_BYTES / element_bytes) == 0) | (width % 1 != 0)
 
 
 def gemm_factor(

@@ -106,7 +106,7 @@ def _ladder(
     modes, open_mode = recompute_ladder(row, siblings, stack)
     result: list[Candidate] = []
     for recompute in modes:
-        plan = _plan(row, padded(model, layout.tp), layout, stack, recompute)
+        plan = _plan(row, padded(model, layout.tp, stack), layout, stack, recompute)
         result.append(
             Candidate(
                 plan=plan,

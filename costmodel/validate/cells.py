@@ -92,8 +92,10 @@ def recompute_ladder(
     """What to try, the fastest first, and whether the cell was empty.
 
     Megatron and its kin can recompute a share of the layers; recipes that shard as FSDP wrap all.
+    A cell that the row or its stack gives reason to doubt is as good as empty.
     """
     doubted = row.attention_kernel.startswith("none") and row.says("unknown for the baseline")
+    doubted |= stack.doubts_recompute
     if row.recompute is not None and not doubted:
         return (Recompute(mode=row.recompute),), False
     stated = [] if doubted else siblings.values(row, "recompute")

@@ -12,6 +12,7 @@ from ...catalogs.loader import resolve_name
 from ...catalogs.sizes import parse_count
 from ...errors import InputError
 from ...model import Experts, Layer, Mlp, Model
+from ...stack import Stack
 from .table import Row
 
 SHAPE = ("layers", "hidden", "heads", "ffn_hidden", "vocab")
@@ -43,12 +44,13 @@ def model_of(row: Row) -> Model:
     )
 
 
-def padded(model: Model, tp: int) -> Model:
-    """The model with a vocabulary that tp divides: otherwise up to a multiple of 128 tp.
+def padded(model: Model, tp: int, stack: Stack) -> Model:
+    """The model with a vocabulary that tp divides, and 8 where the stack sees to it: otherwise up
+    to a multiple of 128 tp.
 
     That is what Megatron-LM's `--make-vocab-size-divisible-by 128` does.
     """
-    if model.vocab % tp == 0:
+    if model.vocab % tp == 0 and not (stack.pads_vocab and model.vocab % 8):
         return model
     step = 128 * tp
     return msgspec.structs.replace(model, vocab=-(-model.vocab // step) * step)

@@ -64,6 +64,12 @@ class Stack(Value, frozen=True, kw_only=True):
     """Whether collectives run beside compute at all (gloo's copies use the same cores)."""
     tile_quantisation: float = 0.0
     """Exponent of the tile and wave efficiency of GEMMs: 1 = fully felt, 0 = not at all."""
+    misaligned: float = 0.4
+    """Rate of a matmul whose weight has a side that is no multiple of 16 bytes (a vocabulary of
+    50,257) relative to an aligned one. From the head of vtrain-single's models: some 75 TFLOP/s
+    unpadded, 200 padded."""
+    pads_vocab: bool = True
+    """Whether a vocabulary that is no multiple of 8 gets rows that no token has."""
     low_precision_half_k: float | None = None
     """K0 of matmuls below 16 bits; None = `gemm_half_k`."""
     cast_multiplier: float = 1.0
@@ -74,6 +80,12 @@ class Stack(Value, frozen=True, kw_only=True):
     """Rate of the batched matmuls of attention with scores in memory, at head_dim 128."""
     host_smoothness: float = 2.5
     """q in (gpu^q + host^q)^(1/q), the time of a layer whose host and device work overlap."""
+    host_waits: bool = False
+    """Whether the host waits for the device at the end of a micro-batch's forward and backward, as
+    under timers that synchronise: the head's forward then hides no launch."""
+    host_s_per_micro_batch: float = 0.0
+    """Host time of a micro-batch beside its launches, charged where its loss is: batch, mask, mean
+    of the loss, timers."""
     host_s_per_unit: float = 0.0
     """Host time of FSDP's hooks around a layer, in forward and in backward."""
     host_s_per_collective: float = 0.0
@@ -89,6 +101,9 @@ class Stack(Value, frozen=True, kw_only=True):
     selective_recompute: Literal["selective", "per_op"] = "selective"
     """What the stack means by selective recomputation: the attention core, or every second matmul
     and all that is cheap."""
+    doubts_recompute: bool = False
+    """Whether what tables say of recomputation is not believed, because the times they give would
+    then ask for more than the device's peak: the fastest that fits is taken."""
     recompute_stops_early: bool = True
     """Whether recomputation ends once all saved tensors are back (PyTorch since 2.1), or runs the
     whole forward again."""

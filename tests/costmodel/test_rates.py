@@ -45,6 +45,21 @@ def test_fill_is_a_fraction(m: int, n: int, sms: int) -> None:
     assert 0 < fill(np.array([float(m)]), np.array([float(n)]), sms)[0] <= 1
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("bf16", 8), ("fp32", 4), ("fp8", 16)])
+def test_weights_whose_rows_are_no_whole_vectors_are_slow(dtype: str, width: int) -> None:
+    """A vocabulary of 50,257; what ranks do not divide is padded by whoever divides it."""
+    whole = 50_304
+    assert whole % width == 0
+
+    def rate(out: float, inner: float) -> float:
+        return float(rates("linear", shape(4096, out, inner), dtype, pool())[0][0])
+
+    slow = pool().stack.misaligned
+    assert rate(whole + 1, 4096) == pytest.approx(slow * rate(whole, 4096), rel=0.01)
+    assert rate(4096, whole + 1) == pytest.approx(slow * rate(4096, whole), rel=0.01)
+    assert rate(whole + 0.25, 4096) == pytest.approx(rate(whole, 4096), rel=0.01)
+
+
 def test_half_of_the_rate_at_the_half_dimension() -> None:
     stack = msgspec.structs.replace(load_stack("megatron-a100"), tile_quantisation=0.0)
     half = stack.gemm_half_k

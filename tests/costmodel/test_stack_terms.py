@@ -116,6 +116,24 @@ def test_launches_bound_a_small_model_and_captured_graphs_free_it(make_plan: Mak
     assert estimate(captured).step_s.median < 0.5 * estimate(plan).step_s.median
 
 
+def test_a_head_hides_launches_unless_the_host_waits_for_it(make_plan: MakePlan) -> None:
+    """Its forward, that is: in backward it comes first, and layers are launched meanwhile."""
+    options: dict[str, Any] = {"seq_tokens": 512, "global_batch_seqs": 8, "dp_replicate": 8}
+    ahead = with_stack(make_plan("qwen2.5-0.5b", **options), host_s_per_op=5e-5)
+    waits = with_stack(ahead, host_waits=True)
+    assert estimate(waits).step_s.median > estimate(ahead).step_s.median
+    large = make_plan(dp_shard=8, zero=3)  # nothing to hide
+    assert terms(with_stack(large, host_waits=True)) == pytest.approx(terms(large), rel=0.01)
+
+
+def test_every_micro_batch_costs_the_host_its_time(make_plan: MakePlan) -> None:
+    plan = make_plan(dp_replicate=8, global_batch_seqs=32)
+    each_s = 3e-3
+    later = estimate(with_stack(plan, host_s_per_micro_batch=each_s)).step_s.median
+    extra_s = plan.phase.num_microbatches * each_s
+    assert later - estimate(plan).step_s.median == pytest.approx(extra_s, rel=0.05)
+
+
 def test_compiled_layers_move_less(make_plan: MakePlan) -> None:
     plan = with_stack(make_plan(dp_shard=8, zero=3), compiled_elementwise=0.5, host_s_per_op=0.0)
     compiled = with_technique(plan, "runtime", mode="compiled")

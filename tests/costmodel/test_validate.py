@@ -125,6 +125,17 @@ def test_a_vocabulary_that_tp_does_not_divide_is_padded() -> None:
     assert candidates(found)[0].plan.model.vocab == 51200  # the next multiple of 128 * 8
 
 
+def test_what_a_stack_gives_reason_to_doubt_is_searched_and_its_vocabulary_stays_odd() -> None:
+    cells = {"hardware": "A100-SXM-80GB", "model": "gpt3-1.3b", "vocab": 50257, "zero_stage": 0,
+             "recompute": "full"}  # fmt: skip
+    doubted = candidates(case(source="vtrain-single", **cells))
+    assert {c.plan.phase.recompute for c in doubted} >= {"none", "full"}
+    assert doubted[0].plan.model.vocab == 50257
+    believed = candidates(case(source="vtrain-multi", **cells))
+    assert {c.plan.phase.recompute for c in believed} == {"full"}
+    assert believed[0].plan.model.vocab == 50304
+
+
 @pytest.mark.parametrize(
     ("note", "devices", "bytes_per_s"),
     [
