@@ -36,6 +36,9 @@ from .pins import Pins, check_pins, check_precision, has_rate
 from .quality import LOW_COMPUTE, is_allowed, precisions_here
 from .space import everything, routes
 
+FREE_COMPUTE = ("fp8", "mxfp8", "nvfp4")
+"""Dtypes that hardware multiplies in by itself. HALO's, whose operands are rotated first, are taken
+where they are pinned or were measured: no datacentre GPU of the catalog gains by them."""
 RISK_WORTH = 5e-3
 """Part of the step that a technique must gain to be chosen where it is not exact: below that the
 evidence for its quality weighs more."""
@@ -107,7 +110,7 @@ def dtypes_of(plan: Plan) -> dict[str, Any]:
     used = [setting.techniques.get("precision", {}) for setting in plan.phase.settings]
     low = next((one for one in used if one.get("compute") in LOW_COMPUTE), {})
     compute = low.get("compute", plan.phase.compute_dtype)
-    recipe = low.get("recipe", "tensorwise") if compute == "fp8" else None
+    recipe = low.get("recipe", "tensorwise" if compute == "fp8" else None)
     return {"precision": compute, "recipe": recipe, "optimizer": plan.workload.optimizer}
 
 
@@ -130,7 +133,7 @@ def _low_precisions(
         if not runs or _in_sixteens(model, pools, workload):
             scalings.append("tensorwise")
     chosen: list[Pins] = []
-    for compute in LOW_COMPUTE[:1] if runs else LOW_COMPUTE:
+    for compute in FREE_COMPUTE[:1] if runs else FREE_COMPUTE:
         own = Options(compute=compute)
         if any(not has_rate(x, compute) or precision.refuse(own, x) for x in devices):
             continue

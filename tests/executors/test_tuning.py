@@ -81,8 +81,9 @@ def test_near_candidates_run_in_turns_and_the_middle_one_counts(
 
 def test_what_fails_is_left_out(machine: Machine, plans: list[PlanFile]) -> None:
     machine.steps_s = {"plan-0": [0.0], "plan-1": [1.0]}
-    unknown = replace(plans[2].plan.phase, settings=(replace(
-        plans[2].plan.phase.settings[0], techniques={"lora": {"rank": 8}}),))  # fmt: skip
+    setting = plans[2].plan.phase.settings[0]
+    setting = replace(setting, techniques={"attention": {"kernel": "unfused"}})
+    unknown = replace(plans[2].plan.phase, settings=(setting,))
     plans[2] = replace(plans[2], plan=replace(plans[2].plan, phases=(unknown,)))
     found = tune(lambda _: plans[:3], rounds=1)
     assert found.winner.plan_file.label == "plan-1"

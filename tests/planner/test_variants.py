@@ -163,7 +163,7 @@ def test_equals_brute_force_over_dtypes_and_optimisers(close: bool) -> None:
     model, cluster = make_model(), fp8_cluster()
     workload = Workload(seq_tokens=64, global_batch_seqs=4, quality=PUBLISHED)
     for seed in range(5):
-        cost = CostOfDtypes(seed=seed, capacity_bytes=[60, 400, 900][seed % 3], close=close)
+        cost: Any = CostOfDtypes(seed=seed, capacity_bytes=[60, 400, 900][seed % 3], close=close)
         alone: list[float] = []
         for way in ways(model, cluster, workload, Pins()):
             pins = msgspec.structs.replace(way.pins, optimizer=way.workload.optimizer)
