@@ -28,7 +28,7 @@ from .graph import Array
 from .grid_rows import Index
 from .layout import Layouts
 from .options import Options
-from .pieces import Known
+from .priced_pieces import Known
 from .simulate import check_covered
 from .uncut import Uncut, is_free
 

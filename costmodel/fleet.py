@@ -15,9 +15,9 @@ from .graph import Array
 from .grid_rows import Index
 from .layout import Layouts
 from .options import Options
-from .pieces import Known
 from .pipeline_pools import OnPool, between_s, drift, fill_hops_s, until_ranks
 from .priced_grid import PricedGrid
+from .priced_pieces import Known
 from .ranks import hop_s, sent_bytes
 
 

@@ -11,7 +11,7 @@ from ..errors import InputError, unknown_name
 from ..model import Model
 from ..plan import TENSORS, Setting
 from .options import Options
-from .pieces import layer_graph
+from .piece_graphs import layer_graph
 from .techniques.recompute import tensor_names
 
 

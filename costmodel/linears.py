@@ -9,11 +9,12 @@ from ..cluster import Cluster
 from ..model import Layer, Model
 from .by_shape import LAUNCHES, TimeOf, Times, uses
 from .graph import Graph, Operator
+from .host_times import RUNTIME_LAUNCHES
 from .layout import Layouts
 from .operator_times import operator_s
 from .operators import KINDS
 from .options import Options
-from .pieces import RUNTIME_LAUNCHES, graph_and_sizes
+from .piece_graphs import graph_and_sizes
 from .prices import Prices
 from .techniques.precision import BY_SHAPE, LOW_PRECISION
 

@@ -7,7 +7,7 @@ import numpy as np
 from ..document import Value
 from ..plan import Plan
 from .kept import Kept
-from .pieces import kept_by_tensor
+from .piece_graphs import kept_by_tensor
 from .simulate import Simulation
 
 OTHERWISE = "(kept otherwise)"

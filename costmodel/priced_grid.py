@@ -19,7 +19,8 @@ from .memory import Peaks
 from .mixtures import PARTS
 from .moments import RankMoments
 from .options import Options
-from .pieces import Known, Pieces, pieces, pieces_of_each
+from .pieces import Pieces
+from .priced_pieces import Known, pieces, pieces_of_each
 from .prices import Prices
 from .ranks import rank_bytes, update
 from .seconds import Seconds, joined, seconds_of

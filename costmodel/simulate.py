@@ -27,8 +27,9 @@ from .layer_tensors import check_names
 from .layout import Layouts
 from .memory import Peak
 from .options import Options
-from .pieces import Known, Piece, Pieces, pieces
+from .pieces import Piece, Pieces
 from .pipeline_pools import between_s, drift
+from .priced_pieces import Known, pieces
 from .prices import Prices
 from .ranks import (
     IN_LAYER_AXES,

@@ -26,7 +26,7 @@ import numpy as np
 from ..cluster import Pool
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
-from ..costmodel.pieces import Known
+from ..costmodel.priced_pieces import Known
 from ..costmodel.simulate import Simulation
 from ..local_sgd import RECORDS, TECHNIQUE, LocalSgd
 from ..model import Model

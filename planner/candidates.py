@@ -14,7 +14,7 @@ from ..cluster import Cluster
 from ..costmodel.bounds import Stages
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
-from ..costmodel.pieces import Known
+from ..costmodel.priced_pieces import Known
 from ..costmodel.prices import Prices
 from ..document import Value
 from ..estimate import Estimate

@@ -10,7 +10,7 @@ from ..costmodel.bounds import Stages
 from ..costmodel.fleet import Fleet
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
-from ..costmodel.pieces import Known
+from ..costmodel.priced_pieces import Known
 from ..costmodel.uncut import is_free
 from ..model import Model
 from ..workload import Workload

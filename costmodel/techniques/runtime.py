@@ -3,7 +3,7 @@
 Fused operators hand their intermediate results on in registers: what an activation function keeps
 between its two halves is made again inside the backward's own kernel. Inputs of matmuls, which are
 kernels of their own, stay as they are. Time is priced operator by operator (`Prices.operator`) and
-layer by layer for the host (`costmodel/pieces.py`).
+layer by layer for the host (`costmodel/host_times.py`).
 """
 
 from __future__ import annotations

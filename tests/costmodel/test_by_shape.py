@@ -18,7 +18,8 @@ from forerun.costmodel.layout import Layouts
 from forerun.costmodel.linears import named_linears
 from forerun.costmodel.operator_times import operator_s
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import graph_and_sizes, pieces
+from forerun.costmodel.piece_graphs import graph_and_sizes
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.costmodel.techniques.precision import BY_SHAPE
 from forerun.errors import InputError

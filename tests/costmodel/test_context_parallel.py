@@ -20,7 +20,7 @@ from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operator_times import operator_times
 from forerun.costmodel.operators import KINDS
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import pieces
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.errors import InputError
 from forerun.mesh import Mesh

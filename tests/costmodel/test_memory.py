@@ -15,7 +15,8 @@ from forerun.cluster import Cluster
 from forerun.costmodel import Layouts, bound_layouts, estimate
 from forerun.costmodel.kept import Kept
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import Pieces, pieces
+from forerun.costmodel.pieces import Pieces
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.costmodel.stages import Load
 from forerun.costmodel.state_bytes import StateBytes

@@ -12,7 +12,7 @@ from forerun.costmodel.layers import decoder_layer
 from forerun.costmodel.layout import local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import pieces
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.costmodel.stages import Load
 from forerun.costmodel.techniques import apply

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from forerun.costmodel import estimate
-from forerun.costmodel.pieces import Known
+from forerun.costmodel.priced_pieces import Known
 from forerun.plan import Plan
 
 from .changed import with_device, with_stack, with_technique

@@ -15,7 +15,7 @@ from forerun.costmodel.layers import decoder_layer
 from forerun.costmodel.layout import Layouts, local_sizes
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import pieces
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.costmodel.techniques import apply, offload
 from forerun.mesh import Mesh

@@ -17,7 +17,7 @@ from forerun.costmodel import Layouts, bound_layouts, estimate
 from forerun.costmodel.cuts import held_by, makespan_s, ways_of
 from forerun.costmodel.fleet import Fleet
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import Known
+from forerun.costmodel.priced_pieces import Known
 from forerun.errors import InputError
 from forerun.model import Layer, Model
 from forerun.plan import SCHEDULES, V_SCHEDULES, even_sizes

@@ -17,7 +17,8 @@ from forerun.costmodel import bound_layouts, estimate
 from forerun.costmodel.layer_tensors import layer_tensors
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
-from forerun.costmodel.pieces import Piece, pieces
+from forerun.costmodel.pieces import Piece
+from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.document import from_json, to_json
 from forerun.errors import InputError
