@@ -13,8 +13,9 @@ from forerun.cli.layout import fixed_plan
 from forerun.costmodel import estimate
 from forerun.executors import run
 from forerun.model import Layer, Model
-from forerun.plan import LOOPED_SCHEDULES, SCHEDULES, V_SCHEDULES, PlanFile
+from forerun.plan import PlanFile
 from forerun.planner import Pins
+from forerun.schedules import LOOPED_SCHEDULES, SCHEDULES, V_SCHEDULES
 from forerun.workload import Workload
 
 STEPS = 3

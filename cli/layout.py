@@ -13,17 +13,8 @@ from ..errors import InputError
 from ..mesh import Mesh
 from ..model import Model
 from ..orders import Orders, order_texts, owners
-from ..plan import (
-    V_SCHEDULES,
-    Phase,
-    Plan,
-    Schedule,
-    Setting,
-    Stage,
-    even_sizes,
-    schedule_of,
-    stages_of,
-)
+from ..plan import Phase, Plan, Setting, Stage, even_sizes, stages_of
+from ..schedules import V_SCHEDULES, Schedule, schedule_of
 from ..workload import Workload
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..choices import OFFLOAD_RESTS, OFFLOAD_STATES, TIERS
 from ..errors import InputError, unknown_name
-from ..plan import OFFLOAD_RESTS, OFFLOAD_STATES, TIERS
 
 FORM = "write 0.5, activations=0.5,rest=recompute,tier=disk or optimizer"
 CHOICES = {"rest": OFFLOAD_RESTS, "tier": TIERS}

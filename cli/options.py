@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 import click
 
 from .. import document, units
-from ..cluster import Cluster, Pool
-from ..errors import InputError
-from ..local_sgd import TECHNIQUE as LOCAL_SGD
-from ..model import Model
-from ..plan import (
+from ..choices import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
     RECIPES,
     RECOMPUTE_MODES,
     RUNTIMES,
-    SCHEDULES,
     STORAGE_DTYPES,
     TENSORS,
-    Plan,
-    PlanFile,
 )
+from ..cluster import Cluster, Pool
+from ..errors import InputError
+from ..local_sgd import TECHNIQUE as LOCAL_SGD
+from ..model import Model
+from ..plan import Plan, PlanFile
+from ..schedules import SCHEDULES
 from ..workload import Optimizer, Quality, Workload
 from .lora import parse_lora
 from .offload import parse_offload

@@ -19,7 +19,8 @@ from itertools import pairwise
 import numpy as np
 
 from ..orders import Action
-from ..plan import Phase, rank_of
+from ..plan import Phase
+from ..schedules import rank_of
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import SCHEDULES, rank_of
+from ..schedules import SCHEDULES, rank_of
 from .fleet import Fleet
 from .graph import Array
 from .mixtures import least_extra_s, part

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Model
-from ..plan import SCHEDULES
+from ..schedules import SCHEDULES
 from .graph import Array
 from .in_flight import Shares, least_in_flight, least_moment
 from .kept import Kept

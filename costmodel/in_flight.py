@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..orders import Action, Orders
-from ..plan import SCHEDULES, SPLIT_SCHEDULES
+from ..schedules import SCHEDULES, SPLIT_SCHEDULES
 from .graph import Array
 from .kept import Kept
 from .layout import Layouts

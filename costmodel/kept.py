@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ..choices import TENSORS
 from ..cluster import DTYPE_BYTES
-from ..plan import TENSORS
 from ..stack import Stack
 from .graph import Array
 from .layout import Layouts

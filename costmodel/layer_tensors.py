@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from ..choices import TENSORS
 from ..cluster import Pool
 from ..errors import InputError, unknown_name
 from ..model import Model
-from ..plan import TENSORS, Setting
+from ..plan import Setting
 from .options import Options
 from .piece_graphs import layer_graph
 from .techniques.recompute import tensor_names

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model import Experts, LatentAttention, Layer, Model
-from ..plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, Phase
+from ..plan import Phase
+from ..schedules import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES
 from .graph import Array, Sizes
 from .layers.rings import ring_sizes
 from .layers.stacks import stack_sizes
@@ -24,7 +25,7 @@ FOLDED = np.array([name in V_SCHEDULES for name in SCHEDULES])
 class Layouts:
     """Many layouts at once: equal-length arrays; element i of each makes layout i.
 
-    `schedule` indexes `forerun.plan.SCHEDULES`; `sequence_parallel` is 0 or 1.
+    `schedule` indexes `forerun.schedules.SCHEDULES`; `sequence_parallel` is 0 or 1.
     """
 
     micro_batch_seqs: Ints

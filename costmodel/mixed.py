@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import SCHEDULES, rank_of
+from ..schedules import SCHEDULES, rank_of
 from .away import fetch_s
 from .copies import returning
 from .graph import Array

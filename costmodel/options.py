@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..choices import TENSORS
 from ..local_sgd import TECHNIQUE, LocalSgd
-from ..plan import TENSORS, Phase
+from ..plan import Phase
 from ..stack import Stack
 from ..workload import Workload
 from .packing import Packing

@@ -30,7 +30,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plan import SCHEDULES
+from ..schedules import SCHEDULES
 from .graph import Array
 from .grid_rows import GPIPE, ZB_H2, Index
 from .layout import Layouts

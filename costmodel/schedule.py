@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..orders import Action, Orders, owners
-from ..plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, rank_of
+from ..schedules import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from .graph import Array
 
 

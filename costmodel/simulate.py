@@ -15,7 +15,8 @@ from ..estimate import TIME_TERMS, Estimate, Evidence, Interval
 from ..local_sgd import LocalSgd
 from ..model import Model
 from ..orders import Action
-from ..plan import SPLIT_SCHEDULES, Phase, Plan, even_sizes, rank_of
+from ..plan import Phase, Plan, even_sizes
+from ..schedules import SPLIT_SCHEDULES, rank_of
 from . import admissible
 from .away import bytes_copied, bytes_off_device, exceeds_hosts, first_fetch_s
 from .copies import returns_at_once

@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..orders import Action, Orders
-from ..plan import SPLIT_SCHEDULES, V_SCHEDULES, rank_of
+from ..schedules import SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from .schedule import order_of
 
 __all__ = [

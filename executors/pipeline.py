@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..costmodel.schedule import orders as orders_of
 from ..model import Model
 from ..orders import Orders
-from ..plan import SPLIT_SCHEDULES, Phase, rank_of
+from ..plan import Phase
+from ..schedules import SPLIT_SCHEDULES, rank_of
 from . import data_parallel, split_backward
 from .data import Rows
 from .decoder import Decoder

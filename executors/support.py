@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
+from ..choices import RECIPES, RECOMPUTE_MODES, RUNTIMES, STORAGE_DTYPES, TENSORS
 from ..costmodel import admissible
 from ..costmodel.layers import decoder_layer
 from ..costmodel.options import Options
@@ -16,16 +17,8 @@ from ..costmodel.techniques.recompute import tensor_names
 from ..costmodel.techniques.storage import EXECUTED
 from ..errors import InputError, unknown_name
 from ..model import Layer, Model
-from ..plan import (
-    RECIPES,
-    RECOMPUTE_MODES,
-    RUNTIMES,
-    SPLIT_SCHEDULES,
-    STORAGE_DTYPES,
-    TENSORS,
-    Phase,
-    Plan,
-)
+from ..plan import Phase, Plan
+from ..schedules import SPLIT_SCHEDULES
 from .adapters import check_adapters
 
 TECHNIQUES = (

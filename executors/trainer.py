@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import RunFailed
 from ..local_sgd import LocalSgd
-from ..plan import Plan, rank_of
+from ..plan import Plan
+from ..schedules import rank_of
 from . import clipping, data_parallel
 from .arena import StaticArena
 from .away import Away

@@ -19,7 +19,8 @@ import numpy as np
 
 from ..costmodel.cuts import Ways, held_by, makespan_s, ways_of
 from ..costmodel.fleet import Fleet
-from ..plan import SCHEDULES, even_sizes, rank_of
+from ..plan import even_sizes
+from ..schedules import SCHEDULES, rank_of
 from .pipeline.cut import least_largest
 
 FURTHER = 2.0

@@ -12,10 +12,11 @@ from ..costmodel.layout import Layouts
 from ..document import Value
 from ..errors import InputError
 from ..estimate import Estimate
+from ..layout_rules import layout_problems
 from ..local_sgd import LocalSgd
 from ..mesh import Mesh
 from ..model import Model
-from ..plan import SCHEDULES, layout_problems
+from ..schedules import SCHEDULES
 from ..workload import Workload
 from .explain import in_gib
 from .pins import Pins, flag, smallest_conflict

@@ -21,13 +21,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..choices import TENSORS
 from ..cluster import Cluster, Pool
 from ..costmodel.layout import Layouts
 from ..costmodel.options import Options
 from ..costmodel.prices import Prices
 from ..costmodel.techniques.storage import EXECUTED
 from ..model import Model
-from ..plan import SCHEDULES, SPLIT_SCHEDULES, TENSORS
+from ..schedules import SCHEDULES, SPLIT_SCHEDULES
 from ..workload import Workload
 from .activations import Setting, layer_types
 from .activations.portfolio import Names, keep_sets

@@ -27,7 +27,8 @@ from ..costmodel.layout import Layouts
 from ..costmodel.mixed import Mixed
 from ..costmodel.options import Options
 from ..model import Model
-from ..plan import SCHEDULES, even_sizes, rank_of, stages_of
+from ..plan import even_sizes, stages_of
+from ..schedules import SCHEDULES, rank_of
 
 Ints = NDArray[np.intp]
 

@@ -8,14 +8,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from ..cluster import Device
-from ..costmodel.techniques import halo
-from ..costmodel.techniques.lora import BASES, TARGETS
-from ..document import Value
-from ..errors import InputError
-from ..local_sgd import LocalSgd
-from ..model import Model
-from ..plan import (
+from ..choices import (
     ATTENTION_KERNELS,
     COMPUTE_DTYPES,
     KINDS_OF_CP,
@@ -24,11 +17,18 @@ from ..plan import (
     RECIPES,
     RECOMPUTE_MODES,
     RUNTIMES,
-    SCHEDULES,
     STORAGE_DTYPES,
     TENSORS,
     TIERS,
 )
+from ..cluster import Device
+from ..costmodel.techniques import halo
+from ..costmodel.techniques.lora import BASES, TARGETS
+from ..document import Value
+from ..errors import InputError
+from ..local_sgd import LocalSgd
+from ..model import Model
+from ..schedules import SCHEDULES
 from ..workload import Optimizer
 from .quality import LOW_COMPUTE
 

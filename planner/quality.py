@@ -20,12 +20,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from ..catalogs import Technique, load_technique, names
+from ..choices import HALO_RECIPES
 from ..document import Value
 from ..errors import unknown_name
 from ..evidence import Evidence
 from ..local_sgd import RECORDS
 from ..local_sgd import TECHNIQUE as LOCAL_SGD
-from ..plan import HALO_RECIPES, Plan
+from ..plan import Plan
 from ..workload import Quality, Workload
 
 CLASSES: tuple[Quality, ...] = get_args(Quality)

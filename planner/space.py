@@ -2,9 +2,9 @@
 
 A layout is one row: micro-batch, replicas and shards, tp, pp, vpp, ZeRO stage, sequence and context
 parallelism, expert parallelism and schedule. Rows are made by products of the options of each axis,
-never one by one, and rows that break a rule of `forerun.plan.layout_problems` are gone before
-anything is priced. What layers keep for backward and how layers are cut into stages is no column:
-the bounds choose it (`keeping.py`, `cutting.py`).
+never one by one, and rows that break a rule of `forerun.layout_rules.layout_problems` are gone
+before anything is priced. What layers keep for backward and how layers are cut into stages is no
+column: the bounds choose it (`keeping.py`, `cutting.py`).
 
 Where an axis is free, rows that would run exactly like another row are left out:
 - zero > 0 with one replica shards nothing;
@@ -44,21 +44,11 @@ from ..costmodel.packing import Packing
 from ..costmodel.techniques import halo
 from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
+from ..layout_rules import UNDIVIDED
 from ..mesh import Mesh
 from ..model import Model
-from ..plan import (
-    LOOPED_SCHEDULES,
-    SCHEDULES,
-    SPLIT_SCHEDULES,
-    UNDIVIDED,
-    V_SCHEDULES,
-    Phase,
-    Plan,
-    Schedule,
-    even_sizes,
-    rank_of,
-    stages_of,
-)
+from ..plan import Phase, Plan, even_sizes, stages_of
+from ..schedules import LOOPED_SCHEDULES, SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, Schedule, rank_of
 from ..traced import Traced
 from ..workload import Workload
 from .apart import may_be_apart, with_rows_apart
@@ -329,7 +319,7 @@ def _shards(pins: Pins, pp: int, dp: int, near: int) -> list[tuple[int, int]]:
 
 
 def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
-    """True where a row breaks no rule of `forerun.plan.layout_problems`."""
+    """True where a row breaks no rule of `forerun.layout_rules.layout_problems`."""
     ok = np.ones(len(grid), dtype=bool)
     for width in sorted(_divided_widths(model)):
         ok &= width % grid.tp == 0

@@ -30,7 +30,8 @@ from ..costmodel.options import Options
 from ..costmodel.techniques import precision
 from ..errors import InputError
 from ..model import Model
-from ..plan import SPLIT_SCHEDULES, Plan
+from ..plan import Plan
+from ..schedules import SPLIT_SCHEDULES
 from ..workload import Optimizer, Workload
 from .pins import Pins, check_pins, check_precision, has_rate
 from .quality import LOW_COMPUTE, is_allowed, precisions_here

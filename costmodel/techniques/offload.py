@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...choices import OFFLOAD_RESTS, OFFLOAD_STATES, TIERS
 from ...errors import InputError
-from ...plan import OFFLOAD_RESTS, OFFLOAD_STATES, TIERS
 from ..graph import Array, Collective, Graph, Sizes, Tensor
 from ..liveness import Liveness
 from ..options import Options

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from ...choices import RECOMPUTE_MODES, TENSORS
 from ...errors import InputError
-from ...plan import RECOMPUTE_MODES, TENSORS
 from ..graph import Graph, Operator, Tensor
 from ..rates import is_matmul
 

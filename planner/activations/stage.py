@@ -10,9 +10,10 @@ from ...costmodel.options import Options
 from ...costmodel.prices import Prices
 from ...costmodel.simulate import check_covered
 from ...errors import InputError
+from ...layout_rules import layout_problems
 from ...mesh import Mesh
 from ...model import Model
-from ...plan import SCHEDULES, layout_problems
+from ...schedules import SCHEDULES
 from ..space import only_pool
 from .problem import LayerType
 from .tensors import Setting, layer_types

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
+from ...choices import COMPUTE_DTYPES, RECIPES
 from ...costmodel.simulate import Simulation
 from ...errors import InputError, unknown_name
-from ...plan import COMPUTE_DTYPES, RECIPES, Phase, Plan, Setting
+from ...plan import Phase, Plan, Setting
 from .problem import Option
 
 Settings = dict[str, Any]

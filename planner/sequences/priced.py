@@ -22,9 +22,9 @@ from ... import costmodel
 from ...cluster import Cluster, Pool
 from ...costmodel.options import Options
 from ...errors import InputError, NoFeasiblePlan
+from ...layout_rules import layout_problems
 from ...mesh import Mesh
 from ...model import Model
-from ...plan import layout_problems
 from ...units import format_bytes
 from ...workload import Workload
 from .costs import Costs, Floats, Ints, check_ranks, powers_of_two

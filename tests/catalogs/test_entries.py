@@ -10,9 +10,9 @@ import pytest
 
 from forerun.catalogs import KINDS, Lengths, entries, entry, load_model, names
 from forerun.catalogs.loader import ROOT, resolve_name
+from forerun.choices import CP_KINDS, RECOMPUTE_MODES, TENSORS
 from forerun.document import read
 from forerun.errors import InputError
-from forerun.plan import CP_KINDS, RECOMPUTE_MODES, TENSORS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,8 @@ import pytest
 from forerun.costmodel import estimate
 from forerun.costmodel.chunk_times import UPDATE, chunk_times, with_own_cores
 from forerun.costmodel.schedule import orders, play
-from forerun.plan import SPLIT_SCHEDULES, Plan
+from forerun.plan import Plan
+from forerun.schedules import SPLIT_SCHEDULES
 
 MakePlan = Callable[..., Plan]
 CASES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h2", 1), ("zb-v", 2), ("dualpipev", 2)]

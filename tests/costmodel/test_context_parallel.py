@@ -23,8 +23,9 @@ from forerun.costmodel.options import Options
 from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.errors import InputError
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
-from forerun.plan import Plan, Setting, layout_problems
+from forerun.plan import Plan, Setting
 
 from .graphs import layer_graph, layouts_of, moved, num_bytes
 

@@ -14,8 +14,9 @@ from forerun.costmodel.graph import volume
 from forerun.costmodel.liveness import liveness
 from forerun.costmodel.operators import KINDS
 from forerun.errors import InputError
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
-from forerun.plan import Plan, layout_problems
+from forerun.plan import Plan
 from forerun.planner import Pins
 from forerun.planner.space import enumerate_grid
 from forerun.vision import ConvBlock, Convolution

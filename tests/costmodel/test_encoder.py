@@ -14,8 +14,9 @@ from forerun.catalogs import load_model
 from forerun.costmodel import estimate
 from forerun.costmodel.liveness import liveness
 from forerun.errors import InputError
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
-from forerun.plan import Plan, layout_problems
+from forerun.plan import Plan
 
 from .graphs import forward_flops, moved, num_bytes
 from .stacks import assert_bound_holds, degrees, piece, whole

@@ -24,9 +24,10 @@ from forerun.costmodel.prices import Prices
 from forerun.costmodel.state_bytes import StateBytes
 from forerun.costmodel.techniques import apply
 from forerun.errors import InputError
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
 from forerun.model import Model
-from forerun.plan import Plan, Setting, layout_problems
+from forerun.plan import Plan, Setting
 
 from .graphs import forward_flops, layer_graph, layouts_of, moved, num_bytes
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from forerun.catalogs import load_cluster, load_model, names
+from forerun.choices import HALO_RECIPES
 from forerun.costmodel import estimate
 from forerun.costmodel.admissible import refuse
 from forerun.costmodel.graph import Graph, Sizes, volume
@@ -25,7 +26,7 @@ from forerun.errors import InputError
 from forerun.hadamard import factor
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
-from forerun.plan import HALO_RECIPES, Phase, Plan, Setting, even_stages
+from forerun.plan import Phase, Plan, Setting, even_stages
 from forerun.planner.pins import Pins
 from forerun.planner.space import enumerate_grid
 from forerun.workload import Workload

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from forerun.catalogs import load_model
+from forerun.choices import RECOMPUTE_MODES
 from forerun.costmodel import bound_layouts, estimate
 from forerun.costmodel.graph import Graph, Operator, Sizes, volume
 from forerun.costmodel.layers import decoder_layer
@@ -22,7 +23,7 @@ from forerun.costmodel.options import Options
 from forerun.costmodel.rates import is_matmul
 from forerun.costmodel.techniques import apply, local_axes, offload
 from forerun.errors import InputError
-from forerun.plan import RECOMPUTE_MODES, Plan
+from forerun.plan import Plan
 
 from .graphs import layouts_of
 

@@ -31,9 +31,10 @@ from forerun.costmodel.zero_bubble import not_possible, peak_live
 from forerun.estimate import MEMORY_TERMS, TIME_TERMS
 from forerun.executors.support import check_executed
 from forerun.model import Model
-from forerun.plan import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, Plan, even_stages, rank_of
+from forerun.plan import Plan, even_stages
 from forerun.planner import Pins, search
 from forerun.planner.space import enumerate_grid
+from forerun.schedules import SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, rank_of
 from forerun.workload import Workload
 
 MakePlan = Callable[..., Plan]

@@ -19,16 +19,8 @@ from forerun.executors.build import build
 from forerun.executors.measure.memory import LiveTensors
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
-from forerun.plan import (
-    LOOPED_SCHEDULES,
-    SCHEDULES,
-    V_SCHEDULES,
-    Phase,
-    Plan,
-    Setting,
-    even_stages,
-    techniques,
-)
+from forerun.plan import Phase, Plan, Setting, even_stages, techniques
+from forerun.schedules import LOOPED_SCHEDULES, SCHEDULES, V_SCHEDULES
 from forerun.workload import Workload
 
 SEQ, BATCH, MICRO, VOCAB = 64, 16, 2, 512

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from forerun.choices import RECOMPUTE_MODES
 from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.costmodel.bounds import Stages
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
 from forerun.estimate import Estimate, Interval
 from forerun.model import Layer, Model
-from forerun.plan import RECOMPUTE_MODES, Plan, even_sizes
+from forerun.plan import Plan, even_sizes
 from forerun.planner.choosing import Choice
 from forerun.stack import Stack
 from forerun.workload import Workload

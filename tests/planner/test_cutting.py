@@ -20,10 +20,11 @@ from forerun.costmodel.options import Options
 from forerun.costmodel.priced_pieces import Known
 from forerun.errors import InputError
 from forerun.model import Layer, Model
-from forerun.plan import SCHEDULES, V_SCHEDULES, even_sizes
+from forerun.plan import even_sizes
 from forerun.planner import Pins, search
 from forerun.planner.cutting import best_cuts
 from forerun.planner.space import plan_at, routes
+from forerun.schedules import SCHEDULES, V_SCHEDULES
 from forerun.workload import Workload
 
 BF16 = Options(compute="bf16")

@@ -13,7 +13,7 @@ from forerun.costmodel.options import Options
 from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
-from forerun.plan import SCHEDULES, SPLIT_SCHEDULES, Phase, Plan, Setting, even_stages
+from forerun.plan import Phase, Plan, Setting, even_stages
 from forerun.planner import Pins, risks, search
 from forerun.planner.keeping import policies, policies_under
 from forerun.planner.quality import (
@@ -24,6 +24,7 @@ from forerun.planner.quality import (
     lines,
     record_names,
 )
+from forerun.schedules import SCHEDULES, SPLIT_SCHEDULES
 from forerun.workload import Workload
 
 WORKLOAD = Workload(seq_tokens=2048, global_batch_seqs=8)

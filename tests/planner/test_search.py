@@ -18,15 +18,9 @@ from forerun.document import to_json
 from forerun.errors import InputError
 from forerun.mesh import Mesh
 from forerun.model import Model
-from forerun.plan import (
-    LOOPED_SCHEDULES,
-    SCHEDULES,
-    V_SCHEDULES,
-    Phase,
-    Plan,
-    even_stages,
-)
+from forerun.plan import Phase, Plan, even_stages
 from forerun.planner import Pins, search, why
+from forerun.schedules import LOOPED_SCHEDULES, SCHEDULES, V_SCHEDULES
 from forerun.workload import Workload
 
 

@@ -11,11 +11,12 @@ from forerun.catalogs import load_cluster
 from forerun.costmodel.layout import Layouts
 from forerun.costmodel.options import Options
 from forerun.executors.support import check_executed
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
 from forerun.model import Experts
-from forerun.plan import SCHEDULES, layout_problems
 from forerun.planner.pins import Pins
 from forerun.planner.space import divisors, enumerate_grid, legal, plan_at
+from forerun.schedules import SCHEDULES
 from forerun.workload import Workload
 
 SMALL = st.integers(1, 6)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.catalogs import load_cluster, load_model
+from forerun.choices import TENSORS
 from forerun.costmodel import bound_layouts, estimate
 from forerun.costmodel.layer_tensors import layer_tensors
 from forerun.costmodel.layout import Layouts
@@ -22,7 +23,7 @@ from forerun.costmodel.priced_pieces import pieces
 from forerun.costmodel.prices import Prices
 from forerun.document import from_json, to_json
 from forerun.errors import InputError
-from forerun.plan import TENSORS, Plan
+from forerun.plan import Plan
 from forerun.planner import Pins, search
 from forerun.planner.activations import Setting, layer_types
 from forerun.planner.activations.policies import policies

@@ -21,15 +21,8 @@ from forerun.orders import (
     splits,
     waiting_forever,
 )
-from forerun.plan import (
-    SCHEDULES,
-    V_SCHEDULES,
-    Plan,
-    PlanFile,
-    even_stages,
-    rank_of,
-    schedule_of,
-)
+from forerun.plan import Plan, PlanFile, even_stages
+from forerun.schedules import SCHEDULES, V_SCHEDULES, rank_of, schedule_of
 
 CHUNKS = {"interleaved": 2, "interleaved-zb": 2, "zb-v": 2, "dualpipev": 2}
 

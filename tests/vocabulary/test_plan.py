@@ -13,17 +13,10 @@ from msgspec.structs import replace
 from forerun import document
 from forerun.cluster import Cluster, Device, Link, Pool
 from forerun.errors import InputError
+from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
 from forerun.model import Layer, Model
-from forerun.plan import (
-    Phase,
-    Plan,
-    Setting,
-    Stage,
-    even_stages,
-    layout_problems,
-    techniques,
-)
+from forerun.plan import Phase, Plan, Setting, Stage, even_stages, techniques
 from forerun.stack import Stack
 from forerun.workload import Workload
 
