@@ -8,9 +8,9 @@ from __future__ import annotations
 from .bounds import Bounds, bound_layouts
 from .calibrate import calibrate
 from .diff import diff
+from .estimates import estimate
 from .layout import Layouts
 from .memory_report import MemoryReport, memory_report
-from .simulate import estimate
 
 __all__ = [
     "Bounds",

@@ -17,8 +17,9 @@ from ...errors import ForerunError, InputError
 from ...estimate import Estimate, Interval
 from ...plan import Plan
 from ...stack import Stack
+from ..estimates import estimate
 from ..priced_pieces import Known
-from ..simulate import estimate, step_seconds
+from ..simulate import step_seconds
 from .build import Candidate, Case, PublishedPlan, unread
 from .conventions import memory_unit_bytes, to_seconds, work
 from .table import Unread
