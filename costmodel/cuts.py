@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..schedules import SCHEDULES, rank_of
+from .cut_ranks import Before, Rank
 from .fleet import Fleet
 from .graph import Array
 from .mixtures import least_extra_s, part
-from .reach import Before, Rank, Reach
+from .reach import Reach
 from .schedule import Action, slowest_chain_s
 from .seconds import fastest
 from .stages import Load
