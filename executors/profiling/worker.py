@@ -20,8 +20,9 @@ from ...cluster import CollectiveCurve, WaitCurve
 from ...measurement import REFERENCE_MATMUL
 from ..measure.pace import matmul_s
 from . import collectives, gpu_host, grids, host
+from .cases import Bench, Sizes
 from .collectives import Groups, Setting
-from .operators import Bench, Sizes, benches, engine_start_s
+from .operators import benches, engine_start_s
 from .runner import Findings, Phase, Request, Timing
 from .timing import Buffers, Clock, CpuClock, CudaClock, median
 
