@@ -118,8 +118,8 @@ def _stages(
     model: Model, cluster: Cluster, mesh: Mesh, schedule: str, pins: Pins
 ) -> tuple[Stage, ...]:
     """The stages asked for, or equal ones; pipelines go through the pools in their order."""
+    from ..planner.grid_plans import pool_names
     from ..planner.pins import check_stages
-    from ..planner.space import pool_names
 
     if mesh.num_stages > model.num_layers:
         raise InputError(

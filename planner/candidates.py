@@ -24,9 +24,10 @@ from ..workload import Workload
 from .activations.portfolio import Names
 from .apart import settled, unsettled
 from .choosing import Choice, choices
+from .grid_plans import plan_at
 from .keeping import policies, policies_under, sets_worth_keeping
 from .pins import Pins
-from .space import base_options, enumerate_grid, everything, ordinary, plan_at
+from .space import base_options, enumerate_grid, everything, ordinary
 from .variants import Way, ways
 
 Floats = NDArray[np.float64]

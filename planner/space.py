@@ -26,41 +26,31 @@ of a stage divide the devices of every pool, and chunks of models with unlike la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import permutations
 from math import gcd
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cluster import Cluster, Pool
-from ..costmodel.layer_tensors import settings_of
 from ..costmodel.layout import Ints, Layouts
-from ..costmodel.linears import named_linears
 from ..costmodel.options import Options
 from ..costmodel.packing import Packing
 from ..costmodel.techniques import halo
 from ..costmodel.techniques.precision import BY_SHAPE, LOW_PRECISION
 from ..errors import InputError
-from ..layout_rules import UNDIVIDED
-from ..mesh import Mesh
 from ..model import Model
-from ..plan import Phase, Plan, even_sizes, stages_of
-from ..schedules import LOOPED_SCHEDULES, SCHEDULES, SPLIT_SCHEDULES, V_SCHEDULES, Schedule, rank_of
-from ..traced import Traced
+from ..schedules import SCHEDULES
 from ..workload import Workload
 from .apart import may_be_apart, with_rows_apart
+from .legal_rows import GPIPE, LOOPED, SPLIT, V_SHAPED, even_experts, legal, rotatable
 from .pins import Pins, recipe_of
 
-GPIPE = SCHEDULES.index("gpipe")
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
 INTERLEAVED = SCHEDULES.index("interleaved")
-DUALPIPEV = SCHEDULES.index("dualpipev")
-SPLIT = tuple(map(SCHEDULES.index, SPLIT_SCHEDULES))
-LOOPED = tuple(map(SCHEDULES.index, LOOPED_SCHEDULES))
-V_SHAPED = tuple(map(SCHEDULES.index, V_SCHEDULES))
 
 
 def only_pool(cluster: Cluster) -> Pool:
@@ -155,7 +145,7 @@ def enumerate_grid(model: Model, cluster: Cluster, workload: Workload, pins: Pin
         grid = with_rows_apart(grid, pools, pins)
     ok = legal(model, grid, workload.seq_tokens)
     if recipe_of(pins) in halo.LEVELS:
-        ok &= _rotatable(model, grid, workload.seq_tokens, recipe_of(pins))
+        ok &= rotatable(model, grid, workload.seq_tokens, recipe_of(pins))
     if isinstance(pins.stages, tuple):
         ok &= grid.pp * grid.vpp == len(pins.stages)
     if len(pools) > 1 and len(model.layers) > 1:
@@ -318,73 +308,6 @@ def _shards(pins: Pins, pp: int, dp: int, near: int) -> list[tuple[int, int]]:
     return [pair for pair in pairs if pins.dp_shard in (None, pair[1])]
 
 
-def legal(model: Model, grid: Layouts, seq_tokens: int) -> NDArray[np.bool_]:
-    """True where a row breaks no rule of `forerun.layout_rules.layout_problems`."""
-    ok = np.ones(len(grid), dtype=bool)
-    for width in sorted(_divided_widths(model)):
-        ok &= width % grid.tp == 0
-    if model.traced is not None:
-        ok &= _legal_traced(model.traced, grid)
-    sp = grid.sequence_parallel == 1
-    ok &= ~sp | (grid.tp > 1)
-    for tokens in model.lengths(seq_tokens):
-        ok &= ~sp | ((tokens // grid.cp) % grid.tp == 0)
-        ok &= (grid.cp == 1) | (tokens % (2 * grid.cp) == 0)
-    for kind, _, axes in UNDIVIDED:
-        for axis in axes if any(layer.kind == kind for layer in model.layers) else ():
-            ok &= getattr(grid, axis) == 1
-    ok &= grid.pp * grid.vpp <= model.num_layers
-    ok &= _legal_schedules(grid)
-    ok &= (grid.dp_shard == 1) | (grid.zero > 0)
-    ok &= grid.cp % grid.ulysses == 0
-    return ok & _legal_experts(model, grid) & _legal_ulysses(model, grid)
-
-
-def _rotatable(model: Model, grid: Layouts, seq_tokens: int, recipe: str) -> NDArray[np.bool_]:
-    """True where a recipe of HALO rotates every layer's shapes."""
-    shards = np.where(grid.zero > 0, grid.dp_shard * grid.cp, grid.dp_shard)
-    tokens = grid.micro_batch_seqs * (seq_tokens // grid.cp)
-    shapes, row_of = np.unique(np.stack([grid.tp, tokens, shards]), axis=1, return_inverse=True)
-    fits = [
-        all(
-            halo.problem(model, layer, recipe, None, tp=tp, tokens=tokens, shards=shards) is None
-            for layer in model.layers
-        )
-        for tp, tokens, shards in shapes.T.tolist()
-    ]
-    return np.array(fits, dtype=bool)[row_of.reshape(-1)]
-
-
-def _divided_widths(model: Model) -> set[int]:
-    """The sizes that tp must divide; a traced module tells the degrees instead."""
-    if model.traced is not None:
-        return set()
-    widths = {model.vocab}
-    for layer in model.layers:
-        widths |= {layer.heads, layer.kv_heads, *layer.mlp_widths}
-    return widths
-
-
-def _legal_traced(traced: Traced, grid: Layouts) -> NDArray[np.bool_]:
-    """What a user's module says of how it can be divided."""
-    degrees = traced.divided.degrees if traced.divided is not None else ()
-    ok = np.isin(grid.tp, (1, *degrees)) & (grid.sequence_parallel == 0)
-    ok &= (grid.cp == 1) & (grid.ep == 1) & ~np.isin(grid.schedule, SPLIT)
-    return ok if traced.hidden else ok & (grid.pp == 1)
-
-
-def _legal_schedules(grid: Layouts) -> NDArray[np.bool_]:
-    """Each schedule has its chunks per rank and its least number of micro-batches."""
-    pipeline, count = grid.pp > 1, grid.num_microbatches
-    looped, folded = np.isin(grid.schedule, LOOPED), np.isin(grid.schedule, V_SHAPED)
-    ok = (grid.vpp == 1) | (pipeline & (looped | folded))
-    ok &= pipeline | ~np.isin(grid.schedule, SPLIT)
-    ok &= ~folded | (grid.vpp == 2)
-    ok &= ~(looped & pipeline) | ((grid.vpp > 1) & (count % grid.pp == 0))
-    rounds = np.where(grid.schedule == DUALPIPEV, 2, 1)
-    return ok & (~pipeline | (grid.schedule == GPIPE) | (count >= rounds * grid.pp))
-
-
 def ordinary(grid: Layouts) -> NDArray[np.bool_]:
     """True for the layouts that people try first: a small part of the grid in which a good one is
     found soon. States are sharded over all replicas, sequences split beside tp, cp is one ring."""
@@ -392,97 +315,6 @@ def ordinary(grid: Layouts) -> NDArray[np.bool_]:
     whole = (grid.dp == 1) & (grid.zero == 0)
     split = (grid.sequence_parallel == 1) == (grid.tp > 1)
     return (sharded | whole) & split & (grid.ulysses == 1) & (grid.vpp <= 4)
-
-
-def _legal_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
-    """Experts are shared out evenly, over ranks that hold the same dense weights or, where these
-    split the sequence, over tp too; states are divided into equal parts."""
-    holders = grid.dp * grid.cp
-    apart = holders % grid.ep == 0
-    split = (grid.sequence_parallel == 1) | (grid.tp == 1)
-    ok = apart | (((holders * grid.tp) % grid.ep == 0) & split)
-    sharing = grid.shards * grid.tp // grid.expert_tp
-    ok &= (sharing % grid.ep == 0) | (grid.ep % sharing == 0)
-    counts = [layer.experts.num_experts for layer in model.layers if layer.experts is not None]
-    if not counts:
-        return ok & (grid.ep == 1)
-    for count in counts:
-        ok &= count % grid.ep == 0
-    return ok
-
-
-def even_experts(model: Model, grid: Layouts) -> NDArray[np.bool_]:
-    """True where ZeRO cuts the experts of a rank into equal parts, by number or along their widths:
-    others cannot be run (`executors/support.py`)."""
-    ok = np.ones(len(grid), dtype=bool)
-    shards = np.maximum(1, grid.shards * grid.tp // grid.expert_tp // grid.ep)
-    for layer in model.layers:
-        if layer.experts is None:
-            continue
-        by_number = layer.experts.num_experts // grid.ep % shards == 0
-        width = layer.experts.ffn_hidden // grid.expert_tp
-        by_width = (width % shards == 0) & (model.hidden % shards == 0)
-        ok &= (grid.zero == 0) | by_number | by_width
-    return ok
-
-
-def _legal_ulysses(model: Model, grid: Layouts) -> NDArray[np.bool_]:
-    """Each rank of the exchange gets whole heads."""
-    ok = np.ones(len(grid), dtype=bool)
-    for layer in model.layers:
-        groups = layer.kv_heads // grid.tp
-        uneven = (groups % grid.ulysses != 0) & (grid.ulysses % np.maximum(groups, 1) != 0)
-        ok &= (layer.heads % (grid.tp * grid.ulysses) == 0) & ~((groups > 0) & uneven)
-    return ok | (grid.ulysses == 1)
-
-
-def plan_at(
-    model: Model,
-    cluster: Cluster,
-    workload: Workload,
-    grid: Layouts,
-    row: int,
-    layers: Sequence[Options],
-    sizes: Sequence[int] | None = None,
-) -> Plan:
-    """One row of the grid as a complete plan; `layers` are the options of every layer in order, or
-    one for all, `sizes` the layers of every stage, None for as even as can be. Its pipeline goes
-    through the pools of the cluster in their order."""
-    degrees = {
-        axis: int(getattr(grid, axis)[row])
-        for axis in ("dp_replicate", "dp_shard", "cp", "ulysses", "tp", "pp", "vpp", "ep")
-    }
-    degrees["dp_replicate"] *= int(grid.apart[row])
-    mesh = Mesh(**degrees)
-    here = grid.take(np.array([row]))
-    layers = named_linears(model, cluster, here, workload.seq_tokens, layers)
-    split = bool(grid.sequence_parallel[row])
-    each = tuple(layers) * (model.num_layers if len(layers) == 1 else 1)
-    if mesh.ulysses == mesh.cp > 1:
-        each = tuple(replace(options, cp_kind="ulysses") for options in each)
-    phase = Phase(
-        steps=workload.steps,
-        seq_tokens=workload.seq_tokens,
-        micro_batch_seqs=int(grid.micro_batch_seqs[row]),
-        num_microbatches=int(grid.num_microbatches[row]),
-        mesh=mesh,
-        zero=cast("Any", int(grid.zero[row])),
-        sequence_parallel=split,
-        schedule=cast("Schedule", SCHEDULES[int(grid.schedule[row])]),
-        stages=stages_of(
-            even_sizes(model.num_layers, mesh.num_stages) if sizes is None else sizes,
-            pool_names(cluster, mesh, SCHEDULES[int(grid.schedule[row])]),
-        ),
-        settings=settings_of(model, each, cluster.pools[0], sequence_parallel=split),
-    )
-    return Plan(model=model, cluster=cluster, workload=workload, phases=(phase,))
-
-
-def pool_names(cluster: Cluster, mesh: Mesh, schedule: str) -> list[str]:
-    """The pool of every stage."""
-    names = [pool.name for pool in cluster.pools for _ in range(pool.num_devices)]
-    replicas = mesh.world // mesh.pp
-    return [names[rank_of(schedule, stage, mesh.pp) * replicas] for stage in range(mesh.num_stages)]
 
 
 def divisors(number: int) -> list[int]:

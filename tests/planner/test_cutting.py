@@ -23,7 +23,8 @@ from forerun.model import Layer, Model
 from forerun.plan import even_sizes
 from forerun.planner import Pins, search
 from forerun.planner.cutting import best_cuts
-from forerun.planner.space import plan_at, routes
+from forerun.planner.grid_plans import plan_at
+from forerun.planner.space import routes
 from forerun.schedules import SCHEDULES, V_SCHEDULES
 from forerun.workload import Workload
 

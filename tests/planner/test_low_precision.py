@@ -16,7 +16,8 @@ from forerun.costmodel import bound_layouts, estimate
 from forerun.costmodel.options import Options
 from forerun.costmodel.techniques.precision import BY_SHAPE
 from forerun.planner import Pins
-from forerun.planner.space import enumerate_grid, plan_at
+from forerun.planner.grid_plans import plan_at
+from forerun.planner.space import enumerate_grid
 from forerun.workload import Optimizer, Workload
 
 WORK = Workload(seq_tokens=4096, global_batch_seqs=32)

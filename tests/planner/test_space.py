@@ -14,8 +14,10 @@ from forerun.executors.support import check_executed
 from forerun.layout_rules import layout_problems
 from forerun.mesh import Mesh
 from forerun.model import Experts
+from forerun.planner.grid_plans import plan_at
+from forerun.planner.legal_rows import legal
 from forerun.planner.pins import Pins
-from forerun.planner.space import divisors, enumerate_grid, legal, plan_at
+from forerun.planner.space import divisors, enumerate_grid
 from forerun.schedules import SCHEDULES
 from forerun.workload import Workload
 

@@ -30,7 +30,8 @@ from forerun.planner.activations.policies import policies
 from forerun.planner.activations.portfolio import keep_sets
 from forerun.planner.activations.problem import Limits
 from forerun.planner.activations.relax import lower_hull
-from forerun.planner.space import enumerate_grid, plan_at
+from forerun.planner.grid_plans import plan_at
+from forerun.planner.space import enumerate_grid
 from forerun.workload import Workload
 
 BF16 = Options(compute="bf16")
