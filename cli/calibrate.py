@@ -12,7 +12,9 @@ from ..errors import InputError
 from ..measurement import Measurement
 from ..plan import Plan, PlanFile
 from .diff import today_profile
-from .options import common_options, output_option, read_plan_file, say
+from .log import say
+from .options import common_options, output_option
+from .plan_files import read_plan_file
 
 Run = tuple[PlanFile, Measurement]
 

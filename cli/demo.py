@@ -16,7 +16,9 @@ from ..measurement import Measurement
 from ..model import Model
 from ..plan import PlanFile
 from ..workload import Workload
-from .options import common_options, read_plan_file, say
+from .log import say
+from .options import common_options
+from .plan_files import read_plan_file
 from .profile import measure, warn_if_busy
 from .progress import step_progress
 

@@ -12,7 +12,8 @@ from ..cluster import Profile
 from ..errors import ToleranceExceeded
 from ..measurement import Measurement
 from ..plan import Plan
-from .options import common_options, plan_argument, read_plan_file
+from .options import common_options, plan_argument
+from .plan_files import read_plan_file
 
 
 @click.command("diff")

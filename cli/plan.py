@@ -10,21 +10,19 @@ import click
 from .. import document
 from ..errors import InputError, NoFeasiblePlan
 from ..plan import PlanFile
+from .jobs import Job, read_job
+from .log import say_job, say_not_executed
 from .options import (
     POSITIVE,
-    Job,
     axis_options,
     common_options,
     fit_option,
     job_options,
     output_option,
     quality_options,
-    read_job,
-    say_job,
-    say_not_executed,
-    search_pins,
     space_option,
 )
+from .pins import search_pins
 
 if TYPE_CHECKING:
     from ..planner import SearchResult

@@ -10,17 +10,11 @@ import click
 from .. import document
 from ..measurement import Measurement
 from ..plan import Plan
-from .options import (
-    axis_options,
-    common_options,
-    job_options,
-    output_option,
-    plan_file_of,
-    read_job,
-    read_pins,
-    say_job,
-    say_not_executed,
-)
+from .jobs import read_job
+from .log import say_job, say_not_executed
+from .options import axis_options, common_options, job_options, output_option
+from .pins import read_pins
+from .plan_files import plan_file_of
 
 
 def with_experts(plan: Plan, placement: Path | None, loads: Path | None) -> Plan:

@@ -15,18 +15,11 @@ from ..errors import InputError
 from ..evidence import Evidence, family_of
 from ..plan import Plan
 from ..units import format_bytes, format_seconds
-from .options import (
-    POSITIVE,
-    axis_options,
-    common_options,
-    is_traced,
-    job_options,
-    plan_file_of,
-    read_job,
-    read_pins,
-    say,
-    say_job,
-)
+from .jobs import is_traced, read_job
+from .log import say, say_job
+from .options import POSITIVE, axis_options, common_options, job_options
+from .pins import read_pins
+from .plan_files import plan_file_of
 from .progress import step_progress
 
 if TYPE_CHECKING:

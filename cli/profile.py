@@ -9,7 +9,8 @@ import click
 
 from .. import document
 from ..cluster import Profile
-from .options import common_options, output_option, say
+from .log import say
+from .options import common_options, output_option
 from .progress import progress
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import POSITIVE, common_options, plan_argument, read_plan_file
+from .options import POSITIVE, common_options, plan_argument
+from .plan_files import read_plan_file
 from .progress import progress
 
 if TYPE_CHECKING:

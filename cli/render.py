@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..costmodel import MemoryReport
     from ..planner import SearchResult, WhatIf
-    from .options import Job
+    from .jobs import Job
 
 PIPED_WIDTH = 110
 """Columns when stdout is no terminal: a table keeps its lines whole in a file."""

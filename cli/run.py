@@ -10,7 +10,9 @@ import click
 
 from .. import document, units
 from ..errors import InputError
-from .options import POSITIVE, common_options, output_option, plan_argument, read_plan_file, say
+from .log import say
+from .options import POSITIVE, common_options, output_option, plan_argument
+from .plan_files import read_plan_file
 from .progress import step_progress
 
 if TYPE_CHECKING:

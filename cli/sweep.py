@@ -9,15 +9,8 @@ import click
 
 from .. import document
 from ..errors import InputError, NoFeasiblePlan
-from .options import (
-    POSITIVE,
-    axis_options,
-    common_options,
-    fit_option,
-    output_option,
-    say,
-    space_option,
-)
+from .log import say
+from .options import POSITIVE, axis_options, common_options, fit_option, output_option, space_option
 
 if TYPE_CHECKING:
     from ..planner.sweep import Ask, Conditions, SweepResult

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import NEEDED, Job, is_traced, read_job, say, search_pins
+from .jobs import NEEDED, Job, is_traced, read_job
+from .log import say
+from .pins import search_pins
 
 if TYPE_CHECKING:
     from ..cluster import Cluster

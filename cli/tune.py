@@ -17,20 +17,17 @@ from ..measurement import Measurement
 from ..plan import PlanFile
 from ..units import format_seconds
 from .calibrate import learned
+from .jobs import Job, is_traced, read_job
+from .log import say, say_job
 from .options import (
     AXES,
     POSITIVE,
-    Job,
     axis_options,
     common_options,
     fit_option,
-    is_traced,
     job_options,
     output_option,
     quality_options,
-    read_job,
-    say,
-    say_job,
     space_option,
 )
 from .plan import find_plans, ranked_files

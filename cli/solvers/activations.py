@@ -11,7 +11,9 @@ import click
 
 from ... import units
 from ...errors import InputError
-from ..options import POSITIVE, common_options, is_traced, say, trace_model
+from ..jobs import is_traced, trace_model
+from ..log import say
+from ..options import POSITIVE, common_options
 
 if TYPE_CHECKING:
     from ...planner.activations import LayerType, PolicyUse, Solution

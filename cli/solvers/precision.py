@@ -18,7 +18,8 @@ from ... import document
 from ...errors import InputError, NoFeasiblePlan
 from ...plan import Plan, PlanFile
 from ...workload import Quality
-from ..options import POSITIVE, common_options, output_option, plan_file_of
+from ..options import POSITIVE, common_options, output_option
+from ..plan_files import plan_file_of
 
 if TYPE_CHECKING:
     from ...planner.precision import Option, PrecisionChoice

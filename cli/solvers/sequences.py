@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ... import document
-from ..options import POSITIVE, common_options, output_option, say
+from ..log import say
+from ..options import POSITIVE, common_options, output_option
 
 if TYPE_CHECKING:
     from ...planner.sequences import Assignment, Costs, Static

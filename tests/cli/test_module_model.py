@@ -77,7 +77,7 @@ def test_a_plan_runs_code_only_when_told_to(refused: Any, invoke: Any, tmp_path:
     assert f"add --model {MIXER}" in refused(["run", path], 2)
     assert "as it was when it was planned" in refused(["run", path, "--model", TRANSFORMER], 2)
     program = (
-        "import sys\nfrom pathlib import Path\nfrom forerun.cli.options import read_plan_file\n"
+        "import sys\nfrom pathlib import Path\nfrom forerun.cli.plan_files import read_plan_file\n"
         "read_plan_file(Path(sys.argv[1]))\nprint('examples' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True,
