@@ -52,8 +52,8 @@ SLOW = ("gptq tp", "qv ddp", "gptq bf16 1f1b", "nf4 cp", "lora ulysses", *FAMILI
 
 
 def names(world: int, slow: bool) -> list[tuple[str, str]]:
-    """(model, family) of a process group; a single process is what tests are themselves."""
-    return [("wide", f"adapters {f}") for f in FAMILIES.get(world, {}) if (f in SLOW) == slow]
+    """(model, family) of the default run, or all of them; tests are the single process."""
+    return [("wide", f"adapters {f}") for f in FAMILIES.get(world, {}) if slow or f not in SLOW]
 
 
 def plan_of(family: str, world: int) -> Plan:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
@@ -65,6 +66,15 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Resu
         return run_group(world, selection, tmp_path_factory.mktemp(f"group{world}"))
 
     return started
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = tmp_path_factory.mktemp("single") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

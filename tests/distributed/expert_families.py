@@ -96,7 +96,6 @@ QUICK: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("mla", "ep2 x tp2-sp"): mesh(dp_replicate=2, tp=2, ep=2) | SP | GLOBAL,
         ("moe", "ep2 x pp2 zb-h1"): mesh(dp_replicate=2, pp=2, ep=2)
         | {"schedule": "zb-h1"} | PP | FULL | GLOBAL,
-        ("moe", "ep2 x fsdp2"): mesh(dp_shard=4, ep=2) | {"zero": 3},
         ("capacity", "ep4 over tp2"): mesh(dp_shard=2, tp=2, ep=4) | SP | {"zero": 2},
     },
 }  # fmt: skip
@@ -141,6 +140,7 @@ SLOW: dict[int, dict[tuple[str, str], dict[str, Any]]] = {
         ("mla", "hsdp ep2, replicas"): mesh(dp_replicate=2, dp_shard=2, ep=2) | {"zero": 2}
         | TWICE,
         ("moe", "fsdp2 x ep2, replicas"): mesh(dp_shard=4, ep=2) | {"zero": 1} | TWICE,
+        ("moe", "ep2 x fsdp2"): mesh(dp_shard=4, ep=2) | {"zero": 3},
         ("moe", "ep2 x tp2"): mesh(dp_replicate=2, tp=2, ep=2) | GLOBAL,
         ("moe", "ep2 x tp2-sp"): mesh(dp_shard=2, tp=2, ep=2) | {"zero": 3} | SP | FULL,
         ("mla", "ep4 over tp2"): mesh(dp_replicate=2, tp=2, ep=4) | SP | GLOBAL,

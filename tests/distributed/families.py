@@ -280,6 +280,9 @@ SLOW = (
     "gpt ddp", "gpt tp", "gpt interleaved", "gpt dualpipev", "gpt bf16 tp-sp",
     "gpt clip zb-v", "gpt tp2 x ddp2", "gpt hsdp zero3", "gpt pp2 x zero1",
     "gpt pp2x2 zb-v x zero3", "gpt clip tp2-sp x pp2x2 zb-v",
+    "llama ddp", "llama tp-sp selective", "llama 1f1b full", "llama bf16 tp-sp", "llama bf16 1f1b",
+    "llama interleaved-zb", "llama zb-h1 full", "llama tp2 x ddp2", "llama tp2-sp x zero3",
+    "llama pp2 x zero1", "llama pp2x2 x zero3", "llama tp2 x pp2", "llama pp4",
     *(f"{model} {family}" for model in MODELS for family in FAMILIES[8]),
 )  # fmt: skip
 """Families left to the long run: each part of them is in a family of the default run."""

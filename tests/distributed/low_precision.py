@@ -90,11 +90,11 @@ SLOW = (
 
 
 def names(world: int, slow: bool) -> list[tuple[str, str]]:
-    """(model, family) of a process group; a single process is what tests are themselves."""
+    """(model, family) of the default run, or all of them; tests are the single process."""
     return [
         ("wide", family)
         for family in (FAMILIES.get(world, {}) if world > 1 else ())
-        if (family in SLOW) == slow
+        if slow or family not in SLOW
     ]
 
 

@@ -29,6 +29,27 @@ def cases(
     return quick + slow
 
 
+def compare_with_single(
+    ranks: Iterable[dict[str, Any]],
+    expected: dict[str, Any],
+    loss: float,
+    gradient: float,
+    negligible: float = 0.0,
+) -> None:
+    """Assert that the ranks of a family found the losses of all steps and the first gradients of
+    one process, within relative tolerances; together they have all gradients."""
+    covered: set[str] = set()
+    for found in ranks:
+        assert "error" not in found, found["error"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=loss)
+        for name, own in found["gradients"].items():
+            whole = expected["gradients"][name]
+            error = float((own - whole).norm())
+            assert error <= gradient * float(whole.norm()) + negligible, name
+        covered |= set(found["gradients"])
+    assert covered == set(expected["gradients"])
+
+
 def mean_bytes(ranks: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Bytes of each collective of the last step by `kind@axis`, mean over the ranks of a family:
     dropless all-to-alls are uneven on each."""

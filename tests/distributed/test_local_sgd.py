@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from selections import Group
 
 from forerun import InputError, PlanFile
 from forerun.catalogs import load_cluster
@@ -22,8 +22,6 @@ from forerun.executors import launch
 from forerun.local_sgd import LocalSgd
 from forerun.planner import Pins
 from forerun.workload import Workload
-
-Group = Callable[[int, str], list[dict[tuple[str, str], dict[str, Any]]]]
 
 
 def found(group: Group, world: int, name: str) -> list[dict[str, Any]]:

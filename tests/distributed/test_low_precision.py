@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import low_precision
 import pytest
 import torch
-import torch.distributed as dist
-from low_precision import FAMILIES, SLOW
+from selections import Group, cases, compare_with_single
 from torch import Tensor
 
 from forerun.costmodel import estimate
 
-Group = Callable[[int, str], list[dict[tuple[str, str], dict[str, Any]]]]
 Single = Callable[[str], dict[str, Any]]
 
 LOSS = {
@@ -42,52 +40,25 @@ GRADIENT = {
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Single]:
+def single(one_process: None) -> Single:
     """What a single process finds with the same settings: this one."""
-    store = tmp_path_factory.mktemp("single") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield cache(lambda kind: low_precision.run(kind, 1))
-    dist.destroy_process_group()
+    return cache(lambda kind: low_precision.run(kind, 1))
+
+
+@pytest.mark.parametrize(
+    ("selection", "world", "model", "family"), cases(low_precision.names, low_precision.FAMILIES)
+)
+def test_ranks_train_as_one(
+    group: Group, single: Single, selection: str, world: int, model: str, family: str
+) -> None:
+    kind = family.split()[0]
+    ranks = [rank[model, family] for rank in group(world, selection)]
+    compare_with_single(ranks, single(kind), LOSS[kind], GRADIENT[kind])
 
 
 def results(group: Group, world: int, family: str) -> list[dict[str, Any]]:
-    """What the ranks of a family found."""
-    selection = "slow" if family in SLOW else "quick"
-    ranks = [rank["wide", family] for rank in group(world, selection)]
-    for rank in ranks:
-        assert "error" not in rank, rank["error"]
-    return ranks
-
-
-def check(group: Group, single: Single, world: int, family: str) -> None:
-    kind = family.split()[0]
-    expected = single(kind)
-    covered: set[str] = set()
-    for rank in results(group, world, family):
-        assert rank["losses"] == pytest.approx(expected["losses"], rel=LOSS[kind])
-        for name, gradient in rank["gradients"].items():
-            whole = expected["gradients"][name]
-            error = float((gradient - whole).norm() / whole.norm())
-            assert error <= GRADIENT[kind], name
-        covered |= set(rank["gradients"])
-    assert covered == set(expected["gradients"])
-
-
-@pytest.mark.parametrize("family", [name for name in FAMILIES[2] if name not in SLOW])
-def test_two_processes_train_as_one(group: Group, single: Single, family: str) -> None:
-    check(group, single, 2, family)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in FAMILIES[2] if name in SLOW])
-def test_more_layouts_of_two_processes_do(group: Group, single: Single, family: str) -> None:
-    check(group, single, 2, family)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES[4])
-def test_four_processes_train_as_one(group: Group, single: Single, family: str) -> None:
-    check(group, single, 4, family)
+    """What the ranks of a family of the default run found."""
+    return [rank["wide", family] for rank in group(world, "quick")]
 
 
 def test_training_goes_on_at_8_bits(single: Single) -> None:

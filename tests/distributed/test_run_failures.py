@@ -57,7 +57,11 @@ def test_memory_that_runs_out_is_reported_in_bytes(plan_file: PlanFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "more"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--checkpoint", "kept"))]
+    ("number", "more"),
+    [
+        pytest.param(signal.SIGINT, (), marks=pytest.mark.slow),
+        (signal.SIGTERM, ("--checkpoint", "kept")),
+    ],
 )
 def test_ctrl_c_and_terminate_end_all_ranks(
     plan_file: PlanFile, tmp_path: Path, number: int, more: tuple[str, ...]

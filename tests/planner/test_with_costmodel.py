@@ -18,7 +18,10 @@ def no_user_profile(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "gpus", "seq_tokens", "batch"),
-    [("tiny-1m", "2xcpu", 128, 4), ("llama-3.1-8b", "4xH100", 4096, 2)],
+    [
+        ("tiny-1m", "2xcpu", 128, 4),
+        pytest.param("llama-3.1-8b", "4xH100", 4096, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_best_of_all_simulated(model: str, gpus: str, seq_tokens: int, batch: int):
     workload = Workload(seq_tokens=seq_tokens, global_batch_seqs=batch)
