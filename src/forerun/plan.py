@@ -163,8 +163,13 @@ class Phase(Value, frozen=True, kw_only=True):
         return ["-".join([*words, *([] if base is None else [str(base).replace("_", "-")])])]
 
     def _precision(self) -> str:
-        """Compute dtype with its recipe; a hash where layers differ."""
-        each = [(s.layers, s.techniques.get("precision", {})) for s in self.settings]
+        """Compute dtype with its recipe; a hash where matmuls of layers differ. What layers store
+        is a part of its own."""
+        each = [
+            (s.layers, {k: v for k, v in s.techniques.get("precision", {}).items()
+                        if k != "activations"})
+            for s in self.settings
+        ]  # fmt: skip
         if any(own != each[0][1] for _, own in each):
             return f"mixed~{sha256(msgspec.json.encode(each)).hexdigest()[:4]}"
         settings = self.technique("precision")
