@@ -35,7 +35,7 @@ def fixed_plan(
     per micro-batch; states are sharded over all of dp when zero > 0 and dp_shard is not given.
     Pipeline `orders` of the user's own say what pp, vpp and the schedule are.
     """
-    from ..planner.pins import check_precision, recipe_of
+    from ..planner.pins import check_precision, pinned_options
 
     if orders is not None:
         pins = _pins_of(orders, pins)
@@ -43,23 +43,11 @@ def fixed_plan(
     micro_batch_seqs = pins.micro_batch or 1
     check_precision(pins)
     on_cpu = any(pool.device.kind == "cpu" for pool in cluster.pools)
-    options = Options(
-        compute=pins.precision or ("fp32" if on_cpu else "bf16"),
-        recipe=recipe_of(pins),
-        activations=pins.activations,
+    compute = pins.precision or ("fp32" if on_cpu else "bf16")
+    options = replace(
+        pinned_options(pins, compute),
         recompute=pins.recompute or "none",
-        keep=pins.keep or (),
         offload=pins.offload or 0.0,
-        offload_rest=pins.offload_rest or "keep",
-        offload_tier=pins.offload_tier or "host",
-        lora_rank=pins.lora,
-        lora_targets=pins.lora_targets or "all",
-        base_dtype=pins.lora_base,
-        offload_states=pins.offload_states,
-        local_sgd=pins.local_sgd,
-        attention=pins.attention or "flash",
-        runtime=pins.runtime or "eager",
-        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
     )
     if mesh.ulysses == mesh.cp > 1:
         options = replace(options, cp_kind="ulysses")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..kernels.fp8_cast import Cast
 
 
-class SharedCast:
+class SharedCast(ABC):
     """The cast of a tensor that `readers` linears read one after the other, made once."""
 
     def __init__(self, readers: int) -> None:
@@ -19,9 +20,9 @@ class SharedCast:
         self._of: weakref.ref[Tensor] | None = None
         self._cast: Cast | None = None
 
+    @abstractmethod
     def make(self, x: Tensor) -> Cast:
         """The cast itself."""
-        raise NotImplementedError
 
     def take(self, x: Tensor) -> Cast:
         """The cast of `x`; let go when its last reader has come."""

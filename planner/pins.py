@@ -22,6 +22,7 @@ from ..choices import (
     TIERS,
 )
 from ..cluster import Device
+from ..costmodel.options import Options
 from ..costmodel.techniques import halo
 from ..costmodel.techniques.lora import BASES, TARGETS
 from ..document import Value
@@ -213,6 +214,27 @@ def recipe_of(pins: Pins) -> str:
         return "halo2"
     stored = pins.activations is not None and pins.precision in LOW_COMPUTE
     return pins.recipe or ("coat" if stored else "tensorwise")
+
+
+def pinned_options(pins: Pins, compute: str) -> Options:
+    """What pins say of every layer, and the plain choice where they say nothing; what layers keep
+    and how much of it leaves the device is chosen by whoever asks."""
+    return Options(
+        compute=compute,
+        recipe=recipe_of(pins),
+        activations=pins.activations,
+        attention=pins.attention or "flash",
+        runtime=pins.runtime or "eager",
+        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
+        keep=pins.keep or (),
+        offload_rest=pins.offload_rest or "keep",
+        offload_tier=pins.offload_tier or "host",
+        offload_states=pins.offload_states,
+        lora_rank=pins.lora,
+        lora_targets=pins.lora_targets or "all",
+        base_dtype=pins.lora_base,
+        local_sgd=pins.local_sgd,
+    )
 
 
 RATE_OF = {"mxfp8": "fp8", "nvfp4": "fp4", "fp6": "bf16", "fp4": "bf16"}

@@ -26,7 +26,7 @@ of a stage divide the devices of every pool, and chunks of models with unlike la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from math import gcd
 from typing import Any
@@ -47,7 +47,7 @@ from ..schedules import SCHEDULES
 from ..workload import Workload
 from .apart import may_be_apart, with_rows_apart
 from .legal_rows import GPIPE, LOOPED, SPLIT, V_SHAPED, even_experts, legal, rotatable
-from .pins import Pins, recipe_of
+from .pins import Pins, pinned_options, recipe_of
 
 ONE_F_ONE_B = SCHEDULES.index("1f1b")
 INTERLEAVED = SCHEDULES.index("interleaved")
@@ -101,25 +101,12 @@ CP_TOKENS = 2048
 def base_options(pools: Sequence[Pool], workload: Workload, pins: Pins) -> Options:
     """What every layer of a plan does, whatever the search chooses."""
     compute, recipe = compute_dtype(pools, pins), recipe_of(pins)
-    return Options(
-        compute=compute,
-        recipe=recipe,
+    return replace(
+        pinned_options(pins, compute),
         linears=BY_SHAPE if compute in LOW_PRECISION and recipe not in halo.LEVELS else None,
-        activations=pins.activations,
-        attention=pins.attention or "flash",
-        runtime=pins.runtime or "eager",
-        cp_kind=pins.cp_kind if pins.cp_kind in ("ring", "lightseq") else "zigzag",
         optimizer=workload.optimizer,
         balance_loss=workload.balance_loss,
         clips=workload.clip_norm is not None,
-        keep=pins.keep or (),
-        offload_rest=pins.offload_rest or "keep",
-        offload_tier=pins.offload_tier or "host",
-        lora_rank=pins.lora,
-        lora_targets=pins.lora_targets or "all",
-        base_dtype=pins.lora_base,
-        offload_states=pins.offload_states,
-        local_sgd=pins.local_sgd,
         packing=Packing.of(workload),
     )
 
