@@ -23,7 +23,8 @@ from .decoder import Decoder
 from .experts.parallel import ExpertParallel
 from .marks import Marks
 from .techniques import offload, precision
-from .torch_compat import DeviceMesh, ObservedStage, Runtime
+from .torch_compat import DeviceMesh
+from .torch_pipelining import ObservedStage, Runtime
 
 
 def local_stages(phase: Phase, pp_rank: int) -> list[int]:

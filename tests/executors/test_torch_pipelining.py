@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.distributed.pipelining.schedules import _Action
 
-from forerun.executors.torch_compat import gathered_once, reduced_last
+from forerun.executors.torch_pipelining import gathered_once, reduced_last
 
 ORDER = ["0UNSHARD", "2UNSHARD", "0F0", "0RESHARD", "2F0", "4UNSHARD", "4F0", "4B0", "4RESHARD",
          "2B0", "2RESHARD", "0UNSHARD", "0B0", "0RESHARD"]  # fmt: skip
